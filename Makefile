@@ -1,0 +1,56 @@
+# The front door. `make train` and `make test` are all the set-up there is; they share .venv.
+#
+#   PYTHON=python3.12   the Python to use (3.11 or newer)
+#   TORCH=2.11.0        install exactly this torch (default: keep the one that is there, else the tested release)
+#   WORKERS=2           test processes
+#   ARGS="run.steps=50" more arguments for hlat train or pytest
+
+PYTHON ?= python3
+TORCH ?=
+WORKERS ?= 2
+ARGS =
+
+RUN := .venv/bin/python -m
+SETUP = @command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	echo 'set-up: no command "$(PYTHON)"; install Python 3.11 or newer, or say: make $@ PYTHON=/path/to/python3' >&2; exit 2; }; \
+	"$(PYTHON)" launch/setup_env.py --torch "$(TORCH)"
+FULL = --extras dev,hf,eval,gguf
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-full lint docs clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+	@echo
+	@echo 'targets: train  test  test-full  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
+
+install:
+	$(SETUP)
+
+train:
+	$(SETUP)
+	$(RUN) hlat train recipes/tiny.yaml $(ARGS)
+
+test:
+	$(SETUP) $(FULL)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -m "not slow" -n $(WORKERS) --dist loadfile -r fEs --durations 10 $(ARGS)
+
+# No parallel processes: these tests measure times or start clusters themselves. Exit code 5: no test is slow yet.
+test-full:
+	$(SETUP) $(FULL)
+	$(RUN) pytest -m slow -r fEs --durations 20 --timeout 3000 $(ARGS) || test $$? -eq 5
+
+lint:
+	$(SETUP) $(FULL)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+docs:
+	$(SETUP) $(FULL)
+	$(RUN) mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

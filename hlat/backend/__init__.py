@@ -1,0 +1,1 @@
+"""Backends: where a run computes. Version branches and device specifics live here alone."""

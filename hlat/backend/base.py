@@ -1,0 +1,45 @@
+"""What the training loop asks of a backend. No method, optimizer or reducer knows which one it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """One process's view of the machines a run uses."""
+
+    name: str
+    device: torch.device
+    rank: int
+    world: int
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks, in place where possible; returns the sum."""
+        ...
+
+    def mark_step(self) -> None:
+        """End of a step's graph on lazy devices; nothing elsewhere."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished everything it was given."""
+        ...
+
+    def compile_by_default(self, steps: int) -> tuple[bool, str]:
+        """What `compile: auto` means here for a run of `steps`, and the reason to print."""
+        ...
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """States of the random generators the device uses, by name; uint8 on the CPU."""
+        ...
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `rng_state` returned."""
+        ...
+
+
+Rounder = Callable[[Tensor, torch.dtype], Tensor]

@@ -1,0 +1,87 @@
+"""The native backend: plain PyTorch on CPU or one GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+from hlat.errors import UserError
+
+COMPILE_PAYS_FROM = 100  # steps; below it, compiling on a CPU takes longer than it saves
+
+
+class NativeBackend:
+    """CPU or CUDA through PyTorch. See `hlat.backend.base.Backend`.
+
+    Raises:
+        UserError: started by a launcher with more than one process.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "this version of HLAT trains in one process", where="WORLD_SIZE", fix="start it with one process"
+            )
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The identity: there is one rank."""
+        return tensor
+
+    def mark_step(self) -> None:
+        """Nothing: this device runs operations as they come."""
+
+    def synchronize(self) -> None:
+        """Wait for the GPU's queue; a CPU has none."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def compile_by_default(self, steps: int) -> tuple[bool, str]:
+        """On where a compiler is found and the run is long enough to earn back the minute it takes."""
+        if self.device.type == "cuda":
+            return True, "CUDA device"
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if not compiler:
+            return False, "no C++ compiler found"
+        if steps < COMPILE_PAYS_FROM:
+            return False, f"fewer than {COMPILE_PAYS_FROM} steps"
+        return True, f"CPU with {os.path.basename(compiler)}"
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """The CPU generator's state and, on a GPU, the GPU's."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the generators that exist here; one saved on another kind of device is left out."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones here, rather than emulated."""
+    if device.type != "cpu":
+        return True
+    flags = _cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}) or not flags
+
+
+def _cpu_flags() -> set[str]:
+    """CPU features by the kernel's names; empty where /proc/cpuinfo does not exist."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.lower().startswith(("flags", "features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()

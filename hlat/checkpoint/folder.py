@@ -1,0 +1,256 @@
+"""The folder of one checkpoint: names, what makes it complete, and how it appears, is replaced and goes away.
+
+```
+checkpoints/step-00000300/
+    complete.json               step, tokens, every file's size and checksum; written last
+    index.json                  tensor name -> dtype, shape, and where each rectangle of it lies, with its
+    checksum meta.json                   everything that is not a tensor
+    data-00000.safetensors      one file per process that saved
+    tokenizer/
+```
+A folder is built as `.step-00000300.partial-<pid>-<host>`, flushed to the disk and renamed in one move, so a
+process that is killed leaves the old state or the new one. Deleting goes the other way: renamed to
+`.step-….deleted-…` first. Replacing an existing step is two renames; in between the old one is called
+`.step-….replaced-…` and still found by readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hlat.checkpoint.codec import hash_file, seal, sync_folder, unseal, write_bytes
+from hlat.checkpoint.retention import Entry
+
+FORMAT = 1
+MARKER, INDEX, META, TOKENIZER = "complete.json", "index.json", "meta.json", "tokenizer"
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".vocab"}
+FOREIGN_IDLE_SECONDS = (
+    15 * 60
+)  # a partial folder of another machine that nobody has written to for this long is dead
+
+_STEP = re.compile(r"step-(\d{8,})")
+_SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|deleted|replaced)-(?P<pid>\d+)-(?P<host>.+)")
+_writing: set[Path] = set()  # partial folders this very process is filling
+
+
+class Broken(Exception):
+    """A checkpoint that is not complete or not intact; the text says why."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """`root/step-00000300` for step 300."""
+    return root / f"step-{step:08d}"
+
+
+def scratch(final: Path, kind: str) -> Path:
+    """The hidden name beside `final` under which this process builds, replaces or deletes it."""
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{socket.gethostname()}")
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """Step -> folder, for every checkpoint folder under `root`, whether intact or not."""
+    found: dict[int, Path] = {}
+    names = sorted(os.listdir(root), reverse=True) if root.is_dir() else []  # "step-…" comes before ".step-…"
+    for name in names:
+        hidden = _SCRATCH.fullmatch(name)
+        match = _STEP.fullmatch(hidden["name"] if hidden and hidden["kind"] == "replaced" else name)
+        if match:
+            found.setdefault(int(match[1]), root / name)
+    return found
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """The content of `complete.json`. Raises Broken if the checkpoint is not complete."""
+    try:
+        marker = unseal((folder / MARKER).read_bytes())
+    except FileNotFoundError:
+        raise Broken(f"it is not complete: {MARKER} is missing") from None
+    except (OSError, ValueError) as error:
+        raise Broken(f"{MARKER} cannot be read: {error}") from error
+    if marker.get("format") != FORMAT:
+        raise Broken(f"its format is {marker.get('format')}, this version of HLAT reads {FORMAT}")
+    return marker
+
+
+def check_sizes(folder: Path, marker: dict[str, Any]) -> None:
+    """Raise Broken if a file named in the marker is missing or has another size."""
+    for name, entry in marker["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Broken(f"{MARKER} names a file outside the checkpoint: {name}")
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise Broken(f"{name} is missing ({error.strerror})") from error
+        if size != entry["bytes"]:
+            raise Broken(f"{name} has {size} bytes instead of {entry['bytes']}")
+
+
+def entries(root: Path) -> list[Entry]:
+    """The complete checkpoints under `root`, by step."""
+    found = []
+    for step, folder in sorted(step_folders(root).items()):
+        try:
+            marker = read_marker(folder)
+        except Broken:
+            continue
+        found.append(Entry(step, marker["tokens"], marker["sequence"], marker["permanent"]))
+    return found
+
+
+def begin(final: Path) -> Path:
+    """Create the empty partial folder for `final` (and its parents). Raises OSError."""
+    partial = scratch(final, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _writing.add(partial)
+    return partial
+
+
+def abandon(partial: Path) -> None:
+    """Remove what is left of a partial folder; nothing happens after `commit`."""
+    _writing.discard(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def seal_folder(
+    partial: Path,
+    data: Sequence[str],
+    index: bytes,
+    meta: bytes,
+    tokenizer: Sequence[Path],
+    marker: dict[str, Any],
+) -> None:
+    """Write everything but the data files into a partial folder, the marker last, and flush it to the disk.
+
+    Args:
+        partial: from `begin`, with the data files already in it.
+        data: names of the data files; their checksums stand in the index.
+        index, meta: contents of `index.json` and `meta.json`.
+        tokenizer: files to copy into `tokenizer/`.
+        marker: `step, tokens, sequence, permanent`.
+
+    Raises:
+        OSError: disk full, not writable, a tokenizer file that is gone.
+    """
+    files: dict[str, Any] = {name: {"bytes": (partial / name).stat().st_size} for name in data}
+    files[INDEX] = write_bytes(partial / INDEX, index)
+    files[META] = write_bytes(partial / META, meta)
+    if tokenizer:
+        (partial / TOKENIZER).mkdir()
+        for source in tokenizer:
+            files[f"{TOKENIZER}/{source.name}"] = write_bytes(
+                partial / TOKENIZER / source.name, source.read_bytes()
+            )
+        sync_folder(partial / TOKENIZER)
+    write_bytes(partial / MARKER, seal({"format": FORMAT, **marker, "files": files}))
+    sync_folder(partial)
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Give a sealed partial folder its name, in place of an older folder of that name. Raises OSError."""
+    replaced = scratch(final, "replaced")
+    if final.exists():
+        remove(replaced)
+        os.rename(final, replaced)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    sync_folder(final.parent)
+    _writing.discard(partial)
+    with contextlib.suppress(OSError):  # what stays of the old one is removed at the next start
+        remove(replaced)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a kill half-way never leaves one that looks complete. Raises OSError."""
+    if not folder.exists():
+        return
+    hidden = _SCRATCH.fullmatch(folder.name)
+    deleted = scratch(folder.with_name(hidden["name"] if hidden else folder.name), "deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    os.rename(folder, deleted)
+    shutil.rmtree(deleted)
+
+
+def clean(root: Path, warn: Callable[[str], None]) -> None:
+    """Tidy up after processes that were killed: partial and deleted folders go, an interrupted replacement is
+    undone.
+
+    Folders of processes that still run are left alone. On another machine that cannot be asked, so there a
+    folder counts as dead when nothing in it has changed for 15 minutes. What cannot be removed is reported to
+    `warn`.
+    """
+    for path in sorted(root.glob(".*")) if root.is_dir() else []:
+        hidden = _SCRATCH.fullmatch(path.name)
+        if not hidden or not path.is_dir() or not _stale(path, int(hidden["pid"]), hidden["host"]):
+            continue
+        try:
+            if hidden["kind"] == "replaced" and not path.with_name(hidden["name"]).exists():
+                os.rename(path, path.with_name(hidden["name"]))
+            else:
+                shutil.rmtree(path)
+                if hidden["kind"] == "partial":
+                    warn(f"removed {path}: process {hidden['pid']} ended before this checkpoint was complete")
+        except OSError as error:
+            warn(f"could not tidy up {path}: {error.strerror}")
+
+
+def _stale(path: Path, pid: int, host: str) -> bool:
+    if pid == os.getpid() and host == socket.gethostname():
+        return path not in _writing  # an earlier process had our number, as happens in containers
+    if host != socket.gethostname():
+        newest = max((item.stat().st_mtime for item in [path, *path.rglob("*")]), default=0.0)
+        return time.time() - newest > FOREIGN_IDLE_SECONDS
+    started = _process_start(pid)
+    return started is None or started > path.stat().st_mtime + 2  # the boot time is known to the second
+
+
+def _process_start(pid: int) -> float | None:
+    """Unix time at which a process began, 0 if the system does not say, None if there is no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass  # it belongs to somebody else: it lives
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(
+            line.split()[1]
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime")
+        )
+        return int(boot) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0.0
+
+
+def tokenizer_files(tokenizer: Path | Sequence[Path] | None) -> list[Path]:
+    """The files of a tokenizer given as a file, a list of files, or a folder (without weights in it)."""
+    if tokenizer is None:
+        return []
+    if not isinstance(tokenizer, Path):
+        return list(tokenizer)
+    if tokenizer.is_dir():
+        return sorted(f for f in tokenizer.iterdir() if f.is_file() and f.suffix in TOKENIZER_SUFFIXES)
+    return [tokenizer]
+
+
+def verify_file(folder: Path, name: str, sha256: str) -> None:
+    """Raise Broken unless the file has this checksum."""
+    try:
+        if hash_file(folder / name) != sha256:
+            raise Broken(f"{name} is damaged: its bytes do not match their checksum")
+    except OSError as error:
+        raise Broken(f"{name} cannot be read: {error.strerror}") from error

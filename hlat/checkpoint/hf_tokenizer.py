@@ -1,0 +1,151 @@
+"""Tokenizer files on their way into and out of Hugging Face folders.
+
+A tokenizer that came from Hugging Face goes back file by file, unchanged. One that HLAT trained with is
+completed with what `AutoTokenizer` needs. HLAT's stream has no BOS (a document is its tokens and EOS), so an
+exported tokenizer does not add one: the model would see a token it was never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece, to_tokenizers
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.data.tokenizer import Tokenizer
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_CONFIG = "tokenizer_config.json"
+
+
+def tokenizer_texts(folder: Path | None) -> list[Path]:
+    """The files of a Hugging Face tokenizer, chat template included, and nothing else of the folder."""
+    return [] if folder is None else [folder / name for name in FILES if (folder / name).is_file()]
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copies `tokenizer_texts(folder)` unchanged."""
+    for path in tokenizer_texts(folder):
+        shutil.copyfile(path, target / path.name)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The token ids that config.json and generation_config.json name."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int) -> list[str]:
+    """Writes the files of a tokenizer that HLAT trained with, for AutoTokenizer. Returns warnings.
+
+    tokenizer.json stays as it is but for a post-processor that adds special tokens, which is dropped. A
+    SentencePiece `.model` is kept as tokenizer.model and translated to tokenizer.json, if the translation
+    gives the same ids on a set of probes. `bytes` becomes a byte-level vocabulary without merges.
+    """
+    config: dict[str, Any] = {}
+    warnings: list[str] = []
+    files = {path.suffix: path for path in tokenizer.files()}
+    if not files:
+        backend = _bytes_backend()
+    elif ".model" in files:
+        shutil.copyfile(files[".model"], out / "tokenizer.model")
+        backend = _from_sentencepiece(files[".model"], tokenizer)
+    else:
+        folder = files[".json"].parent
+        copy_tokenizer(folder, out)
+        if (folder / _CONFIG).is_file():
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        backend = _without_added_tokens(next(path for path in tokenizer.files() if path.name != _CONFIG))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len,
+    "clean_up_tokenization_spaces": False} for key in ("add_bos_token", "add_eos_token"):
+        config.pop(key, None)
+    if backend is None:
+        # transformers reads the .model itself and then needs sentencepiece installed.
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False,
+        "add_eos_token": False} warnings.append("the SentencePiece model has no exact tokenizer.json;
+        transformers will read tokenizer.model")
+    else:
+        backend.save(str(out / "tokenizer.json"))
+        for key, index in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+            if index is not None and key not in config:
+                config[key] = backend.id_to_token(index)
+    (out / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return warnings
+
+
+def _without_added_tokens(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(path))
+    if backend.encode("a").ids != backend.encode("a", add_special_tokens=False).ids:
+        definition = json.loads(backend.to_str())
+        definition["post_processor"] = None
+        backend = Backend.from_str(json.dumps(definition))
+    return backend
+
+
+def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> Any:
+    try:
+        backend = to_tokenizers(read_sentencepiece(path))
+    except ValueError as error:
+        raise UserError(str(error), where=str(path)) from None
+    except Exception:  # the tokenizers library raises plain Exception for what it cannot express
+        return None
+    same = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in PROBES)
+    return backend if same else None
+
+
+def _bytes_backend() -> Any:
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocab = {spelled[byte]: byte for byte in range(256)} | {"<|endoftext|>": 256}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    return backend
+
+
+def prompt_ids(folder: Path, text: str) -> list[int]:
+    """Ids of a prompt as `AutoTokenizer` gives them for an imported model: special tokens in the text are
+    recognised, and BOS is added if the tokenizer's files say so.
+
+    Args:
+        folder: holds tokenizer.json or tokenizer.model, and perhaps tokenizer_config.json.
+    """
+    from hlat.data.tokenizer import load_tokenizer
+
+    raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) if (folder / _CONFIG).is_file() else {}
+    add_bos = raw.get("add_bos_token")
+    tokenizer = load_tokenizer(folder)
+    bos = tokenizer.bos_id
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer as Backend
+
+        ids: list[int] = Backend.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    else:
+        ids = tokenizer.encode(text)
+        add_bos = True if add_bos is None else add_bos  # LlamaTokenizer's default
+    if bos is None or add_bos is None:
+        return ids
+    has_bos = ids[:1] == [bos]
+    if add_bos and not has_bos:
+        return [bos, *ids]
+    return ids[1:] if has_bos and not add_bos else ids

@@ -1,0 +1,280 @@
+"""Open a checkpoint: look at it, read single tensors, or load it into tensors of any layout."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from hlat.checkpoint import folder as folders
+from hlat.checkpoint.codec import hash_header, hash_range, raw_bytes, read_into, sha256
+from hlat.checkpoint.folder import Broken
+from hlat.checkpoint.layout import Chunk, Index, Reader, boxes
+from hlat.checkpoint.peers import Peers
+from hlat.errors import UserError
+
+EARLIER = "use an earlier checkpoint of the run, or copy this one again"
+
+
+class Checkpoint:
+    """A complete checkpoint. Opening it reads no tensor; every tensor read is compared with its checksum.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        tokens: training tokens seen.
+        meta: everything that is not a tensor, as given to `save`, with `step`, `tokens` and `tokenizer` (the name of the
+            folder with the tokenizer's files in the checkpoint, or None).
+        tokenizer: the folder with the tokenizer's files, or None.
+        verified: every byte was compared with its checksum, so reads need not check again.
+    """
+
+    def __init__(self, path: Path, peers: Peers | None = None) -> None:
+        """Raises Broken if the checkpoint is incomplete, a file has another size, or index or meta data are
+        damaged.
+
+        Args:
+            path: the step folder.
+            peers: the processes that will call `load_into` together; this one alone by default.
+        """
+        self.path, self._peers = path, peers or Peers()
+        self._marker = folders.read_marker(path)
+        try:
+            self.step, self.tokens = int(self._marker["step"]), int(self._marker["tokens"])
+            folders.check_sizes(path, self._marker)
+            self._index = Index.from_json(self._small(folders.INDEX))
+            self.meta: dict[str, Any] = json.loads(self._small(folders.META))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Broken(f"{folders.MARKER} or {folders.META} cannot be understood: {error!r}") from error
+        for name in self._index.headers:
+            if name not in self._marker["files"]:
+                raise Broken(f"{folders.MARKER} does not know {name}")
+        self.tokenizer = path / folders.TOKENIZER if (path / folders.TOKENIZER).is_dir() else None
+        self.verified = False
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._index.tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """Logical shape. Raises KeyError for an unknown name."""
+        return torch.Size(self._index.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype. Raises KeyError for an unknown name."""
+        return self._index.tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor on the CPU, put together from its parts; nothing else is read.
+
+        Raises:
+            KeyError: unknown name.
+            UserError: its bytes are damaged or gone.
+        """
+        entry = self._index.tensors[name]
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for chunk, box in boxes(entry):
+            piece = self._rows(name, chunk, 0, chunk.shape[0] if chunk.shape else 1)
+            if chunk.shape == entry.shape:
+                return piece
+            whole[box] = piece
+        return whole
+
+    def load_into(self, tensors: Mapping[str, Tensor], partial: bool = False) -> None:
+        """Fill tensors in place, whatever layout they or the checkpoint have. Collective among the peers.
+
+        Args:
+            tensors: global name -> plain tensor, DTensor or subclass with DCP's `__create_chunk_list__`; each
+                rank names those of which it holds a part.
+            partial: allow stored tensors that no rank asks for.
+
+        Raises:
+            UserError: a name the checkpoint lacks, another shape or dtype, a stored tensor that nobody asked
+                for (unless `partial`), damaged bytes. The same error on every rank, before anything is
+                changed except for damage.
+        """
+        answers = self._peers.gather((self._mismatch(tensors), set(tensors)))
+        if problem := next((problem for problem, _ in answers if problem), None):
+            raise problem
+        unasked = sorted(set(self._index.tensors).difference(*(names for _, names in answers)))
+        if unasked and not partial:
+            raise self._error(
+                f"holds {len(unasked)} tensors that the run has no place for: {_listed(unasked)}",
+                "resume with the model and optimizer it was saved with",
+            )
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            dcp.load(
+                dict(tensors),
+                storage_reader=Reader(self._index, self._rows),
+                planner=planner,
+                process_group=self._peers.group,
+                no_dist=self._peers.group is None,
+            )
+        except CheckpointException as error:
+            raise first_failure(error) from error
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare every byte with its checksum.
+
+        Args:
+            part, parts: look only at chunks number `part`, `part + parts`, ...: the share of one of several
+                processes.
+
+        Raises:
+            Broken: what is damaged.
+        """
+        for name, entry in self._marker["files"].items():
+            if "sha256" in entry:
+                folders.verify_file(self.path, name, entry["sha256"])
+        for name, digest in self._index.headers.items():
+            if hash_header(self.path / name) != digest:
+                raise Broken(f"{name} is damaged: its header does not match its checksum")
+        chunks = [(name, entry.dtype, c) for name, entry in self._index.tensors.items() for c in entry.chunks]
+        chunks.sort(key=lambda item: (item[2].record.file, item[2].record.start))
+        for name, dtype, chunk in chunks[part::parts]:
+            with (self.path / chunk.record.file).open("rb", buffering=0) as file:
+                if hash_range(file, chunk.record.start, _size(chunk, dtype)) != chunk.record.sha256:
+                    raise Broken(
+                        f"{chunk.record.file} is damaged: the bytes of '{name}' do not match their checksum"
+                    )
+        self.verified = parts == 1
+
+    def _rows(self, name: str, chunk: Chunk, first: int, count: int) -> Tensor:
+        """Rows of a chunk. Reads only these once all is verified, before that the whole chunk to check it."""
+        dtype, shape = self._index.tensors[name].dtype, chunk.shape
+        whole = not shape or not self.verified
+        piece = torch.empty(shape if whole else (count, *shape[1:]), dtype=dtype)
+        start = chunk.record.start + (0 if whole else first * _size(chunk, dtype) // max(shape[0], 1))
+        digest = None if self.verified else sha256()
+        try:
+            with (self.path / chunk.record.file).open("rb") as file:
+                complete = read_into(file, start, raw_bytes(piece), digest)
+        except OSError as error:
+            raise self._error(f"{chunk.record.file} cannot be read: {error.strerror}", EARLIER) from error
+        if not complete or (digest is not None and digest.hexdigest() != chunk.record.sha256):
+            raise self._error(
+                f"{chunk.record.file} is damaged: '{name}' does not match its checksum", EARLIER
+            )
+        return piece.narrow(0, first, count) if whole and shape else piece
+
+    def _mismatch(self, tensors: Mapping[str, Tensor]) -> UserError | None:
+        for name, tensor in tensors.items():
+            entry = self._index.tensors.get(name)
+            if entry is None:
+                close = difflib.get_close_matches(name, self._index.tensors, 1)
+                hint = f"the nearest it has is '{close[0]}'" if close else f"it has {_listed(self.names())}"
+                return self._error(f"has no tensor '{name}'", f"{hint}: it is of another model or optimizer")
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                stored, wanted = _kind(entry.shape, entry.dtype), _kind(tuple(tensor.shape), tensor.dtype)
+                return self._error(
+                    f"'{name}' is {stored}, the run needs {wanted}",
+                    "resume with the recipe it was saved with",
+                )
+        return None
+
+    def _small(self, name: str) -> bytes:
+        folders.verify_file(self.path, name, self._marker["files"][name]["sha256"])
+        return (self.path / name).read_bytes()
+
+    def _error(self, what: str, fix: str) -> UserError:
+        return UserError(what, where=f"checkpoint {self.path}", fix=fix)
+
+
+def _size(chunk: Chunk, dtype: torch.dtype) -> int:
+    count = 1
+    for length in chunk.shape:
+        count *= length
+    return count * dtype.itemsize
+
+
+def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{'x'.join(map(str, shape)) or 'a scalar'} {str(dtype).removeprefix('torch.')}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """What really went wrong inside DCP, on the lowest rank that failed."""
+    failures = error.failures
+    return failures[min(failures)][0] if failures else error
+
+
+def newest_in(root: Path, verify: bool, peers: Peers) -> tuple[Checkpoint | None, dict[int, str]]:
+    """The newest usable checkpoint of a checkpoints folder, and the reason for each newer step that is not.
+
+    Args:
+        root: the checkpoints folder; it may be missing.
+        verify: compare every byte with its checksum, shared among the peers; otherwise only sizes, index and
+            meta data.
+        peers: the processes that call this together.
+    """
+    order = sorted(folders.entries(root), key=lambda entry: entry.sequence, reverse=True)
+    unreadable = folders.step_folders(root).keys() - {entry.step for entry in order}
+    steps, reasons = peers.from_first(
+        ([entry.step for entry in order], {step: _marker_problem(root, step) for step in sorted(unreadable)})
+    )
+    skipped: dict[int, str] = {}
+    for step in steps:
+        checkpoint, problem = None, None
+        try:
+            checkpoint = Checkpoint(
+                folders.step_folders(root).get(step, folders.step_folder(root, step)), peers
+            )
+            if verify:
+                checkpoint.verify(peers.rank, peers.world)
+        except (Broken, OSError) as error:
+            problem = str(error)
+        problem = next((p for p in peers.gather(problem) if p), None)
+        if problem is None and checkpoint is not None:
+            checkpoint.verified = verify
+            return checkpoint, skipped | {s: reason for s, reason in reasons.items() if s > step}
+        skipped[step] = str(problem)
+    return None, skipped | reasons
+
+
+def _marker_problem(root: Path, step: int) -> str:
+    try:
+        folders.read_marker(folders.step_folder(root, step))
+    except Broken as broken:
+        return str(broken)
+    return "it appeared while the folder was being read"
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a step folder, or the newest complete checkpoint of a checkpoints folder or a run folder.
+
+    Raises:
+        UserError: nothing there, or what is there is incomplete or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            "no such folder",
+            where=str(path),
+            fix="give a run folder or one of its checkpoints/step-* folders",
+        )
+    if (path / folders.MARKER).exists() or (path / folders.INDEX).exists() or path.name.startswith("step-"):
+        try:
+            return Checkpoint(path)
+        except Broken as broken:
+            raise UserError(str(broken), where=f"checkpoint {path}", fix=EARLIER) from broken
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    checkpoint, skipped = newest_in(root, verify=False, peers=Peers())
+    if checkpoint is None:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(skipped.items()))
+        what = f"no complete checkpoint here{f' ({reasons})' if reasons else ''}"
+        raise UserError(
+            what, where=str(path), fix="give a run folder or one of its checkpoints/step-* folders"
+        )
+    return checkpoint

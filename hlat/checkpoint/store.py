@@ -1,0 +1,324 @@
+"""Save checkpoints of a run, find the newest good one, and keep the folder tidy.
+
+```python
+store = CheckpointStore(run_dir / "checkpoints", keep=3, permanent_every_tokens=None, async_=True)
+if (checkpoint := store.newest()) is not None:
+    checkpoint.load_into(tensors)
+...
+store.save(step, tensors, meta, tokens)     # returns after a copy in memory; writes in the background
+...
+store.wait()                                # before the process ends
+```
+Tensors go by global logical name (`model/<parameter>`, `optim/<slot>/<parameter>`) and may be plain, DTensors
+or pieces of a flat bucket: see `layout`. What makes a checkpoint complete and a save atomic is in `folder`,
+which ones stay in `retention`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from hlat.checkpoint import folder as folders
+from hlat.checkpoint.codec import rng_from_json, rng_to_json, write_tensors
+from hlat.checkpoint.layout import Chunk, Entry, Index, Snapshot, Writer, data_file, make_index
+from hlat.checkpoint.peers import Peers
+from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint
+from hlat.checkpoint.retention import expired, is_permanent
+from hlat.errors import UserError
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "open_checkpoint",
+    "rng_from_json",
+    "rng_to_json",
+    "write_weights",
+]
+
+# DCP announces at every single-process save and load that it runs in a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+PART_BYTES = 512 << 20  # a streamed checkpoint holds about this much in memory before it writes a file
+
+
+class CheckpointStore:
+    """The checkpoints folder of one run. With torch.distributed initialised, every method but `steps` is
+    collective.
+
+    Args:
+        root: the checkpoints folder; created by the first save. What killed processes left in it is removed
+            now.
+        keep: newest checkpoints to keep, at least 1.
+        permanent_every_tokens: also keep for ever the first checkpoint after every so many training tokens;
+            None for none.
+        async_: write in a background thread from a copy in memory (which takes as much as the tensors, on the
+            CPU).
+        warn: called with one line about each skipped checkpoint and each folder tidied up; the log by
+            default.
+
+    Raises:
+        UserError: `keep` or `permanent_every_tokens` below 1.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        permanent_every_tokens: int | None = None,
+        async_: bool = False,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        for key, value in (("keep", keep), ("permanent_every_tokens", permanent_every_tokens)):
+            if value is not None and value < 1:
+                raise UserError(f"{value} is too small", where=f"checkpoint.{key}", fix="write 1 or more")
+        self.root, self.keep, self.every, self.async_ = Path(root), keep, permanent_every_tokens, async_
+        self._warn = warn or logging.getLogger(__name__).warning
+        self._peers = Peers.meet()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._buffers: dict[MetadataIndex, Tensor] = {}
+        self._unusable: set[int] = set()
+        self._remarks: list[str] = []  # from the background thread, passed on by the next call
+        if self._peers.rank == 0:
+            folders.clean(self.root, self._warn)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: dict[str, Any],
+        tokens: int,
+        tokenizer: Path | Sequence[Path] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save a checkpoint, replacing one of the same step. Waits for the save before it to finish.
+
+        Args:
+            step: optimizer steps done.
+            tensors: global name -> tensor; may be changed as soon as this returns.
+            meta: everything else, JSON values only.
+            tokens: training tokens seen so far.
+            tokenizer: its files, or a folder of them, copied into the checkpoint.
+            wait: return only when it is complete on the disk.
+
+        Raises:
+            UserError: this save (or, in the background, the one before it) failed: disk full, not writable.
+                What was complete before is untouched, and nothing half-written stays.
+            TypeError: a value in `meta` that is not JSON, or in `tensors` that is not a tensor.
+        """
+        self.wait()
+        background = self.async_ and not wait
+        text = json.dumps(meta, indent=1).encode() + b"\n"
+        snapshot = Snapshot(tensors, self._buffers if background else None)
+        arguments = (step, snapshot, text, tokens, folders.tokenizer_files(tokenizer))
+        if background:
+            self._pending = self._pool.submit(self._write, *arguments)
+        else:
+            self._write(*arguments)
+            self._report()
+
+    def wait(self) -> None:
+        """Wait until the last save is complete on the disk. Raises what `save` raises."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            self._report()
+
+    def newest(self, verify: bool = True) -> Checkpoint | None:
+        """The newest complete and undamaged checkpoint; None if there is none. Newer ones skipped are passed
+        to `warn`.
+
+        Args:
+            verify: compare every byte with its checksum (a full read, shared among the processes); without it
+                damage shows when the tensors are read.
+        """
+        self.wait()
+        checkpoint, skipped = newest_in(self.root, verify, self._peers)
+        self._unusable = set(skipped)
+        if self._peers.rank == 0:
+            instead = f"using step {checkpoint.step} instead" if checkpoint else "there is no other"
+            for step, reason in sorted(skipped.items(), reverse=True):
+                self._warn(f"skipped checkpoint {folders.step_folder(self.root, step)}: {reason}; {instead}")
+        return checkpoint
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending (their bytes are not checked)."""
+        return [entry.step for entry in folders.entries(self.root)]
+
+    def _report(self) -> None:
+        while self._remarks:
+            self._warn(self._remarks.pop(0))
+
+    def _write(self, step: int, snapshot: Snapshot, meta: bytes, tokens: int, tokenizer: list[Path]) -> None:
+        """Write one checkpoint on all ranks, in the thread that calls; complete and named when this returns."""
+        final = folders.step_folder(self.root, step)
+        try:
+            partial = self._begin(final)
+        except OSError as error:
+            raise self._failure(error, step, snapshot) from error
+
+        def finish(index: Index) -> None:  # on rank 0, after all ranks have written
+            existing = [entry for entry in folders.entries(self.root) if entry.step != step]
+            marker = {
+                "step": step,
+                "tokens": tokens,
+                "sequence": 1 + max((entry.sequence for entry in folders.entries(self.root)), default=0),
+                "permanent": is_permanent(step, tokens, existing, self.every),
+            }
+            folders.seal_folder(partial, sorted(index.headers), index.to_json(), meta, tokenizer, marker)
+            folders.commit(partial, final)
+            self._unusable.discard(step)
+            self._delete_expired()
+
+        try:
+            dcp.save(
+                {},  # the planner already has the tensors
+                storage_writer=Writer(partial, finish),
+                planner=snapshot,
+                process_group=self._peers.group,
+                no_dist=self._peers.group is None,
+            )
+        except CheckpointException as error:
+            failure = first_failure(error)
+            if isinstance(failure, OSError):
+                raise self._failure(failure, step, snapshot) from failure
+            raise failure from error
+        finally:
+            if self._peers.rank == 0:
+                folders.abandon(partial)
+
+    def _begin(self, final: Path) -> Path:
+        """The partial folder, made by rank 0 for all. Raises its OSError on every rank."""
+        answer: Path | OSError = final
+        if self._peers.rank == 0:
+            try:
+                answer = folders.begin(final)
+            except OSError as error:
+                answer = error
+        answer = self._peers.from_first(answer)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def _delete_expired(self) -> None:
+        entries = [replace(e, usable=e.step not in self._unusable) for e in folders.entries(self.root)]
+        for entry in expired(entries, self.keep):
+            try:
+                folders.remove(folders.step_folders(self.root)[entry.step])
+            except OSError as error:
+                self._remarks.append(f"could not delete the old checkpoint of step {entry.step}: {error}")
+
+    def _failure(self, error: OSError, step: int, snapshot: Snapshot) -> UserError:
+        steps = [done for done in self.steps() if done not in self._unusable]
+        last = f"the one of step {steps[-1]} is untouched" if steps else "there is no earlier one"
+        what = (
+            f"checkpoint of step {step} was not saved ({_reason(error, self.root, snapshot.bytes())}); {last}"
+        )
+        return UserError(what, where=str(self.root), fix=_remedy(error))
+
+
+def _reason(error: OSError, root: Path, needed: int) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror or error}: {error.filename or root}"
+    free = ""
+    with suppress(OSError):
+        free = f", {shutil.disk_usage(root).free / 1e6:.0f} MB are free"
+    return f"the disk is full: it takes {needed / 1e6:.0f} MB{free}"
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, lower checkpoint.keep, or move the run folder to a larger disk, then start again to continue"
+    return "make the folder writable or set run.dir to another one, then start again to continue"
+
+
+def write_weights(
+    path: Path | str,
+    tensors: Iterable[tuple[str, Tensor]],
+    meta: dict[str, Any],
+    tokenizer: Path | Sequence[Path] | None = None,
+) -> Checkpoint:
+    """Write a checkpoint from a stream of tensors, such as converted weights; memory holds one file (512 MiB)
+    or one tensor.
+
+    Args:
+        path: folder to create; it appears when it is complete.
+        tensors: (global name, CPU or device tensor), each name once; consumed one by one.
+        meta: as in `CheckpointStore.save`; its `step` and `tokens`, if any, become the checkpoint's.
+        tokenizer: its files, or a folder of them.
+
+    Raises:
+        UserError: `path` exists and is not empty, or cannot be written.
+        ValueError: a name comes twice.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("exists already", where=str(path), fix="choose a new folder or remove this one")
+    partial = None
+    try:
+        partial = folders.begin(path)
+        index = make_index(partial, _write_parts(partial, tensors))
+        text = json.dumps(meta, indent=1).encode() + b"\n"
+        marker = {
+            "step": meta.get("step", 0),
+            "tokens": meta.get("tokens", 0),
+            "sequence": 1,
+            "permanent": True,
+        }
+        files = folders.tokenizer_files(tokenizer)
+        folders.seal_folder(partial, sorted(index.headers), index.to_json(), text, files, marker)
+        folders.commit(partial, path)
+    except OSError as error:
+        reason = _reason(error, path.parent, 0) if error.errno != errno.ENOSPC else "the disk is full"
+        raise UserError(
+            f"cannot be written ({reason})", where=str(path), fix="choose another folder"
+        ) from error
+    finally:
+        if partial is not None:
+            folders.abandon(partial)
+    return Checkpoint(path)
+
+
+def _write_parts(partial: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Entry]:
+    written: dict[str, Entry] = {}
+    waiting: list[tuple[str, Tensor]] = []
+    files = size = 0
+
+    def flush() -> None:
+        nonlocal files, size
+        waiting.sort(key=lambda item: -item[1].element_size())
+        records = write_tensors(partial / data_file(files), waiting)
+        for (name, tensor), record in zip(waiting, records, strict=True):
+            shape = tuple(tensor.shape)
+            written[name] = Entry(tensor.dtype, shape, (Chunk((0,) * len(shape), shape, record),))
+        files, size = files + 1, 0
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if name in written or any(name == other for other, _ in waiting):
+            raise ValueError(f"tensor '{name}' comes twice")
+        waiting.append((name, tensor))
+        size += tensor.numel() * tensor.element_size()
+        if size >= PART_BYTES:
+            flush()
+    if waiting:
+        flush()
+    return written

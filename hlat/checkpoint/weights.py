@@ -1,0 +1,123 @@
+"""One way to read weights, whatever holds them: a run, a step folder, a Hugging Face folder or a GGUF
+file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hlat.errors import UserError
+from hlat.model.config import ModelConfig
+from hlat.model.decoder import Decoder
+from hlat.model.init import parameter_shapes
+
+if TYPE_CHECKING:
+    from hlat.data.tokenizer import Tokenizer
+
+PREFIX = "model/"
+"""Before every parameter name in a checkpoint; `optim/…` is the optimizer's."""
+
+
+class WeightSource(Protocol):
+    """Tensors by logical name ("model/embed.weight"), read one at a time.
+
+    path: what was opened.
+    meta: at least "model" (fields of ModelConfig); "huggingface" holds what only Hugging Face's files know,
+    and is there
+        exactly if the weights came from outside (see `hlat.checkpoint.hf`).
+    tokenizer: folder with the tokenizer's files, or None.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    tokenizer: Path | None
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def open_weights(path: str | Path) -> WeightSource:
+    """Opens a run folder (its newest complete checkpoint), a step folder, or a folder in Hugging Face's
+    layout.
+
+    Raises UserError for a path that is none of these.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        raise UserError(
+            "is a GGUF file", where=str(path), fix=f"import it first: hlat convert from-gguf {path} OUT"
+        )
+    if not path.exists():
+        raise UserError(
+            "no such checkpoint",
+            where=str(path),
+            fix="give a run folder, a step folder or a Hugging Face folder",
+        )
+    if (path / "config.json").is_file():
+        from hlat.checkpoint.hf import HFFolder
+
+        return HFFolder(path)
+    from hlat.checkpoint.store import open_checkpoint
+
+    return open_checkpoint(path)
+
+
+def model_config(source: WeightSource) -> ModelConfig:
+    """The configuration of a source's model; raises UserError when its tensors are not exactly that
+    model's."""
+    config = ModelConfig(**source.meta["model"])
+    expected = parameter_shapes(config)
+    found = {name.removeprefix(PREFIX) for name in source.names() if name.startswith(PREFIX)}
+    if missing := sorted(expected.keys() - found):
+        raise UserError(f"{len(missing)} tensors are missing, first {missing[0]}", where=str(source.path))
+    if extra := sorted(found - expected.keys()):
+        raise UserError(
+            f"{len(extra)} tensors do not belong to the model, first {extra[0]}", where=str(source.path)
+        )
+    for name, shape in expected.items():
+        if tuple(source.shape(PREFIX + name)) != shape:
+            what = f"{name} has shape {tuple(source.shape(PREFIX + name))}, the configuration says {shape}"
+            raise UserError(what, where=str(source.path))
+    return config
+
+
+def source_tokenizer(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer that came with the weights, or None."""
+    from hlat.data.tokenizer import load_tokenizer
+
+    if source.tokenizer is not None:
+        return load_tokenizer(source.tokenizer)
+    # The tokenizer of bytes has no files.
+    spec = source.meta.get("recipe", {}).get("data", {}).get("tokenizer")
+    return load_tokenizer("bytes") if spec == "bytes" else None
+
+
+@torch.no_grad()
+def load_model(
+    source: WeightSource,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    change: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+) -> Decoder:
+    """A model with these weights, filled tensor by tensor: peak memory is the model and one tensor.
+
+    Args:
+        dtype: of the model's weights, which is also what it computes in.
+        change: adjusts what does not touch the weights (the attention kernel, max_seq_len).
+    """
+    config = change(model_config(source))
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(source.read(PREFIX + name))
+    return model.eval()

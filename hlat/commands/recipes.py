@@ -1,0 +1,154 @@
+"""`hlat recipes`: list, show, compare and check recipes, and write their JSON schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="recipes that ship with HLAT")
+    show = actions.add_parser("show", help="a recipe with every value resolved; the output is itself a recipe")
+    show.add_argument("recipe", help="file or name")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as for hlat train")
+    show.add_argument("--changed", action="store_true", help="only values that differ from the defaults")
+    compare = actions.add_parser("diff", help="every resolved value in which two recipes differ")
+    compare.add_argument("a", help="file or name")
+    compare.add_argument("b", help="file or name")
+    check = actions.add_parser("check", help="validate recipes; exit code 2 at the first bad one")
+    check.add_argument("recipes", nargs="*", metavar="recipe", help="files or names (default: all that ship with HLAT)")
+    schema = actions.add_parser("schema", help="write the JSON schema that editors complete recipes with")
+    schema.add_argument("--out", metavar="FILE", help="where to (default: standard output)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one action. Raises UserError for a recipe that is wrong."""
+    actions = {"list": _list, "show": _show, "diff": _diff, "check": _check, "schema": _schema}
+    return actions[args.action](args, Console())
+
+
+def description(file: Path) -> str:
+    """The first comment line of a recipe that is not for the editor, without the #."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "yaml-language-server" not in line:
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def summary(recipe: Any) -> list[str]:
+    """Size and length of the run a recipe describes, in a few lines."""
+    tokens = recipe.tokens_per_step
+    total = tokens * recipe.run.steps
+    data = recipe.data
+    return [
+        f"{recipe.model.parameter_count():,} parameters",
+        f"{tokens:,} tokens a step ({data.global_batch} rows of {data.seq_len})",
+        f"{total:,} tokens in {recipe.run.steps:,} steps ({total / recipe.model.parameter_count():.1f} a parameter)",
+        f"fingerprint {recipe.fingerprint()[:16]}",
+    ]
+
+
+def _list(args: argparse.Namespace, console: Console) -> int:
+    from hlat.recipe_io import shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, file in shipped.items():
+        _print(console, Text.assemble((f"{name:<{width}}", "bold cyan"), "  ", description(file)))
+    return 0
+
+
+def _show(args: argparse.Namespace, console: Console) -> int:
+    from hlat.recipe import load
+    from hlat.recipe_io import dump_yaml
+
+    recipe = load(args.recipe, args.overrides)
+    text = "".join(f"# {line}\n" for line in summary(recipe))
+    text += dump_yaml(_without_defaults(recipe)) if args.changed else recipe.to_yaml()
+    if console.is_terminal:
+        console.print(Syntax(text.rstrip(), "yaml", background_color="default", word_wrap=True))
+    else:
+        print(text, end="")
+    return 0
+
+
+def _diff(args: argparse.Namespace, console: Console) -> int:
+    from hlat.recipe import diff, load
+
+    rows = diff(load(args.a), load(args.b))
+    if not rows:
+        _print(console, Text("the same recipe"))
+    width = max((len(key) for key, _, _ in rows), default=0)
+    for key, a, b in rows:
+        _print(console, Text.assemble((f"{key:<{width}}", "bold"), "  ", (_plain(a), "red"), " -> ", (_plain(b), "green")))
+    return 0
+
+
+def _check(args: argparse.Namespace, console: Console) -> int:
+    from hlat.recipe import load
+    from hlat.recipe_io import shipped_recipes
+
+    for name in args.recipes or shipped_recipes():
+        recipe = load(name)
+        what = f"{recipe.model.parameter_count():,} parameters, {recipe.tokens_per_step:,} tokens a step"
+        _print(console, Text.assemble(("ok", "bold green"), f"  {name}: {what}"))
+    return 0
+
+
+def _schema(args: argparse.Namespace, console: Console) -> int:
+    from hlat.errors import UserError
+    from hlat.recipe_schema import schema_text
+
+    if args.out is None:
+        print(schema_text(), end="")
+        return 0
+    try:
+        Path(args.out).write_text(schema_text(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=args.out) from None
+    return 0
+
+
+def _without_defaults(recipe: Any) -> dict[str, Any]:
+    """The resolved values that are not those of a recipe with the same model, data sources and plug-ins and nothing else."""
+    from hlat.recipe import Recipe
+
+    full = recipe.to_dict()
+    minimal: dict[str, Any] = {"run": {"name": recipe.run.name}, "data": {"sources": full["data"]["sources"]}}
+    minimal["model"] = {"preset": recipe.model.preset} if recipe.model.preset else full["model"]
+    named = ("optim", "schedule", "reduce", "method", "objective", "guard")
+    minimal.update({kind: {"name": full[kind]["name"]} for kind in named})
+    plain = Recipe.from_dict(minimal).to_dict()
+    changed: dict[str, Any] = {}
+    for section, values in full.items():
+        if not isinstance(values, dict):
+            if values != plain[section]:
+                changed[section] = values
+            continue
+        stated = minimal.get(section, {})
+        kept = {key: value for key, value in values.items() if key in stated or value != plain[section].get(key)}
+        if kept.keys() - ({"name"} if section in named and kept.get("name") == _default_name(section) else set()):
+            changed[section] = kept
+    return changed
+
+
+def _default_name(section: str) -> Any:
+    from hlat.recipe import Recipe
+
+    return Recipe.model_fields[section].get_default().name
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _print(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True, highlight=False)

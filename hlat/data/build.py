@@ -1,0 +1,246 @@
+"""Building a tokenized folder: work units over processes, resumable, one builder at a time, all or nothing.
+
+Everything is written to `OUT.partial` beside the target and renamed when it is whole. A killed run leaves its finished units
+there and the next one continues; a lock that the system drops with its holder keeps a second builder waiting, who then finds the
+finished folder. Disk trouble removes the partial folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hlat.data import pool
+from hlat.data.lock import locked_folder
+from hlat.data.packed import FORMAT, MANIFEST, SPLITS, VERSION, TokenFolder, disk_error, holdout_threshold, token_dtype, write_json
+from hlat.data.sources import InputFile, Piece, Source, identity, units
+from hlat.data.tokenizer import Tokenizer
+from hlat.errors import UserError
+
+
+@dataclass
+class Built:
+    """What a build did: the folder, and the bytes of text and seconds spent now (0 when it was there already)."""
+
+    folder: Path
+    bytes: int = 0
+    seconds: float = 0.0
+    reused_units: int = 0
+
+
+def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> str:
+    """Hash of all that decides the content of a tokenized folder."""
+    parts = [f"{FORMAT} {VERSION}", tokenizer.identity, f"{holdout_threshold(holdout)}", *(identity(source) for source in sources)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def build(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    holdout: float,
+    workers: int | None = None,
+    key: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Built:
+    """Tokenize the sources, in the order given, into the folder `out`.
+
+    Args:
+        holdout: fraction of the documents to hold out, in [0, 1).
+        workers: processes; all cores unless given.
+        key: `build_key` of the arguments when it is already known.
+        progress: called with (bytes of text done, bytes in the input files).
+
+    Raises UserError: nothing to tokenize, a file that cannot be read, a disk that refuses, `out` taken by something else.
+    """
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix='set "eos_token" in tokenizer_config.json beside it')
+    key = key or build_key(sources, tokenizer, holdout)
+    if _complete(out, key):
+        return Built(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked_folder(out.with_name(f"{out.name}.partial")) as partial:
+            if _complete(out, key):
+                shutil.rmtree(partial)
+                return Built(out)
+            try:
+                return _build_locked(_Job(sources, tokenizer, holdout, key, partial), out, workers, progress)
+            except UserError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise disk_error(error, out) from error
+    except OSError as error:
+        raise disk_error(error, out) from error
+
+
+def _complete(out: Path, key: str) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if (out / MANIFEST).is_file() and TokenFolder(out).manifest.get("key") == key:
+        return True
+    raise UserError(f"'{out}' exists and holds something else", where=str(out), fix="delete it or choose another folder")
+
+
+class _Job:
+    """The work in one partial folder: `job.json` (what the workers read), the tokenizer's copy, the units."""
+
+    def __init__(self, sources: list[Source], tokenizer: Tokenizer, holdout: float, key: str, folder: Path) -> None:
+        self.sources, self.tokenizer, self.holdout, self.key, self.folder = sources, tokenizer, holdout, key, folder
+        self.units: list[tuple[int, list[Piece]]] = [(i, unit) for i, source in enumerate(sources) for unit in units(source)]
+        self.below = holdout_threshold(holdout)
+
+    def prepare(self) -> None:
+        """Write job.json and the tokenizer, after removing what another job left in the folder."""
+        path = self.folder / "job.json"
+        if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == self.key):
+            for item in self.folder.iterdir():
+                if item.is_dir():
+                    shutil.rmtree(item)
+                elif item.name != ".lock":
+                    item.unlink()
+        copies = self.folder / "tokenizer"
+        copies.mkdir(exist_ok=True)
+        for file in self.tokenizer.files():
+            shutil.copyfile(file, copies / file.name)
+        names = [file.name for file in self.tokenizer.files()]
+        write_json(
+            path,
+            {
+                "key": self.key,
+                "tokenizer": f"tokenizer/{names[0]}" if names else self.tokenizer.spec,
+                "tokenizer_identity": self.tokenizer.identity,
+                "sources": [{"text_field": s.text_field, "files": [asdict(file) for file in s.files]} for s in self.sources],
+                "units": [{"source": i, "pieces": [asdict(piece) for piece in pieces]} for i, pieces in self.units],
+            },
+        )
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """The units an earlier, interrupted run completed, with their statistics."""
+        done = {}
+        for number in range(len(self.units)):
+            path = self.folder / f"unit-{number:05d}.json"
+            if path.is_file():
+                done[number] = json.loads(path.read_text(encoding="utf-8"))
+        return done
+
+
+def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[[int, int], None]) -> Built:
+    started = time.perf_counter()
+    job.prepare()
+    done = job.finished()
+    reused = len(done)
+    total, written = sum(source.size for source in job.sources), 0
+
+    def advance(size: int) -> None:
+        nonlocal written
+        written += size
+        progress(written, total)
+
+    todo = [number for number in range(len(job.units)) if number not in done]
+    done |= pool.run(job.folder, todo, job.below, workers, advance)
+    threshold = _threshold_with_both_sides(job, done)
+    if threshold != job.below:
+        moved = [number for number, unit in done.items() if _moves(job.folder, unit, threshold, job.below)]
+        done |= pool.run(job.folder, moved, threshold, workers, lambda size: None)
+    manifest = _manifest(job, [done[number] for number in sorted(done)], threshold)
+    _publish(job, manifest, out)
+    return Built(out, written, time.perf_counter() - started, reused)
+
+
+def _hashes(folder: Path, unit: dict[str, Any]) -> np.ndarray:
+    tables = [np.fromfile(folder / f"{shard['file']}.docs", dtype="<u8").reshape(-1, 3)[:, 2] for shard in unit["shards"].values()]
+    return np.concatenate(tables) if tables else np.zeros(0, dtype="<u8")
+
+
+def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> int:
+    """The held-out threshold, moved only when one side would be empty: then just so far that it gets the nearest document."""
+    counts = {split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values()) for split in SPLITS}
+    if not any(counts.values()):
+        raise _nothing_left(job, done)
+    if not job.holdout or all(counts.values()):
+        return job.below
+    marks = [_hashes(job.folder, unit) for unit in done.values()]
+    smallest = min(int(m.min()) for m in marks if len(m))
+    largest = max(int(m.max()) for m in marks if len(m))
+    if smallest == largest:
+        return 0  # one document (or copies of one): it is trained on, and the manifest shows that nothing is held out
+    return smallest + 1 if not counts["holdout"] else largest
+
+
+def _moves(folder: Path, unit: dict[str, Any], threshold: int, before: int) -> bool:
+    """Whether a document of the unit changes sides."""
+    marks = _hashes(folder, unit)
+    return bool(((marks < np.uint64(threshold)) != (marks < np.uint64(before))).any())
+
+
+def _nothing_left(job: _Job, done: dict[int, dict[str, Any]]) -> UserError:
+    dropped = _dropped(list(done.values()))
+    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in dropped.items()) or "no records"
+    return UserError(f"no document could be read ({reasons})", where=", ".join(source.label for source in job.sources), fix="name a source with UTF-8 text")
+
+
+def _dropped(finished: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for unit in finished:
+        for reason, entry in unit["dropped"].items():
+            into = merged.setdefault(reason, {"count": 0, "examples": []})
+            into["count"] += entry["count"]
+            into["examples"] = (into["examples"] + entry["examples"])[:3]
+    return merged
+
+
+def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict[str, Any]:
+    shards = {split: [unit["shards"][split] for unit in finished if split in unit["shards"]] for split in SPLITS}
+    totals = {split: {what: sum(shard[what] for shard in shards[split]) for what in ("documents", "tokens", "bytes")} for split in SPLITS}
+    tokenizer = job.tokenizer
+    names = [file.name for file in tokenizer.files()]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "key": job.key,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "tokenizer": {
+            "spec": names[0] if names else tokenizer.spec,
+            "identity": tokenizer.identity,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        "sources": [{"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped} for s in job.sources],
+        "holdout": job.holdout,
+        "holdout_below": threshold,
+        "totals": totals,
+        "dropped": _dropped(finished),
+        "shards": shards,
+    }
+
+
+def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
+    keep = {f"{shard['file']}{suffix}" for split in SPLITS for shard in manifest["shards"][split] for suffix in (".bin", ".docs")}
+    for item in job.folder.iterdir():
+        if item.is_file() and item.name not in keep and item.name != ".lock":
+            item.unlink()
+    write_json(job.folder / MANIFEST, manifest)
+    TokenFolder(job.folder)  # every size is right before the folder gets its name
+    try:
+        os.rename(job.folder, out)
+    except OSError as error:
+        # Where the file system has no locks two builders may finish; the first one's folder is as good as ours.
+        if not (out / MANIFEST).is_file():
+            raise disk_error(error, out) from error
+        shutil.rmtree(job.folder)
+
+
+__all__ = ["Built", "InputFile", "build", "build_key"]

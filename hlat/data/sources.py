@@ -1,0 +1,242 @@
+"""Where documents come from: a source is resolved to an ordered list of files, its content identity and its work units.
+
+Nothing here reads text; `readers.py` does. Everything is a function of the files alone (never of the number of workers), so the
+shards built from a source are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hlat.errors import UserError, missing_extra
+
+FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
+MANIFEST = "manifest.json"
+STDLIB = "python-stdlib"
+# Up to this size a source is identified by its content (about 0.2 s to hash); above it by path, size and modification time.
+HASH_CONTENT_LIMIT = 256 * 2**20
+# A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64 MiB of text in large ones.
+UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source: absolute path, name relative to the source's root (always with `/`), kind, size in bytes."""
+
+    path: str
+    name: str
+    kind: FileKind
+    size: int
+
+
+@dataclass
+class Source:
+    """A resolved source. `skipped` counts what was found and not taken, by reason."""
+
+    label: str
+    files: list[InputFile]
+    text_field: str = "text"
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk of all files."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one file: all of it (`text`, `jsonl.gz`), bytes (`jsonl`), row groups (`parquet`) or rows (`arrow`), start <= i < stop."""
+
+    file: int
+    start: int
+    stop: int
+    size: int
+
+
+def tokenized_folder(path: str | Path | None) -> Path | None:
+    """The path if it is the output of `hlat data tokenize` (it holds a manifest.json), else None."""
+    folder = Path(path).expanduser() if path else None
+    return folder if folder and (folder / MANIFEST).is_file() else None
+
+
+def resolve_source(
+    *, path: str | Path | None = None, dataset: str | None = None, text_field: str = "text", where: str = "source"
+) -> Source:
+    """The files of a source.
+
+    Args:
+        path: a file or a folder (read recursively, in sorted order).
+        dataset: `python-stdlib`, or a Hugging Face dataset `name[:config][@split]` (split `train` unless given; extra `data`).
+        text_field: the column or key that holds the text of jsonl, parquet and arrow records.
+        where: the key to name in errors.
+
+    Raises UserError when the source is missing or holds no file.
+    """
+    if (path is None) == (dataset is None):
+        raise UserError("a source needs exactly one of 'path' and 'dataset'", where=where)
+    if dataset == STDLIB:
+        source = _stdlib()
+    elif dataset is not None:
+        source = _huggingface(dataset, where)
+    else:
+        source = _from_path(Path(str(path)).expanduser(), where)
+    source.text_field = text_field
+    if not source.files:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
+        raise UserError(
+            f"no text in '{source.label}'" + (f" ({reasons})" if reasons else ""), where=where, fix="name a folder or file that holds text"
+        )
+    return source
+
+
+def identity(source: Source) -> str:
+    """Hash (hex sha256) of what the source holds; the key of the cache.
+
+    Sources up to 256 MiB are hashed by name and content, larger ones by name, size and modification time of every file: a file
+    changed in place without a new modification time is then not noticed. The root's own path does not enter.
+    """
+    by_content = source.size <= HASH_CONTENT_LIMIT
+    digest = hashlib.sha256(f"{'content' if by_content else 'stat'} {source.text_field}\n".encode())
+    for file in source.files:
+        if by_content:
+            try:
+                mark = hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it") from error
+        else:
+            mark = str(os.stat(file.path).st_mtime_ns)
+        digest.update(f"{file.name}\0{file.kind}\0{file.size}\0{mark}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def units(source: Source) -> list[list[Piece]]:
+    """The source cut into work units of about equal size, in order; the same on every machine."""
+    wanted = min(max(source.size // UNITS_WANTED, UNIT_BYTES_MIN), UNIT_BYTES_MAX)
+    result: list[list[Piece]] = []
+    current: list[Piece] = []
+    filled = 0
+    for index, file in enumerate(source.files):
+        for piece in _pieces(index, file, wanted):
+            if current and filled + piece.size > wanted:
+                result.append(current)
+                current, filled = [], 0
+            current.append(piece)
+            filled += piece.size
+    return [*result, current] if current else result
+
+
+def _pieces(index: int, file: InputFile, wanted: int) -> Iterator[Piece]:
+    if file.kind == "jsonl":
+        for start in range(0, file.size, wanted):
+            stop = min(start + wanted, file.size)
+            yield Piece(index, start, stop, stop - start)
+    elif file.kind in ("parquet", "arrow"):
+        from hlat.data.readers import columnar_parts
+
+        yield from (Piece(index, start, stop, size) for start, stop, size in columnar_parts(file, wanted))
+    else:
+        yield Piece(index, 0, file.size, file.size)
+
+
+def kind_of(name: str) -> FileKind:
+    """The kind of a file by its name; whatever is not a known container is plain text."""
+    lower = name.lower()
+    for suffix, kind in ((".jsonl.gz", "jsonl.gz"), (".jsonl", "jsonl"), (".ndjson", "jsonl"), (".parquet", "parquet"), (".arrow", "arrow")):
+        if lower.endswith(suffix):
+            return kind  # type: ignore[return-value]
+    return "text"
+
+
+def _from_path(path: Path, where: str) -> Source:
+    if not path.exists():
+        raise UserError(f"no such file or folder: '{path}'", where=where, fix="correct the path")
+    try:
+        if path.is_file():
+            size = path.stat().st_size
+            files = [InputFile(str(path.absolute()), path.name, kind_of(path.name), size)] if size else []
+            return Source(str(path), files, skipped={} if size else {"empty file": 1})
+        if (path / "dataset_dict.json").is_file():
+            raise UserError(f"'{path}' holds several splits", where=where, fix=f"name one, such as '{path / 'train'}'")
+        return _from_folder(path, str(path), python_only=False)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror})", where=where, fix="make it readable") from error
+
+
+def _from_folder(root: Path, label: str, python_only: bool) -> Source:
+    files: list[InputFile] = []
+    skipped: dict[str, int] = {}
+
+    def skip(reason: str) -> None:
+        skipped[reason] = skipped.get(reason, 0) + 1
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    # The files with which Hugging Face `datasets` describes a saved folder of arrow files are not text of the data set.
+    saved_dataset = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
+    for folder, subfolders, names in os.walk(root, onerror=failed):
+        for name in list(subfolders):
+            reason = _folder_reason(folder, name, python_only)
+            if reason:
+                subfolders.remove(name)
+                skip(reason)
+        for name in names:
+            path = os.path.join(folder, name)
+            if python_only and not name.endswith(".py"):
+                continue
+            if name.startswith("."):
+                skip("hidden file")
+            elif not os.path.isfile(path):
+                skip("not a regular file")
+            elif saved_dataset and folder == str(root) and name in ("state.json", "dataset_info.json"):
+                skip("description of a saved data set")
+            elif not (size := os.path.getsize(path)):
+                skip("empty file")
+            else:
+                files.append(InputFile(os.path.abspath(path), os.path.relpath(path, root).replace(os.sep, "/"), kind_of(name), size))
+    files.sort(key=lambda file: file.name)
+    return Source(label, files, skipped=dict(sorted(skipped.items())))
+
+
+def _folder_reason(parent: str, name: str, python_only: bool) -> str:
+    if python_only and name in ("site-packages", "dist-packages"):
+        return "folder of installed packages"
+    if python_only and name in ("test", "tests", "idle_test"):
+        return "test folder"
+    if name == "__pycache__" or name.startswith("."):
+        return "hidden or cache folder"
+    return "link to a folder" if os.path.islink(os.path.join(parent, name)) else ""
+
+
+def _stdlib() -> Source:
+    """The *.py files of the running Python's standard library, one document each.
+
+    Test folders are left out: most Linux distributions and container images do not install them, so with them the same recipe
+    would train on different text from one machine to the next.
+    """
+    return _from_folder(Path(sysconfig.get_path("stdlib")), STDLIB, python_only=True)
+
+
+def _huggingface(dataset: str, where: str) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra("datasets", "data", f"the data set '{dataset}'") from error
+    name, _, split = dataset.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
+        raise UserError(f"data set '{dataset}' cannot be loaded ({error})", where=where, fix="check name, config and @split") from error
+    files = []
+    for entry in loaded.cache_files:
+        path = entry["filename"]
+        files.append(InputFile(path, os.path.basename(path), "arrow", os.path.getsize(path)))
+    return Source(dataset, files)

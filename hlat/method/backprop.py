@@ -1,0 +1,36 @@
+"""First-order training: gradients by backpropagation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hlat.registry import register
+
+if TYPE_CHECKING:
+    from hlat.data.batch import Batch
+    from hlat.train.run import Run
+
+
+@register("method", "backprop")
+class Backprop:
+    """Loss, backward, reduce, clip, guard, update, publish."""
+
+    def step(self, run: Run, batches: list[Batch], tokens: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on the micro-batches of a global batch.
+
+        Args:
+            run: the parts of the run.
+            batches: this rank's micro-batches, on the device.
+            tokens: int64 (): targets in the global batch.
+
+        Returns:
+            `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`; device scalars.
+        """
+        loss = run.backend.all_reduce(run.engine.forward_backward(batches, tokens))
+        shards = run.reducer.reduce(run.buckets)
+        norm, clip = run.clip(shards)
+        keep = run.guard(loss, norm)
+        run.update(shards, keep, clip)
+        return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.guard.metrics()}

@@ -1,0 +1,173 @@
+"""Causal self-attention with grouped key/value heads.
+
+Shapes: B rows, S positions, T keys, H query heads, G key/value heads, K head size, D hidden size. Every count
+of heads is read from the tensors, so a rank that holds a part of the heads runs the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlat.model.blocked_attention import MAX_POSITIONS, blocked_attention
+from hlat.model.rope import rotate
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see, when that is not simply "all earlier positions" (then the mask is None).
+
+    allowed: bool (B or 1, 1, S, T), True where query s may see key t; already causal.
+    documents: int (B, S), the numbers `allowed` was made of, for kernels that work on them directly; None
+    with a cache.
+    """
+
+    allowed: Tensor
+    documents: Tensor | None = None
+
+
+def document_mask(documents_BS: Tensor) -> Mask:
+    """Causal attention inside equal document numbers. documents_BS: int (B, S)."""
+    S = documents_BS.shape[1]
+    same = documents_BS[:, :, None] == documents_BS[:, None, :]
+    causal = torch.ones(S, S, dtype=torch.bool, device=documents_BS.device).tril()
+    return Mask((same & causal)[:, None], documents_BS)
+
+
+class LayerCache:
+    """Keys and values of one layer for at most T positions, of fixed shape (B, T, G, K)."""
+
+    def __init__(self, k_BTGK: Tensor, v_BTGK: Tensor) -> None:
+        self.k, self.v = k_BTGK, v_BTGK
+
+    def update(self, slots_S: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes S new keys and values at the given positions and returns all T of them (the unwritten ones
+        are masked by the caller)."""
+        self.k.index_copy_(1, slots_S, k_BSGK)
+        self.v.index_copy_(1, slots_S, v_BSGK)
+        return self.k, self.v
+
+
+class KVCache:
+    """Static key/value cache for generation: shapes never change, so a compiled or traced step is reused for
+    every token.
+
+    All rows of a batch share their positions.
+
+    Args:
+        layers, kv_heads, head_dim: of the model.
+        batch, length: B and T, the most positions that will be fed.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        length: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch, length, kv_heads, head_dim)
+        self.length = length
+        self.layers = {
+            str(i): LayerCache(
+                torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+            )
+            for i in range(layers)
+        }
+
+    def mask(self, positions_BS: Tensor) -> Mask:
+        """A query at position p sees the keys at positions 0 … p."""
+        keys_T = torch.arange(self.length, device=positions_BS.device)
+        return Mask((keys_T[None, None, :] <= positions_BS[:1, :, None])[:, None])
+
+
+def plain_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask | None) -> Tensor:
+    """Matmul, fp32 softmax, matmul: what HLAT ran on Trainium, and the reference for every other kernel.
+    Returns (B, S, H, K)."""
+    B, S, H, K = q_BSHK.shape
+    T, G = k_BTGK.shape[1], k_BTGK.shape[2]
+    # Query heads that share a key head become one longer query, so that keys are never copied.
+    q = q_BSHK.transpose(1, 2).reshape(B, G, H // G * S, K)
+    k, v = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+    scores = (q @ k.transpose(-1, -2)).view(B, G, H // G, S, T).float() / math.sqrt(K)
+    if mask is None:
+        allowed = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
+    else:
+        allowed = mask.allowed[:, :, None]
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(v.dtype)
+    out = weights.view(B, G, H // G * S, T) @ v
+    return out.view(B, H, S, K).transpose(1, 2)
+
+
+def flash_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask | None) -> Tensor:
+    """PyTorch's fused attention: never holds the (S, T) scores. Returns (B, S, H, K)."""
+    q, k, v = q_BSHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+class CoreAttention(nn.Module):
+    """softmax(q·k/√K)·v on plain tensors: no weights and no communication, so that selective recompute can
+    wrap it.
+
+    Args:
+        kind: `plain`; `flash`; or `auto`: blocks of queries on a CPU (flash for long rows), flash on CUDA,
+            plain elsewhere, where XLA's compiler fuses it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask | None = None) -> Tensor:
+        """q (B, S, H, K), k and v (B, T, G, K), H a multiple of G; mask None = causal with T = S. Returns (B,
+        S, H, K) in q's dtype."""
+        device, S, T = q_BSHK.device.type, q_BSHK.shape[1], k_BTGK.shape[1]
+        if self.kind == "plain" or (self.kind == "auto" and device not in ("cpu", "cuda")):
+            return plain_attention(q_BSHK, k_BTGK, v_BTGK, mask)
+        if self.kind == "auto" and device == "cpu" and 1 < S == T <= MAX_POSITIONS:
+            return blocked_attention(q_BSHK, k_BTGK, v_BTGK, None if mask is None else mask.allowed)
+        return flash_attention(q_BSHK, k_BTGK, v_BTGK, mask)
+
+
+class Attention(nn.Module):
+    """Projections, rotation, core attention and output projection, no biases."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, kind: str) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.core = CoreAttention(kind)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask | None = None,
+        cache: LayerCache | None = None,
+        slots_S: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D). `rope` = cos and sin from `Rope`; with a cache, `slots_S` says where the
+        new keys go."""
+        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+        # From q, not from x: under sequence parallelism x is a part of the sequence, q is all of it.
+        B, S = q.shape[0], q.shape[1]
+        q = rotate(q.view(B, S, -1, self.head_dim), *rope)
+        k = rotate(k.view(B, S, -1, self.head_dim), *rope)
+        v = v.view(B, S, -1, self.head_dim)
+        if cache is not None and slots_S is not None:
+            k, v = cache.update(slots_S, k, v)
+        return self.o(self.core(q, k, v, mask).reshape(B, S, -1))

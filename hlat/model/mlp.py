@@ -1,0 +1,29 @@
+"""SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedProduct(nn.Module):
+    """silu(gate) * up. A module of its own, without weights, so that selective recompute can wrap it."""
+
+    def forward(self, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
+        """Two tensors (B, S, F) -> one, same dtype."""
+        return F.silu(gate_BSF) * up_BSF
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with hidden size D and inner size F, no biases."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, ffn, bias=False)
+        self.up = nn.Linear(hidden, ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden, bias=False)
+        self.product = GatedProduct()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return self.down(self.product(self.gate(x_BSD), self.up(x_BSD)))

@@ -1,0 +1,229 @@
+"""What a person sees while a run trains: a live display on a terminal, plain aligned lines in a log file."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hlat.observe.progress import Progress, sparkline
+from hlat.observe.text import duration, fixed, percent, rate, scientific
+
+Lines = Sequence[str | tuple[str, str]]
+_REFRESH_HZ = 2  # redrawn by rich's thread; 2 a second keeps its share of a small machine under half a percent
+_MAX_WIDTH = 110
+
+
+class Console:
+    """Progress of one run; a metric sink (`row`, `close`) that also takes events.
+
+    Args:
+        total_steps: the step at which the run ends.
+        first_step: steps already done (a resumed run).
+        name: the run's name, shown beside the bar.
+        mfu_note: what MFU is measured against ("a measured 0.62 TFLOP/s").
+        interval: least seconds between two plain step lines.
+        stream: where to write (default: stdout). A terminal gets the live display.
+        clock: seconds, monotonic. stamp: the time a plain line starts with.
+        rich: a rich console to draw on (tests, recordings).
+
+    Nothing here waits for the device: rows arrive when the metric buffer has fetched them.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        name: str = "",
+        mfu_note: str = "",
+        interval: float = 5.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        stamp: Callable[[], str] = lambda: time.strftime("%m-%d %H:%M:%S"),
+        rich: RichConsole | None = None,
+    ) -> None:
+        self._rich = rich or RichConsole(file=stream or sys.stdout, highlight=False, soft_wrap=stream is not None)
+        self._name, self._mfu_note, self._interval = name, mfu_note, interval
+        self._clock, self._stamp = clock, stamp
+        self.progress = Progress(total_steps, first_step, started=clock())
+        self._printed: float | None = None
+        self._printed_step = -1
+        self._closed = False
+        self._live: Live | None = None
+        self.is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal and _draws_blocks(self._rich)
+
+    def banner(self, lines: Lines) -> None:
+        """Print what was chosen and why; a pair is a name and its value, aligned."""
+        width = max((len(line[0]) for line in lines if not isinstance(line, str)), default=0)
+        for line in lines:
+            if isinstance(line, str):
+                self._print(Text(line, style="bold"))
+            else:
+                self._print(Text.assemble((f"{line[0]:<{width}}  ", "dim" if self.is_live else ""), line[1]))
+        self._print(Text())
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Take a metric row. Held-out results are always printed, steps only every few seconds on a plain stream."""
+        now = self._clock()
+        if row.get("kind") == "eval":
+            self.progress.evaluated(row)
+            self._event(_eval_text(row))
+        elif row.get("kind") == "train":
+            self.progress.train(row, now)
+            if self.is_live:
+                self._start_live()
+            elif self._printed is None or now - self._printed >= self._interval:
+                self._print_step(now)
+
+    def checkpoint(self, step: int) -> None:
+        """Note that the checkpoint of `step` is complete."""
+        self.progress.checkpoint = (step, self._clock())
+        self._event(f"checkpoint of step {step:,} saved")
+
+    def event(self, text: str) -> None:
+        """Print a line about something that happened."""
+        self._event(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line about something that may be wrong."""
+        self._event(text, Text("warning: ", style="yellow bold"))
+
+    def close(self, summary: Lines = ()) -> None:
+        """End the display, leaving its last state on the screen, and print the summary. Later calls do nothing.
+
+        Safe in a `finally` after Ctrl-C: the cursor and the terminal's mode come back.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_live()
+        if not self.is_live and self.progress.last and self._printed_step != self.progress.step:
+            self._print_step(self._clock())
+        if summary:
+            self._print(Text())
+            self.banner(summary)
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _event(self, text: str, prefix: Text | str = "") -> None:
+        self._print(Text.assemble((f"{self._stamp()}  ", "dim" if self.is_live else ""), prefix, text))
+
+    def _print(self, text: Text) -> None:
+        if self.is_live:
+            self._rich.print(text)
+        else:  # one line each whatever the width: log files are read with grep
+            self._rich.file.write(f"{text.plain.rstrip()}\n")
+            self._rich.file.flush()
+
+    def _print_step(self, now: float) -> None:
+        self._printed, self._printed_step = now, self.progress.step
+        self._event(step_line(self.progress))
+
+    def _start_live(self) -> None:
+        if self._live is None and not self._closed:
+            self._live = Live(
+                get_renderable=self._draw, console=self._rich, refresh_per_second=_REFRESH_HZ, vertical_overflow="crop"
+            )
+            self._live.start(refresh=True)
+            atexit.register(self._stop_live)
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self._stop_live)
+
+    def _draw(self) -> RenderableType:
+        return draw(self.progress, self._clock(), min(self._rich.width, _MAX_WIDTH), self._name, self._mfu_note)
+
+
+def draw(state: Progress, now: float, width: int, name: str = "", mfu_note: str = "") -> RenderableType:
+    """The live display: a bar, the loss with its curve over the run, three columns of values, a note."""
+    left, row = state.seconds_left(), state.last
+    share = f"{100 * state.step / max(state.total, 1):.0f} %"
+    times = f"{duration(now - state.started)}" + ("" if left is None else f" + {duration(left)} left")
+    head = Table.grid(padding=(0, 1), expand=True)
+    head.width = width
+    for ratio in (None, 1, None, None, None):
+        head.add_column(no_wrap=True, ratio=ratio)
+    head.add_row(
+        Text(name or "training", style="bold"),
+        ProgressBar(max(state.total, 1), state.step, style="bright_black", complete_style="cyan"),
+        Text.assemble((f"{state.step:,}", "bold"), (f"/{state.total:,}", "dim")),
+        Text(share, style="cyan"),
+        Text(times),
+    )
+    loss = Text.assemble(("loss      ", "dim"), (fixed(state.loss.value), "bold"))
+    now_loss = Text.assemble(("  now ", "dim"), fixed(row.get("loss")))
+    loss.append("  " + sparkline(state.trace.values(), max(8, width - len(loss) - len(now_loss) - 2)), style="cyan")
+    loss.append_text(now_loss)
+    note = Text.assemble(("skipped   ", "dim"), (f"{state.skipped:<11}", "yellow bold" if state.skipped else ""))
+    note.append(f"MFU against {mfu_note}" if mfu_note else "", style="dim")
+    lines = [loss, *_values(state, now, width), note]
+    for line in lines:
+        line.no_wrap = True
+        line.truncate(width, overflow="ellipsis")
+    return Group(head, *lines)
+
+
+def _values(state: Progress, now: float, width: int) -> list[Text]:
+    """The named values in three aligned columns, in two on a narrow terminal."""
+    row, held, saved = state.last, "-", "no checkpoint yet"
+    if state.held_out:
+        held = f"{fixed(state.held_out[1].get('bits_per_byte'))} bits/byte, step {state.held_out[0]:,}"
+    if state.checkpoint:
+        saved = f"step {state.checkpoint[0]:,}, {duration(now - state.checkpoint[1])} ago"
+    speed = [("tokens/s", rate(state.per_second.value)), ("MFU", percent(state.mfu.value))]
+    update = [("grad norm", fixed(row.get("grad_norm"), 3)), ("lr", scientific(row.get("lr")))]
+    kept = [("held-out", held), ("saved", saved)]
+    if width >= 72:
+        lines = [[speed[0], update[0], kept[0]], [speed[1], update[1], kept[1]]]
+    else:
+        lines = [[speed[0], update[0]], [speed[1], update[1]], [kept[0]], [kept[1]]]
+    return [Text.assemble(*_cells(cells)) for cells in lines]
+
+
+def _cells(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [part for name, value in cells for part in ((f"{name:<10}", "dim"), (f"{value:<11}", ""))]
+
+
+def step_line(state: Progress) -> str:
+    """One step as a line of a log: fixed columns, smoothed loss first, rare values only when they say something."""
+    row, digits, left = state.last, len(str(state.total)), state.seconds_left()
+    parts = [
+        f"step {state.step:>{digits}}/{state.total}",
+        f"loss {fixed(state.loss.value):>8} (now {fixed(row.get('loss')):>8})",
+        f"grad {fixed(row.get('grad_norm'), 3):>7}",
+        f"lr {scientific(row.get('lr'))}",
+        f"{rate(state.per_second.value):>9} tok/s",
+        f"mfu {percent(state.mfu.value):>6}",
+        f"eta {'-' if left is None else duration(left)}",
+    ]
+    if state.skipped:
+        parts.append(f"skipped {state.skipped}")
+    return "  ".join(parts)
+
+
+def _eval_text(row: Mapping[str, Any]) -> str:
+    text = f"held-out at step {int(row['step']):,}: loss {fixed(row.get('loss'))}"
+    bits = row.get("bits_per_byte")
+    return text if bits is None else f"{text}, {fixed(bits)} bits per byte"
+
+
+def _draws_blocks(console: RichConsole) -> bool:
+    """Whether the stream's encoding has the sparkline's characters (a legacy terminal gets plain lines)."""
+    return console.encoding.lower().replace("-", "").startswith("utf")

@@ -1,0 +1,114 @@
+"""What a run ran on: versions, machine, threads and the environment variables that change behaviour, never secrets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hlat
+
+_PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|JWT", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+_PACKAGES = (
+    "torch numpy pydantic safetensors tokenizers sentencepiece transformers datasets triton "
+    "torch-xla torch-neuronx neuronx-distributed neuronx-cc libneuronxla"
+).split()
+
+
+def describe() -> dict[str, Any]:
+    """The environment of this process as JSON-ready data; a fact that cannot be found is None or left out."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hlat": hlat.__version__,
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git": git_state(Path.cwd()),
+        "host": socket.gethostname(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"name": cpu_name(), "count": os.cpu_count(), "usable": _usable_cpus(), "memory_gib": _memory_gib()},
+        **_torch_facts(),
+        "variables": variables(os.environ),
+    }
+
+
+def variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with a prefix that matters (NEURON_, XLA_, OMP_, NCCL_, SLURM_), sorted.
+
+    A name that smells of a secret is dropped, and so is the login part of a URL in a value.
+    """
+    return {
+        name: _URL_LOGIN.sub(r"\1", environ[name])
+        for name in sorted(environ)
+        if name.startswith(_PREFIXES) and not _SECRET.search(name)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result; absent ones are left out."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """`{commit, dirty}` of the repository around `folder`; None when there is none, or no git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "core.fsmonitor=false", *arguments]
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cpus() -> int | None:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _torch_facts() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
+    }

@@ -1,0 +1,160 @@
+"""`metrics.jsonl`: one JSON object a line, appended in whole lines, readable after a crash at any byte."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hlat.errors import UserError
+
+Row = dict[str, Any]
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity, at any depth, replaced by None: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """The row as one line. Floats keep every digit (Python's repr), so reading gives the same bits."""
+    return json.dumps(finite(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a metrics file in file order; lines that are not a JSON object (torn by a crash) are passed over.
+
+    Raises FileNotFoundError when the file is missing.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            row = _decode(line)
+            if row is not None:
+                yield row
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Remove every row whose `step` is greater than `step`, and torn lines; rows without a step stay.
+
+    The file is rewritten beside itself and renamed, so a crash leaves either the old or the new one.
+
+    Returns:
+        The number of lines removed; 0, without touching the file, when there is nothing to remove or no file.
+    """
+    if not path.exists():
+        return 0
+    kept, removed = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            row = _decode(line)
+            if row is None or _is_after(row, step):
+                removed += 1
+            else:
+                kept.append(line)
+    if removed:
+        replace_file(path, b"".join(kept))
+    return removed
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file so that a reader, or a crash, meets either the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class MetricsFile:
+    """Appends rows to `metrics.jsonl`. Rows wait in memory until `flush`, which writes them with one call.
+
+    Opening cuts off a last line that a crash tore. A write that fails part-way (full disk) is undone, so the file
+    never holds half a row, and raises UserError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[bytes] = []
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise _write_error(path, error) from error
+        self._cut_torn_line()
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Queue one row."""
+        self._waiting.append(encode(row))
+
+    def flush(self) -> None:
+        """Append the queued rows. Raises UserError when the disk is full or the file cannot be written."""
+        if not self._waiting:
+            return
+        block = memoryview(b"".join(self._waiting))
+        self._waiting.clear()
+        size = os.fstat(self._file).st_size
+        try:
+            while block:
+                block = block[os.write(self._file, block) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise _write_error(self.path, error) from error
+
+    def close(self) -> None:
+        """Flush and close; calling it again does nothing."""
+        if self._file < 0:
+            return
+        try:
+            self.flush()
+        finally:
+            os.close(self._file)
+            self._file = -1
+
+    def _cut_torn_line(self) -> None:
+        size = os.fstat(self._file).st_size
+        end = size
+        while end:  # read backwards: the torn line may be longer than one block
+            start = max(0, end - 65536)
+            newline = os.pread(self._file, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != size:
+            os.ftruncate(self._file, end)
+
+
+def _decode(line: bytes) -> Row | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _is_after(row: Row, step: int) -> bool:
+    number = row.get("step")
+    return isinstance(number, (int, float)) and number > step
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write metrics ({error.strerror})", where=str(path), fix="free disk space or make it writable"
+    )

@@ -1,0 +1,135 @@
+"""The run folder: everything a run leaves behind, in one place that may be moved, copied and resumed.
+
+`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`; see docs/run-folder.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hlat.errors import UserError
+from hlat.observe import environment
+from hlat.observe.jsonl import replace_file
+from hlat.observe.lock import Lock
+from hlat.observe.sinks import METRICS_FILE
+
+_FOLDERS = ("logs", "checkpoints", "profile")
+
+
+class RunFolder:
+    """Paths of a run folder. Making one touches no file; `start` does."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.recipe = self.path / "recipe.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / METRICS_FILE
+        self.logs, self.checkpoints, self.profile = (self.path / name for name in _FOLDERS)
+        self._lock: Lock | None = None
+        self._created: list[Path] = []
+
+    def check(self) -> None:
+        """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
+        existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise self._error(f"{existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise self._error(f"no permission to write in {existing}")
+
+    def start(
+        self, recipe_text: str, resolved_text: str, *, description: Mapping[str, Any] | None = None
+    ) -> RunFolder:
+        """Create the folder, or continue in it, and hold its lock until `close`. Only the first rank calls this.
+
+        Args:
+            recipe_text: the user's recipe file, kept verbatim as recipe.yaml.
+            resolved_text: the recipe with bases, overrides and defaults resolved, kept as resolved.yaml.
+            description: this start's entry of environment.json (default: `environment.describe()`).
+
+        A start in an existing folder replaces both recipes; a text that differs from the new one moves to
+        `logs/<name>-until-start-<n>.yaml`. Raises UserError when the folder cannot be written or another process
+        trains in it; then a folder that this call has created is gone again.
+        """
+        self.check()
+        try:
+            self._create()
+            self._lock = Lock(self.path)
+            for name in _FOLDERS:
+                (self.path / name).mkdir(exist_ok=True)
+            starts = self.starts()
+            _replace_text(self.recipe, recipe_text, self.logs, len(starts))
+            _replace_text(self.resolved, resolved_text, self.logs, len(starts))
+            starts.append(dict(description) if description is not None else environment.describe())
+            replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
+        except OSError as error:
+            self.abandon()
+            raise self._error(error.strerror or str(error)) from error
+        except BaseException:
+            self.abandon()
+            raise
+        return self
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, one for each start, oldest first; empty when there is no readable file."""
+        try:
+            starts = json.loads(self.environment.read_text())["starts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
+
+    def close(self) -> None:
+        """Give the folder back; calling it again does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def abandon(self) -> None:
+        """Close, and remove the folder if this process created it and nothing was trained in it.
+
+        For a mistake that shows only after `start` (data, tokenizer): no folder stays behind.
+        """
+        trained = self.metrics.exists() and self.metrics.stat().st_size > 0
+        trained = trained or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        self.close()
+        if self._created and not trained:
+            if self._created[0] == self.path:
+                shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._created[1:]:
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break  # somebody else put something there
+        self._created = []
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _create(self) -> None:
+        missing = [parent for parent in (self.path, *self.path.parents) if not parent.exists()]
+        for folder in reversed(missing):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue  # another process was faster; the lock decides between the two
+            self._created.insert(0, folder)
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f"cannot use the run folder: {what}", where=str(self.path), fix="choose another run.dir")
+
+
+def _replace_text(path: Path, text: str, archive: Path, start: int) -> None:
+    if path.exists():
+        old = path.read_bytes()
+        if old == text.encode():
+            return
+        replace_file(archive / f"{path.stem}-until-start-{start}{path.suffix}", old)
+    replace_file(path, text.encode())

@@ -1,0 +1,82 @@
+"""Where metric rows go. `jsonl` is always there; `tensorboard` on request; other packages register their own.
+
+A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for a fresh
+one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and `close()`; a method
+`flush()`, if there is one, is called after each window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hlat.errors import missing_extra
+from hlat.observe.jsonl import MetricsFile, truncate_after
+from hlat.registry import lookup, register
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """A receiver of metric rows."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Take one row: `kind`, `step` and values as in metrics.jsonl; None stands for a value that is not finite."""
+
+    def close(self) -> None:
+        """Write what is left and let go of files and connections."""
+
+
+@register("sink", "jsonl")
+class JsonlSink(MetricsFile):
+    """Appends rows to `metrics.jsonl` of the run folder; rows after `after_step` are removed first."""
+
+    def __init__(self, folder: Path, after_step: int = 0) -> None:
+        truncate_after(folder / METRICS_FILE, after_step)
+        super().__init__(folder / METRICS_FILE)
+
+
+@register("sink", "tensorboard")
+class TensorBoardSink:
+    """Writes every number of a row as a scalar named `kind/name` to `logs/tensorboard`.
+
+    Raises UserError when the extra `track` is not installed.
+    """
+
+    def __init__(self, folder: Path, after_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra("tensorboard", "track", "log.tensorboard") from error
+        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(folder / "logs" / "tensorboard"), purge_step=after_step + 1 if after_step else None
+        )
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Add the row's numbers; values that are None are left out."""
+        for name, value in row.items():
+            if name not in ("kind", "step") and isinstance(value, (bool, int, float)):
+                self._writer.add_scalar(f"{row['kind']}/{name}", float(value), row["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def open_sinks(names: Sequence[str], folder: Path, after_step: int = 0) -> list[Sink]:
+    """The sinks of a run: `jsonl`, then the named ones.
+
+    Raises UserError for an unknown name (with the nearest one) or a sink whose package is missing.
+    """
+    wanted = [*(name for name in names if name != "jsonl"), "jsonl"]
+    makers = [lookup("sink", name, where="log") for name in wanted]
+    opened: list[Sink] = []
+    try:
+        for make in makers:  # jsonl last: it drops rows, which must not happen when another sink cannot be made
+            opened.append(make(folder, after_step))
+    except BaseException:
+        for sink in opened:
+            sink.close()
+        raise
+    return opened[::-1]

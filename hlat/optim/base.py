@@ -1,0 +1,148 @@
+"""What HLAT asks of an optimizer, and the base class of the elementwise ones.
+
+Any `torch.optim.Optimizer` works. HLAT's own derive from `Elementwise`, which adds, without a copy of the parameters:
+
+* `keep`: a bool tensor () from the guard. False leaves parameters, moments and the step counter bitwise as they were: a select, so
+  a NaN in the rejected update cannot leak through.
+* `clip`: the factor () of global-norm clipping, applied to the gradient on the way in.
+* low-precision storage: arithmetic is fp32 whatever the dtype of parameters and moments; results are rounded to nearest or
+  stochastically when they are written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hlat.backend.precision import round_to
+
+COMPILE_FROM = 1 << 16  # smaller tensors are not worth a compiled kernel
+CHUNK = 1 << 18  # elements an eager update works on at a time: temporaries stay in the cache
+
+
+class Elementwise(torch.optim.Optimizer):
+    """An optimizer whose update of an element reads only that element's parameter, gradient and state.
+
+    A subclass names its state in `slots` and writes `update`, a pure function of tensors; everything else is here.
+
+    Args:
+        params: parameters or groups of them, of any shape and float dtype.
+        defaults: group options; `lr` may be a float or a tensor ().
+    """
+
+    needs: ClassVar[str] = "elementwise"
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self.state_dtype, self.rounding, self.seed = torch.float32, "nearest", 0
+        self._compiled: Callable[..., None] | None = None
+
+    def set_precision(self, state_dtype: torch.dtype, rounding: str = "nearest", seed: int = 0) -> None:
+        """How results are stored; call it before the first step.
+
+        Args:
+            state_dtype: dtype of the slots.
+            rounding: "nearest" or "stochastic", for parameters and slots stored in bf16.
+            seed: seed of stochastic rounding.
+        """
+        self.state_dtype, self.rounding, self.seed = state_dtype, rounding, seed
+
+    def update(
+        self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """New parameter and slots; fp32 in, fp32 out, nothing changed in place. `step` () fp32 counts from 1."""
+        raise NotImplementedError
+
+    def compile(self) -> None:
+        """Fuse the update of large tensors into one kernel (any size of tensor shares one graph)."""
+        self._compiled = torch.compile(self._apply, dynamic=True)
+
+    def init_state(self) -> None:
+        """Create every slot now (a checkpoint is loaded into them); without it the first step does."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state_of(p)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, keep: Tensor | None = None, clip: Tensor | None = None
+    ) -> Any:
+        """One update of every parameter that has a gradient. Returns what `closure` returns, as torch's optimizers do."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p, group, keep, clip)
+        return loss
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for slot in self.slots:
+                state[slot] = torch.zeros(p.shape, dtype=self.state_dtype, device=p.device)
+        return state
+
+    def _step_one(self, p: Tensor, group: dict[str, Any], keep: Tensor | None, clip: Tensor | None) -> None:
+        state, device = self._state_of(p), p.device
+        keep = torch.ones((), dtype=torch.bool, device=device) if keep is None else keep
+        clip = torch.ones((), device=device) if clip is None else clip
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+        step = state["step"] + 1
+        tensors = [p.detach().view(-1), p.grad.view(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
+        options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+        if self._compiled is not None and p.numel() >= COMPILE_FROM:
+            self._compiled(tensors, 0, options, lr, step, keep, clip)
+        else:
+            for start in range(0, p.numel(), CHUNK):
+                chunk = [t[start : start + CHUNK] for t in tensors]
+                self._apply(chunk, start, options, lr, step, keep, clip)
+        state["step"].copy_(torch.where(keep, step, state["step"]))
+
+    def _apply(
+        self,
+        tensors: list[Tensor],
+        offset: int,
+        options: dict[str, Any],
+        lr: Tensor,
+        step: Tensor,
+        keep: Tensor,
+        clip: Tensor,
+    ) -> None:
+        """Update 1-D slices in place: fp32 arithmetic, select by `keep`, rounding into the stored dtype."""
+        p, g, *slots = tensors
+        state = {name: slot.float() for name, slot in zip(self.slots, slots, strict=True)}
+        new_p, new_state = self.update(p.float(), g.float() * clip, state, options, lr, step)
+        for i, (old, new) in enumerate(zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)):
+            rounded = round_to(new, old.dtype, self.rounding, seed=self.seed + 7919 * i, step=step, offset=offset)
+            old.copy_(torch.where(keep, rounded, old))
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -> None:
+    """Step any optimizer so that `keep` () bool False changes nothing; `clip` () scales the gradients first.
+
+    An optimizer that does not know `keep` is stepped on and put back by a select, at the cost of one copy of its parameters and state.
+    """
+    if isinstance(optimizer, Elementwise):
+        optimizer.step(keep=keep, clip=clip)
+        return
+    with torch.no_grad():
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        old_params = [p.detach().clone() for p in params]
+        old_state = [{k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
+        for p in params:
+            p.grad.mul_(clip)  # type: ignore[union-attr]
+        optimizer.step()
+        for p, was, state in zip(params, old_params, old_state, strict=True):
+            p.copy_(torch.where(keep, p, was))
+            for name, value in optimizer.state[p].items():
+                if torch.is_tensor(value):
+                    before = state.get(name, torch.zeros_like(value))
+                    value.copy_(torch.where(keep.to(value.device), value, before))

@@ -1,0 +1,44 @@
+"""Stochastic gradient descent with momentum, as `torch.optim.SGD` defines it (no dampening, no Nesterov), decay decoupled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hlat.optim.base import Elementwise
+from hlat.registry import register
+
+
+@register("optim", "sgd")
+class SGD(Elementwise):
+    """b = momentum b + g;  p = p - lr (wd p + b).
+
+    Args:
+        params: parameters of any shape, or groups.
+        lr: learning rate; a float or a tensor ().
+        momentum: decay of the running sum of gradients, 0 <= momentum < 1.
+        weight_decay: decoupled decay, multiplied by `lr`.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    def update(
+        self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        buffer = state["momentum_buffer"] * group["momentum"] + g
+        return p * (1 - lr * group["weight_decay"]) - lr * buffer, {"momentum_buffer": buffer}

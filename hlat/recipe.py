@@ -1,0 +1,268 @@
+"""The recipe: everything a run does, in one validated, frozen object.
+
+`load` reads a YAML file, its `base:` chain and `key=value` overrides, and touches nothing else: no data, no device. What
+can be wrong is reported as one `UserError` line that names the file, the key and the fix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, model_validator
+
+from hlat.errors import UserError
+from hlat.model.config import ModelConfig
+from hlat.recipe_sections import (
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    GuardSection,
+    LogSection,
+    MethodSection,
+    ObjectiveSection,
+    OptimSection,
+    ParallelSection,
+    PrecisionSection,
+    ReduceSection,
+    RunSection,
+    ScheduleSection,
+)
+from hlat.section import PluginSection, Section, Text, near_multiple, problem
+
+# What may change across a resume, besides schedule.horizon_steps, which counts as run.steps when it is unset. Data and
+# tokenizer may move: their content has a fingerprint of its own (`Data.fingerprint`).
+_FREE = (
+    "run.name",
+    "run.dir",
+    "run.steps",
+    "run.stop_at_step",
+    "run.resume",
+    "model.preset",
+    "data.micro_batch",
+    "data.tokenizer",
+    "data.sources.*.path",
+    "data.sources.*.dataset",
+    "parallel",
+    "checkpoint",
+    "eval",
+    "log",
+    "compile",
+    "backend",
+)
+
+
+class Recipe(Section):
+    """One run, completely described. Sections are attributes; `load` is the usual way to make one."""
+
+    run: RunSection = RunSection()
+    """What this run is called, how long it lasts and where it writes."""
+    model: ModelConfig
+    """The decoder: a preset, its fields, or both."""
+    data: DataSection
+    """What is read, how it becomes tokens, and how many of them make a step."""
+    parallel: ParallelSection = ParallelSection()
+    """How many ranks share the model and the batch."""
+    precision: PrecisionSection = PrecisionSection()
+    """Which number format each part of a step uses."""
+    optim: OptimSection = OptimSection()
+    """The optimizer and its options."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning rate over the run."""
+    reduce: ReduceSection = ReduceSection()
+    """How ranks agree on the gradient."""
+    method: MethodSection = MethodSection()
+    """Where the update comes from."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """What is minimised."""
+    guard: GuardSection = GuardSection()
+    """Which updates are skipped."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When state is saved and how much of it is kept."""
+    eval: EvalSection = EvalSection()
+    """Evaluation on the held-out documents."""
+    log: LogSection = LogSection()
+    """Metrics and console."""
+    train_only: tuple[Text, ...] = ()
+    """Patterns (* and ?) of the only parameters that are trained; empty: all."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model with torch.compile; auto: where it pays."""
+    backend: Literal["native", "nxd"] = "native"
+    """native: torch.distributed on cpu, cuda, trn2 and later. nxd: NeuronX Distributed on trn1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_as_long_as_the_model(cls, data: Any) -> Any:
+        if not (isinstance(data, dict) and isinstance(data.get("data"), dict) and "seq_len" not in data["data"]):
+            return data
+        try:
+            model = ModelConfig.model_validate(data.get("model"))
+        except ValidationError:
+            return data  # reported when the model itself is validated
+        return {**data, "data": {**data["data"], "seq_len": model.max_seq_len}}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        seq_len, longest = self.data.seq_len, self.model.max_seq_len
+        if seq_len > longest:
+            fix = f"take seq_len {longest}, or raise model.max_seq_len"
+            raise problem("seq_len {a} exceeds the model's max_seq_len {b}", "data.seq_len", fix, a=seq_len, b=longest)
+        if isinstance(self.parallel.dp, int):
+            self._accumulate(self.parallel.dp)
+        warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
+        if warmup > horizon:
+            what = "warmup_steps {a} exceeds the schedule's {b} steps"
+            fix = f"take warmup_steps {max(1, horizon // 20)}, or raise run.steps"
+            raise problem(what, "schedule.warmup_steps", fix, a=warmup, b=horizon)
+        if self.precision.rounding == "stochastic" and "bf16" not in (self.precision.compute, self.precision.states):
+            fix = "set precision.compute to bf16, or rounding to nearest"
+            raise problem("stochastic rounding has nothing to round: all is fp32", "precision.rounding", fix)
+        return self
+
+    def _accumulate(self, dp: int) -> int:
+        data = self.data
+        if data.global_batch % (data.micro_batch * dp):
+            near = near_multiple(data.global_batch, data.micro_batch * dp)
+            what = "global_batch {a} is not a multiple of micro_batch {b} x dp {c}"
+            fix = f"take global_batch {near}"
+            raise problem(what, "data.global_batch", fix, a=data.global_batch, b=data.micro_batch, c=dp)
+        return data.global_batch // (data.micro_batch * dp)
+
+    @property
+    def horizon_steps(self) -> int:
+        """The step at which the learning-rate schedule ends."""
+        return self.schedule.horizon_steps or self.run.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.data.global_batch * self.data.seq_len
+
+    def dp(self, world: int = 1) -> int:
+        """Data-parallel replicas on `world` ranks. Raises UserError when the layout does not fit them."""
+        share, dp = self.parallel.tp * self.parallel.pp, self.parallel.dp
+        if dp == "auto" and world % share == 0:
+            return world // share
+        if dp != "auto" and dp * share == world:
+            return dp
+        layout = f"tp {self.parallel.tp} x pp {self.parallel.pp}" + ("" if dp == "auto" else f" x dp {dp}")
+        need = f"a multiple of {share}" if dp == "auto" else f"{dp * share}"
+        fix = f"start {need} processes, or change the layout"
+        raise UserError(f"{layout} does not fit {world} process{'es' * (world != 1)}", where="parallel", fix=fix)
+
+    def accumulate(self, world: int = 1) -> int:
+        """Micro-batches of one step on each rank: global_batch / (micro_batch x dp). Raises UserError when that is not whole."""
+        try:
+            return self._accumulate(self.dp(world))
+        except ValueError as error:
+            fix = getattr(error, "context", {}).get("fix", "")
+            raise UserError(str(error), where="data.global_batch", fix=fix) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value, resolved, as plain JSON types; `Recipe.from_dict` gives an equal recipe."""
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a YAML file that loads again as an equal one."""
+        from hlat.recipe_io import dump_yaml
+
+        return dump_yaml(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "") -> Recipe:
+        """A recipe from plain values, such as those a checkpoint holds. Raises UserError."""
+        from hlat.recipe_check import build
+        from hlat.recipe_errors import in_brackets
+
+        return build(values, lambda key: ": ".join(part for part in (where, in_brackets(key)) if part))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over what must not change across a resume: see `identity`."""
+        text = json.dumps(identity(self.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file, or the name of a recipe that ships with HLAT (`tiny`, `hlat-7b`).
+        overrides: `a.b=value` texts, values in YAML; they win over the file, a later one over an earlier one.
+
+    Returns:
+        The frozen recipe, plug-in options checked and filled in.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type or impossible combination.
+    """
+    from hlat.recipe_check import build
+    from hlat.recipe_io import read_recipe
+
+    values, where = read_recipe(path, overrides)
+    return build(values, where)
+
+
+def identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved recipe (`to_dict`) that a resume must not change, by dotted key."""
+    schedule = values.get("schedule", {})
+    horizon = schedule.get("horizon_steps") or values.get("run", {}).get("steps")
+    flat = _flatten({**values, "schedule": {**schedule, "horizon_steps": horizon}})
+    return {key: value for key, value in flat.items() if not any(_covers(pattern, key) for pattern in _FREE)}
+
+
+def identity_diff(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) for each difference between resolved recipes `a` and `b` (`to_dict`) that forbids a resume.
+
+    A key that one side does not have yet (a recipe saved by an older version) counts as its default.
+    """
+    return _differences(identity(a), identity(b))
+
+
+def diff(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) for every resolved value in which two recipes differ."""
+    return _differences(_flatten(a.to_dict()), _flatten(b.to_dict()))
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    pairs = ((key, _get(a, key), _get(b, key)) for key in dict.fromkeys([*a, *b]))
+    return [(key, old, new) for key, old, new in pairs if old != new]
+
+
+def _get(flat: dict[str, Any], key: str) -> Any:
+    if key in flat:
+        return flat[key]
+    section, _, name = key.partition(".")
+    field = Recipe.model_fields.get(section)
+    kind = None if field is None else field.annotation
+    if name and isinstance(kind, type) and issubclass(kind, Section):
+        if issubclass(kind, PluginSection) and name not in kind.model_fields:
+            from hlat.recipe_check import option_default
+
+            return option_default(section, flat.get(f"{section}.name", ""), name)
+        field = kind.model_fields.get(name)
+    return None if field is None or field.is_required() else field.get_default()
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: leaf}; lists of mappings by index, other lists as they are."""
+    return dict(_leaves(values, prefix))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def _covers(pattern: str, key: str) -> bool:
+    parts, keys = pattern.split("."), key.split(".")
+    return len(parts) <= len(keys) and all(p in ("*", k) for p, k in zip(parts, keys, strict=False))

@@ -1,0 +1,193 @@
+"""From files to one mapping: `base:` chains, merging, overrides, and where each value came from.
+
+Merging is deep: mappings merge key by key, everything else (lists too) is replaced. Two keys choose what their section means,
+so a changed choice starts that section anew instead of inheriting values made for the other one:
+
+* `name` of optim, schedule, reduce, method, objective, guard: the options of the other plug-in are dropped; what all plug-ins of the
+  kind share (optim: lr, weight_decay, decay, clip_norm, groups; schedule: warmup_steps, horizon_steps, floor) is inherited.
+* `model.preset`: the base's other model fields are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hlat.errors import UserError
+from hlat.recipe_errors import Where, in_brackets
+from hlat.recipe_yaml import dump_yaml, parse_yaml, read_yaml
+from hlat.registry import did_you_mean
+from hlat.section import PluginSection
+
+__all__ = ["dump_yaml", "find_recipe", "merge", "read_recipe", "shipped_recipes"]
+
+COMMAND_LINE = "command line"
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Where]:
+    """The merged mapping of a recipe, its bases and the overrides; not validated. Raises UserError."""
+    file = find_recipe(path)
+    origins: dict[str, str] = {}
+    values = _read_chain(file, origins, ())
+    over = _parse_overrides(overrides, origins)
+    _refuse_list_items(values, over, "")
+    values = merge(values, over)
+    run = values.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", _safe_name(file.stem))
+
+    def where(key: str) -> str:
+        place = str(file)
+        parts = key.split(".")
+        for n in range(len(parts), 0, -1):
+            prefix = ".".join(parts[:n])
+            if prefix in origins:
+                place = origins[prefix]
+                break
+        return f"{place}: {in_brackets(key)}" if key else place
+
+    return values, where
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, by the rules of this module; neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = _merge_deep(_inherited(key, old, value), value)
+        elif not (value is None and isinstance(old, dict)):  # an empty section changes nothing
+            result[key] = _copy(value)
+    return result
+
+
+def _merge_deep(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merge_deep(old, value) if both else _copy(value)
+    return result
+
+
+def _inherited(section: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What of the base's section `old` remains when `new` changes its plug-in or preset."""
+    from hlat.recipe import Recipe
+
+    if section == "model":
+        preset = new.get("preset")
+        return old if preset is None or preset == old.get("preset") else {}
+    field = Recipe.model_fields.get(section)
+    kind = None if field is None else field.annotation
+    if not (isinstance(kind, type) and issubclass(kind, PluginSection)) or "name" not in new:
+        return old
+    if new["name"] == old.get("name", kind.model_fields["name"].default):
+        return old
+    return {key: value for key, value in old.items() if key in kind.model_fields and key != "name"}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
+    values, lines = read_yaml(file)
+    base = values.pop("base", None)
+    merged: dict[str, Any] = {}
+    if base is not None:
+        at = f"{file}:{lines['base']}: base"
+        if not isinstance(base, str):
+            raise UserError("base is not a file name", where=at, fix="give one recipe: base: tiny, or base: ../other.yaml")
+        chain = (*above, file.resolve())
+        target = find_recipe(base, folder=file.parent, where=at)
+        if target.resolve() in chain:
+            names = " -> ".join(p.name for p in (*chain, target))
+            raise UserError(f"base leads back to itself ({names})", where=at, fix="remove one base")
+        merged = _read_chain(target, origins, chain)
+    origins.update({key: f"{file}:{line}" for key, line in lines.items()})
+    return merge(merged, values)
+
+
+def _parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(f"{text!r} is not key=value", where=COMMAND_LINE, fix="write for example optim.lr=1e-3")
+        if parts[0] == "base":
+            raise UserError("base cannot be overridden", where=COMMAND_LINE, fix="name the other recipe instead")
+        value, _ = parse_yaml(value_text, f"{COMMAND_LINE}: {key.strip()}", show_line=False)
+        target = result
+        for part in parts[:-1]:
+            inner = target.get(part)
+            if not isinstance(inner, dict):
+                inner = target[part] = {}
+            target = inner
+        target[parts[-1]] = value
+        for stale in [k for k in origins if k.startswith(f"{key.strip()}.")]:
+            del origins[stale]
+        origins[key.strip()] = COMMAND_LINE
+    return result
+
+
+def _refuse_list_items(values: Any, over: Any, path: str) -> None:
+    """`data.sources.0.weight=2` would replace the list by a mapping: say so."""
+    if isinstance(values, list) and isinstance(over, dict):
+        fix = f"give it whole: {path}=[...]"
+        raise UserError("one item of a list cannot be overridden", where=f"{COMMAND_LINE}: {path}", fix=fix)
+    if isinstance(values, dict) and isinstance(over, dict):
+        for key in values.keys() & over.keys():
+            _refuse_list_items(values[key], over[key], f"{path}.{key}" if path else key)
+
+
+def find_recipe(name: str | Path, folder: Path | None = None, where: str = "") -> Path:
+    """The file a recipe name means: a path (relative to `folder`), else a shipped recipe by its name.
+
+    Raises UserError with the nearest shipped name when there is neither.
+    """
+    path = Path(name)
+    path = path if folder is None else folder / path
+    try:
+        if path.is_file():
+            return path
+        key = Path(name).with_suffix("").as_posix() if path.suffix == ".yaml" else str(name)
+        shipped = shipped_recipes()
+        for known, file in shipped.items():
+            if key in (known, f"recipes/{known}", known.rpartition("/")[2]):
+                return file
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=where or str(path)) from None
+    short = [known.rpartition("/")[2] for known in shipped]
+    raise UserError(f"no such recipe: {path}", where=where, fix=did_you_mean(Path(key).name, short))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Every recipe that comes with HLAT, by name ("tiny", "pretrain/hlat-7b"), sorted, files outside folders first."""
+    folder = recipes_folder()
+    files = [] if folder is None else sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
+    return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files}  # type: ignore[arg-type]
+
+
+def recipes_folder() -> Path | None:
+    """`recipes/` of the checkout HLAT runs from, else the installed package `hlat_recipes`; None without either."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir():
+        return root / "recipes"
+    from importlib.resources import files
+
+    try:
+        folder = Path(str(files("hlat_recipes")))
+    except ModuleNotFoundError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _safe_name(stem: str) -> str:
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
+    return kept if kept and kept[0].isalnum() else f"run{kept}"

@@ -1,0 +1,234 @@
+"""The sections of a recipe: every key, its type, range, default and meaning (the docstrings land in recipes/schema.json)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hlat.section import (
+    Fraction,
+    Int,
+    NonNegative,
+    NonNegativeFloat,
+    PluginSection,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+    near_multiple,
+    problem,
+)
+
+Dtype = Literal["fp32", "bf16"]
+
+
+class RunSection(Section):
+    """What this run is called, how long it lasts and where it writes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run: letters, digits, dot, dash, underscore. Default: the recipe's file name without .yaml."""
+    dir: Text = "runs/run"
+    """The run folder itself; it may be moved or copied and still resumes. Default: runs/<name>."""
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    """Seed of initialisation, data order, held-out split and stochastic rounding."""
+    steps: Positive = 1000
+    """Optimizer steps in the whole run."""
+    stop_at_step: Positive | None = None
+    """Save and stop after this step; no schedule depends on it. Default: steps."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest complete checkpoint in the run folder, if there is one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dir(cls, data: Any) -> Any:
+        return {"dir": f"runs/{data.get('name', 'run')}", **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _stop_in_range(self) -> RunSection:
+        if self.stop_at_step is not None and self.stop_at_step > self.steps:
+            what = "stop_at_step {stop} is beyond steps {steps}"
+            fix = f"take stop_at_step {self.steps} or less, or raise run.steps"
+            raise problem(what, "stop_at_step", fix, stop=self.stop_at_step, steps=self.steps)
+        return self
+
+
+class SourceSection(Section):
+    """One source of text: a path or a data set."""
+
+    path: Text | None = None
+    """File or folder of text, jsonl, parquet or arrow; relative to the working directory."""
+    dataset: Text | None = None
+    """A Hugging Face data set, or python-stdlib: the standard library installed on this machine."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the training mixture, relative to the others."""
+    text_field: Text = "text"
+    """Field or column that holds the text (jsonl, parquet, arrow, data sets)."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceSection:
+        if (self.path is None) == (self.dataset is None):
+            what = "a source has neither path nor dataset" if self.path is None else "a source has path and dataset"
+            raise problem(what, "", "give exactly one of path, dataset")
+        return self
+
+
+class DataSection(Section):
+    """What is read, how it becomes tokens, and how many of them make a step."""
+
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    """Where the text comes from."""
+    tokenizer: Text = "bytes"
+    """SentencePiece .model, tokenizer.json or a folder with one of them; bytes; or train:bpe-<size> to train one on the sources."""
+    seq_len: Positive = 1024
+    """Tokens a row. Default: model.max_seq_len."""
+    micro_batch: Positive = 8
+    """Rows of one forward and backward pass on one data-parallel rank."""
+    global_batch: Positive = 32
+    """Rows of one optimizer step over all ranks: a multiple of micro_batch x dp."""
+    document_mask: bool = False
+    """Attend only within a document, positions counted from its start. false: one stream of tokens, as HLAT trained."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Fraction of the documents held out for evaluation, always the same ones; 0: none."""
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> DataSection:
+        if self.global_batch % self.micro_batch:
+            what = "global_batch {a} is not a multiple of micro_batch {b}"
+            fix = f"take global_batch {near_multiple(self.global_batch, self.micro_batch)}"
+            raise problem(what, "global_batch", fix, a=self.global_batch, b=self.micro_batch)
+        return self
+
+
+class ParallelSection(Section):
+    """How many ranks share the model and the batch."""
+
+    tp: Positive = 1
+    """Tensor parallelism: ranks that share every layer."""
+    pp: Positive = 1
+    """Pipeline parallelism: ranks that hold a slice of the layers each."""
+    dp: Literal["auto"] | Positive = "auto"
+    """Data parallelism: replicas of the model. auto: all ranks / (tp x pp)."""
+    sequence: bool = False
+    """Split norms and residual stream along the sequence over the tensor-parallel ranks."""
+    zero1: bool = False
+    """Shard optimizer state and master weights over the data-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute in backward: nothing, core attention and the SwiGLU product, or whole layers."""
+
+
+class PrecisionSection(Section):
+    """Which number format each part of a step uses."""
+
+    compute: Dtype = "bf16"
+    """Forward and backward matrix products."""
+    master: Literal["fp32", "none"] = "fp32"
+    """Master copy of the weights; none: the compute weights are updated themselves."""
+    states: Dtype = "fp32"
+    """Optimizer moments."""
+    accumulate: Dtype = "fp32"
+    """Gradient accumulation over micro-batches."""
+    reduce: Dtype = "fp32"
+    """Gradient reduction over ranks."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How fp32 results become bf16 weights and moments."""
+
+
+class GroupSection(Section):
+    """Own learning rate or weight decay for some parameters."""
+
+    match: Text
+    """Pattern of parameter names with the wildcards * and ?; the first group that matches wins."""
+    lr: NonNegativeFloat | None = None
+    """Peak learning rate of these parameters. Default: optim.lr."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of these parameters. Default: what optim.weight_decay and optim.decay give them."""
+
+
+class OptimSection(PluginSection):
+    """The optimizer. Keys not listed here are options of the one named, such as betas and eps of adamw."""
+
+    name: Text = "adamw"
+    """Optimizer."""
+    lr: NonNegativeFloat = 3e-4
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: tensors of two and more dimensions, or all (norm gains too, as HLAT trained)."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+    groups: tuple[GroupSection, ...] = ()
+    """Exceptions by parameter name."""
+
+
+class ScheduleSection(PluginSection):
+    """The learning rate over the run. Keys not listed here are options of the schedule named."""
+
+    name: Text = "cosine"
+    """constant, linear, cosine (reaches the floor at the horizon), clamped_cosine (HLAT: at 79.5 % of it), wsd."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    horizon_steps: Positive | None = None
+    """Step the schedule ends at. Default: run.steps."""
+    floor: Fraction = 0.1
+    """Lowest learning rate after warm-up, as a fraction of the peak."""
+
+
+class ReduceSection(PluginSection):
+    """How ranks agree on the gradient. Other keys are options of the reducer named."""
+
+    name: Text = "dense"
+    """Reducer."""
+
+
+class MethodSection(PluginSection):
+    """Where the update comes from. Other keys are options of the method named."""
+
+    name: Text = "backprop"
+    """Method."""
+
+
+class ObjectiveSection(PluginSection):
+    """What is minimised. Other keys are options of the objective named."""
+
+    name: Text = "causal_lm"
+    """Objective."""
+
+
+class GuardSection(PluginSection):
+    """Which updates are skipped. Other keys are options of the guard named."""
+
+    name: Text = "skip"
+    """Guard."""
+
+
+class CheckpointSection(Section):
+    """When state is saved and how much of it is kept."""
+
+    every: Positive = 1000
+    """Save every so many steps (and at the end)."""
+    keep: Positive = 3
+    """Newest checkpoints kept."""
+    permanent_every_tokens: Positive | None = None
+    """Also keep for ever one checkpoint every so many tokens; null: none."""
+    async_: Annotated[bool, Field(alias="async")] = True
+    """Write while training goes on."""
+
+
+class EvalSection(Section):
+    """Evaluation on the held-out documents."""
+
+    every: NonNegative = 0
+    """Evaluate every so many steps; 0: only at the end."""
+    batches: Positive = 16
+    """Batches of micro_batch rows an evaluation reads at most."""
+
+
+class LogSection(Section):
+    """Metrics and console."""
+
+    every: Positive = 10
+    """Fetch metrics from the device every so many steps; metrics.jsonl still has a row for each step."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (extra track)."""

@@ -1,0 +1,1 @@
+"""Training: building a run, its loop, one step."""

@@ -1,0 +1,103 @@
+"""Guards: which updates are skipped. Decided on the device, so that no step waits for the host, and alike on every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hlat.errors import TrainingStopped
+from hlat.registry import register
+
+
+@register("guard", "skip")
+class SkipGuard:
+    """Skip an update whose loss or gradient norm is not finite or far above the recent ones.
+
+    "Far" is `sigma` standard deviations above the mean of the last `window` steps, once half a window has been seen. Finite
+    outliers enter the window too, so a lasting change of level is accepted after a while.
+
+    Args:
+        window: steps remembered.
+        sigma: standard deviations; 0 skips non-finite steps only.
+        patience: stop the run after this many skips in a row.
+    """
+
+    def __init__(self, *, window: int = 128, sigma: float = 6.0, patience: int = 100) -> None:
+        if window < 2 or sigma < 0 or patience < 1:
+            raise ValueError("guard needs window >= 2, sigma >= 0, patience >= 1")
+        self.window, self.sigma, self.patience = window, sigma, patience
+        self._state = {
+            "history": torch.zeros(2, window),  # row 0: losses, row 1: gradient norms
+            "seen": torch.zeros(()),
+            "skips_in_a_row": torch.zeros(()),
+        }
+
+    def to(self, device: torch.device) -> SkipGuard:
+        """Move the state to the device that losses live on."""
+        self._state = {name: tensor.to(device) for name, tensor in self._state.items()}
+        return self
+
+    def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """bool (): whether this step's update is to be applied. `loss` and `norm` are fp32 () and equal on all ranks."""
+        now = torch.stack([loss, norm]).detach().float()
+        finite = torch.isfinite(now).all()
+        keep = finite & ~self._is_spike(now) if self.sigma else finite
+        self._remember(now, finite, keep)
+        return keep
+
+    def check(self, skips_in_a_row: float) -> None:
+        """Raise TrainingStopped when too many steps in a row were skipped (a value the host has fetched with the metrics)."""
+        if skips_in_a_row >= self.patience:
+            raise TrainingStopped(
+                f"{int(skips_in_a_row)} steps in a row were skipped: the loss or gradient norm is not finite or keeps spiking",
+                where="guard.patience",
+                fix="continue from an earlier checkpoint with a lower optim.lr or other data",
+            )
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars for metrics.jsonl."""
+        return {"skips_in_a_row": self._state["skips_in_a_row"]}
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that belong in a checkpoint, by name; a load writes into them."""
+        return self._state
+
+    def _is_spike(self, now: Tensor) -> Tensor:
+        history, seen = self._state["history"], self._state["seen"]
+        filled = torch.arange(self.window, device=history.device) < seen
+        count = seen.clamp(min=1)
+        mean = (history * filled).sum(1) / count
+        variance = ((history - mean[:, None]).square() * filled).sum(1) / count
+        far = now > mean + self.sigma * variance.sqrt().clamp(min=1e-6)
+        return far.any() & (seen >= self.window // 2)
+
+    def _remember(self, now: Tensor, finite: Tensor, keep: Tensor) -> None:
+        state = self._state
+        slot = torch.arange(self.window, device=now.device) == state["seen"] % self.window
+        state["history"].copy_(torch.where(slot & finite, now[:, None], state["history"]))
+        state["seen"].add_(finite.float())
+        state["skips_in_a_row"].copy_(torch.where(keep, 0.0, state["skips_in_a_row"] + 1))
+
+
+@register("guard", "none")
+class NoGuard:
+    """Apply every update, whatever it holds."""
+
+    def to(self, device: torch.device) -> NoGuard:
+        """Nothing to move."""
+        return self
+
+    def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """bool () True."""
+        return torch.ones((), dtype=torch.bool, device=loss.device)
+
+    def check(self, skips_in_a_row: float) -> None:
+        """Never stops a run."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing to report."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """No state."""
+        return {}
