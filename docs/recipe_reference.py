@@ -2,12 +2,11 @@
 
     python docs/recipe_reference.py
 
-The part between the two markers is replaced. tests/unit/test_front_door.py fails when the page is not current.
+The part between the two markers is replaced; tests/unit/test_front_door.py fails when it is not current.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ PLUGIN_SECTIONS = ("optim", "schedule", "reduce", "method", "objective", "guard"
 
 def cell(text: object) -> str:
     """Text that cannot break a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def value(item: Any) -> str:
@@ -42,12 +41,20 @@ def kind(schema: dict[str, Any]) -> str:
         return f"`{schema['const']}`"
     if "$ref" in schema:
         return "section"
-    words = {"string": "text", "number": "number", "integer": "integer", "boolean": "true or false", "null": "null"}
+    words = {
+        "string": "text",
+        "number": "number",
+        "integer": "integer",
+        "boolean": "true or false",
+        "null": "null",
+    }
     name = schema.get("type", "")
     if name == "array":
         return f"list of {kind(schema.get('items', {})) or 'any'}s"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema and schema[key] < 2**60]
+    bounds = [
+        f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema and schema[key] < 2**60
+    ]
     return " ".join([words.get(name, name), *bounds])
 
 
@@ -55,10 +62,12 @@ def rows(properties: dict[str, Any], required: list[str], prefix: str) -> list[s
     """One table row for each key of a section."""
     lines = []
     for key, schema in properties.items():
-        default = "required" if key in required else f"`{value(schema['default'])}`" if "default" in schema else ""
-        if schema.get("type") == "array" and schema.get("default") == []:
-            default = "`[]`"
-        lines.append(f"| `{prefix}{key}` | {cell(kind(schema))} | {default} | {cell(schema.get('description', ''))} |")
+        default = f"`{value(schema['default'])}`" if "default" in schema else ""
+        if key in required:
+            default = "from the preset" if prefix == "model." else "required"
+        lines.append(
+            f"| `{prefix}{key}` | {cell(kind(schema))} | {default} | {cell(schema.get('description', ''))} |"
+        )
     return lines
 
 
@@ -96,7 +105,8 @@ def reference() -> str:
             loose[key] = entry
             continue
         section = sections[target]
-        lines += [f"### {key}", "", cell(section.get("description", "")), "", *head]
+        summary = section.get("description", "").partition(" Raises ")[0]  # that part is for programmers
+        lines += [f"### {key}", "", cell(summary), "", *head]
         lines += rows(section["properties"], section.get("required", []), f"{key}.")
         if target == "DataSection":
             source = sections["SourceSection"]
@@ -106,7 +116,15 @@ def reference() -> str:
             lines += rows(group["properties"], group.get("required", []), "optim.groups[].")
         lines += plugins(key) if key in PLUGIN_SECTIONS else []
         lines.append("")
-    lines += ["### top level", "", "Keys that stand beside the sections.", "", *head, *rows(loose, [], ""), ""]
+    lines += [
+        "### top level",
+        "",
+        "Keys that stand beside the sections.",
+        "",
+        *head,
+        *rows(loose, [], ""),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -117,7 +135,4 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    PAGE.write_text(new, encoding="utf-8")
-    sys.exit(0)
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The recipe: everything a run does, in one validated, frozen object.
 
-`load` reads a YAML file, its `base:` chain and `key=value` overrides, and touches nothing else: no data, no device. What
-can be wrong is reported as one `UserError` line that names the file, the key and the fix.
+`load` reads a YAML file, its `base:` chain and `key=value` overrides, and touches nothing else: no data, no
+device. What is wrong is reported as one `UserError` line that names the file, the key and the fix.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from hlat.recipe_sections import (
 )
 from hlat.section import PluginSection, Section, Text, near_multiple, problem
 
-# What may change across a resume, besides schedule.horizon_steps, which counts as run.steps when it is unset. Data and
-# tokenizer may move: their content has a fingerprint of its own (`Data.fingerprint`).
+# What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
+# Data and tokenizer may move: their content has a fingerprint of its own (`Data.fingerprint`).
 _FREE = (
     "run.name",
     "run.dir",
@@ -96,20 +96,22 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _rows_as_long_as_the_model(cls, data: Any) -> Any:
-        if not (isinstance(data, dict) and isinstance(data.get("data"), dict) and "seq_len" not in data["data"]):
+        section = data.get("data") if isinstance(data, dict) else None
+        if not isinstance(section, dict) or "seq_len" in section:
             return data
         try:
             model = ModelConfig.model_validate(data.get("model"))
         except ValidationError:
             return data  # reported when the model itself is validated
-        return {**data, "data": {**data["data"], "seq_len": model.max_seq_len}}
+        return {**data, "data": {**section, "seq_len": model.max_seq_len}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         seq_len, longest = self.data.seq_len, self.model.max_seq_len
         if seq_len > longest:
             fix = f"take seq_len {longest}, or raise model.max_seq_len"
-            raise problem("seq_len {a} exceeds the model's max_seq_len {b}", "data.seq_len", fix, a=seq_len, b=longest)
+            what = "seq_len {a} exceeds the model's max_seq_len {b}"
+            raise problem(what, "data.seq_len", fix, a=seq_len, b=longest)
         if isinstance(self.parallel.dp, int):
             self._accumulate(self.parallel.dp)
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
@@ -117,7 +119,8 @@ class Recipe(Section):
             what = "warmup_steps {a} exceeds the schedule's {b} steps"
             fix = f"take warmup_steps {max(1, horizon // 20)}, or raise run.steps"
             raise problem(what, "schedule.warmup_steps", fix, a=warmup, b=horizon)
-        if self.precision.rounding == "stochastic" and "bf16" not in (self.precision.compute, self.precision.states):
+        precision = self.precision
+        if precision.rounding == "stochastic" and precision.compute == precision.states == "fp32":
             fix = "set precision.compute to bf16, or rounding to nearest"
             raise problem("stochastic rounding has nothing to round: all is fp32", "precision.rounding", fix)
         return self
@@ -151,10 +154,14 @@ class Recipe(Section):
         layout = f"tp {self.parallel.tp} x pp {self.parallel.pp}" + ("" if dp == "auto" else f" x dp {dp}")
         need = f"a multiple of {share}" if dp == "auto" else f"{dp * share}"
         fix = f"start {need} processes, or change the layout"
-        raise UserError(f"{layout} does not fit {world} process{'es' * (world != 1)}", where="parallel", fix=fix)
+        processes = f"{world} process{'es' * (world != 1)}"
+        raise UserError(f"{layout} does not fit {processes}", where="parallel", fix=fix)
 
     def accumulate(self, world: int = 1) -> int:
-        """Micro-batches of one step on each rank: global_batch / (micro_batch x dp). Raises UserError when that is not whole."""
+        """Micro-batches of one step on each rank: global_batch / (micro_batch x dp).
+
+        Raises UserError when that is not whole or the layout does not fit `world` ranks.
+        """
         try:
             return self._accumulate(self.dp(world))
         except ValueError as error:
@@ -215,7 +222,7 @@ def identity(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity_diff(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) for each difference between resolved recipes `a` and `b` (`to_dict`) that forbids a resume.
+    """(key, old, new) for each difference between resolved recipes (`to_dict`) that forbids a resume.
 
     A key that one side does not have yet (a recipe saved by an older version) counts as its default.
     """
@@ -242,9 +249,11 @@ def _get(flat: dict[str, Any], key: str) -> Any:
         if issubclass(kind, PluginSection) and name not in kind.model_fields:
             from hlat.recipe_check import option_default
 
-            return option_default(section, flat.get(f"{section}.name", ""), name)
+            plugin = flat.get(f"{section}.name", kind.model_fields["name"].default)
+            return option_default(section, plugin, name)
         field = kind.model_fields.get(name)
-    return None if field is None or field.is_required() else field.get_default()
+    default = None if field is None or field.is_required() else field.get_default()
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import typing
 from inspect import Parameter
@@ -31,7 +32,8 @@ def build(values: dict[str, Any], where: Where) -> Recipe:
     Raises:
         UserError: the first thing wrong, and how many more there are.
     """
-    values = {key: {} if value is None and is_section(annotation(key)) else value for key, value in values.items()}
+    sections = [key for key in values if is_section(annotation(key))]
+    values = {**values, **{key: {} for key in sections if values[key] is None}}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -58,14 +60,16 @@ def check_options(kind: str, section: PluginSection, where: Where) -> dict[str, 
             shared = [key for key in type(section).model_fields if key != "name"]
             keys = [*shared, *known]
             fix = f"set {setter} instead" if setter else nearest(name, keys) if keys else "it has no options"
-            raise UserError(f"unknown key {name!r} for {section.name!r}", where=where(f"{kind}.{name}"), fix=fix)
+            what = f"unknown key {name!r} for {section.name!r}"
+            raise UserError(what, where=where(f"{kind}.{name}"), fix=fix)
     hints = _hints(plugin)
     result: dict[str, Any] = {}
     for name, parameter in known.items():
         if name in section.options:
             result[name] = _typed(section.options[name], hints.get(name), where(f"{kind}.{name}"))
         elif parameter.default is Parameter.empty:
-            raise UserError(f"{kind} {section.name!r} needs the option {name!r}", where=where(kind), fix=f"set {kind}.{name}")
+            what = f"{kind} {section.name!r} needs the option {name!r}"
+            raise UserError(what, where=where(kind), fix=f"set {kind}.{name}")
         elif _is_plain(parameter.default):
             result[name] = parameter.default
     return result
@@ -89,7 +93,8 @@ def own_options(kind: str, plugin: Any, section: type[PluginSection]) -> dict[st
 
 def _hints(plugin: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(plugin.__init__ if isinstance(plugin, type) else plugin, include_extras=True)
+        function = plugin.__init__ if inspect.isclass(plugin) else plugin
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}  # annotations that cannot be resolved: the plug-in checks its values itself
 

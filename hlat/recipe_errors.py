@@ -27,6 +27,7 @@ _LIMITS = {
     "string_pattern_mismatch": "letters, digits, dot, dash and underscore, starting with a letter or digit",
     "finite_number": "a finite number",
 }
+_MISSING = {"model": "for example model: {preset: tiny}", "data": "give at least data.sources"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 _FLAGS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
@@ -74,7 +75,7 @@ def keys_of(section: type[Section]) -> list[str]:
 
 
 def _by_key(error: ValidationError) -> dict[str, Any]:
-    """One error for each key: misspelt keys first, as they explain others, and none that only follows from another."""
+    """One error for each key: misspelt keys first, as they explain others; none that follows from another."""
     found = [(_key(e), e) for e in error.errors()]
     misspelt = {key.rpartition(".")[0] for key, e in found if e["type"] == "extra_forbidden"}
     result: dict[str, Any] = {}
@@ -106,8 +107,7 @@ def _explain(error: Any, key: str) -> tuple[str, str]:
     if kind == "extra_forbidden":
         return _unknown(error["loc"])
     if kind == "missing":
-        fix = {"model": "for example model: {preset: tiny}", "data": "give at least data.sources"}.get(key, "")
-        return f"this {'section' if is_section(hint) else 'key'} is missing", fix
+        return f"this {'section' if is_section(hint) else 'key'} is missing", _MISSING.get(key, "")
     return expected(error, hint, error["input"])
 
 
@@ -124,7 +124,7 @@ def _unknown(loc: tuple[int | str, ...]) -> tuple[str, str]:
 
 
 def nearest(name: str, known: list[str], elsewhere: Sequence[str] = ()) -> str:
-    """What an unknown key was probably meant to be: a similar known key, the same key of another section, else all known keys."""
+    """What an unknown key was meant to be: a similar key, the same key elsewhere, else all known keys."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     part = [key for key in known if name.startswith(f"{key}_") or key.startswith(f"{name}_")]
     found = [*close, *elsewhere, *sorted(part, key=len, reverse=True)]
@@ -154,9 +154,10 @@ def _choices(hint: Any) -> list[str]:
     if origin in (typing.Union, types.UnionType):
         return [text for inner in get_args(hint) for text in _choices(inner)]
     if origin in (tuple, list):
-        inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
-        one = "mappings" if is_section(inner[0]) else _choices(inner[0])[0].removeprefix("a ") + "s"
-        return [f"a list of {len(inner)} {one}" if Ellipsis not in get_args(hint) and origin is tuple else f"a list of {one}"]
+        inner = get_args(hint)
+        count = "" if origin is list or Ellipsis in inner else f"{len(inner)} "
+        one = "mapping" if is_section(inner[0]) else _choices(inner[0])[0].removeprefix("a ")
+        return [f"a list of {count}{one}s"]
     if is_section(hint):
         return ["a mapping of keys to values"]
     return [_WORDS.get(hint, "another kind of value")]
@@ -173,7 +174,8 @@ def _advice(hint: Any, value: Any) -> str:
     if value is None:
         return "write none" if "none" in choices else ""
     if not isinstance(value, str):
-        return f"put it in quotes: '{value}'" if choices[0] == "a text" and isinstance(value, int | float) else ""
+        quote = choices[0] == "a text" and isinstance(value, int | float)
+        return f"put it in quotes: '{value}'" if quote else ""
     if "true or false" in choices and value.lower() in _FLAGS:
         return f"write {_FLAGS[value.lower()]}"
     if value == "none" and "null" in choices:

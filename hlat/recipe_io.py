@@ -1,10 +1,12 @@
 """From files to one mapping: `base:` chains, merging, overrides, and where each value came from.
 
-Merging is deep: mappings merge key by key, everything else (lists too) is replaced. Two keys choose what their section means,
-so a changed choice starts that section anew instead of inheriting values made for the other one:
+Merging is deep: mappings merge key by key, everything else (lists too) is replaced. Two keys choose what
+their section means, so a changed choice starts that section anew instead of inheriting values made for the
+other one:
 
-* `name` of optim, schedule, reduce, method, objective, guard: the options of the other plug-in are dropped; what all plug-ins of the
-  kind share (optim: lr, weight_decay, decay, clip_norm, groups; schedule: warmup_steps, horizon_steps, floor) is inherited.
+* `name` of optim, schedule, reduce, method, objective, guard: the options of the other plug-in are dropped.
+  What all plug-ins of the kind share is inherited (optim: lr, weight_decay, decay, clip_norm, groups;
+  schedule: warmup_steps, horizon_steps, floor).
 * `model.preset`: the base's other model fields are dropped.
 """
 
@@ -38,13 +40,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
         run.setdefault("name", _safe_name(file.stem))
 
     def where(key: str) -> str:
-        place = str(file)
         parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            prefix = ".".join(parts[:n])
-            if prefix in origins:
-                place = origins[prefix]
-                break
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        place = next((origins[prefix] for prefix in prefixes if prefix in origins), "")
+        place = place or next((at for k, at in origins.items() if key and k.startswith(f"{key}.")), str(file))
         return f"{place}: {in_brackets(key)}" if key else place
 
     return values, where
@@ -66,8 +65,8 @@ def _merge_deep(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _merge_deep(old, value) if both else _copy(value)
+        mapping = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merge_deep(old or {}, value) if mapping else _copy(value)
     return result
 
 
@@ -100,7 +99,8 @@ def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) ->
     if base is not None:
         at = f"{file}:{lines['base']}: base"
         if not isinstance(base, str):
-            raise UserError("base is not a file name", where=at, fix="give one recipe: base: tiny, or base: ../other.yaml")
+            fix = "give one recipe: base: tiny, or base: ../other.yaml"
+            raise UserError("base is not a file name", where=at, fix=fix)
         chain = (*above, file.resolve())
         target = find_recipe(base, folder=file.parent, where=at)
         if target.resolve() in chain:
@@ -117,9 +117,11 @@ def _parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[
         key, equals, value_text = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise UserError(f"{text!r} is not key=value", where=COMMAND_LINE, fix="write for example optim.lr=1e-3")
+            fix = "write for example optim.lr=1e-3"
+            raise UserError(f"{text!r} is not key=value", where=COMMAND_LINE, fix=fix)
         if parts[0] == "base":
-            raise UserError("base cannot be overridden", where=COMMAND_LINE, fix="name the other recipe instead")
+            fix = "name the other recipe instead"
+            raise UserError("base cannot be overridden", where=COMMAND_LINE, fix=fix)
         value, _ = parse_yaml(value_text, f"{COMMAND_LINE}: {key.strip()}", show_line=False)
         target = result
         for part in parts[:-1]:
@@ -168,14 +170,16 @@ def find_recipe(name: str | Path, folder: Path | None = None, where: str = "") -
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Every recipe that comes with HLAT, by name ("tiny", "pretrain/hlat-7b"), sorted, files outside folders first."""
+    """Every recipe that comes with HLAT, by name ("tiny", "pretrain/hlat-7b"), top-level ones first."""
     folder = recipes_folder()
-    files = [] if folder is None else sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
-    return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files}  # type: ignore[arg-type]
+    if folder is None:
+        return {}
+    files = sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def recipes_folder() -> Path | None:
-    """`recipes/` of the checkout HLAT runs from, else the installed package `hlat_recipes`; None without either."""
+    """`recipes/` of the checkout HLAT runs from, else the installed package `hlat_recipes`, else None."""
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir():
         return root / "recipes"

@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for completion and checks in editors (`# yaml-language-server: $schema=...`)."""
+"""The JSON schema of recipes, for editors (`# yaml-language-server: $schema=...`)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ def recipe_schema() -> dict[str, Any]:
         part.pop("required", None)
     for section, key in _DERIVED:
         sections[section]["properties"][key].pop("default", None)
-    base = {"type": "string", "title": "Base", "description": "Recipe this one starts from: a path or the name of a shipped one."}
+    what = "Recipe this one starts from: a path relative to this file, or the name of a shipped recipe."
+    for field in schema["properties"].values():
+        if "$ref" in field:
+            field.pop("default", None)  # the section's own keys have theirs
+    base = {"type": "string", "title": "Base", "description": what}
     schema["properties"] = {"base": base, **schema["properties"]}
     sections["ModelConfig"]["properties"]["preset"]["examples"] = list(PRESETS)
-    for kind, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, PluginSection):
-            _add_plugins(kind, field.annotation, sections[field.annotation.__name__])
+    for kind, info in Recipe.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, PluginSection):
+            _add_plugins(kind, info.annotation, sections[info.annotation.__name__])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -48,9 +52,10 @@ def _add_plugins(kind: str, section: type[PluginSection], schema: dict[str, Any]
     schema["properties"]["name"]["examples"] = list(own)
     for name, plugin in own.items():
         for option, parameter in own_options(kind, plugin, section).items():
-            default = "" if parameter.default is inspect.Parameter.empty else f", default {_plain(parameter.default)}"
+            needed = parameter.default is inspect.Parameter.empty
+            text = f"{name}: {'needed' if needed else 'default ' + _plain(parameter.default)}"
             entry = schema["properties"].setdefault(option, {"description": "Option of "})
-            entry["description"] += f"{'; of ' if 'default' in entry['description'] else ''}{name}{default}"
+            entry["description"] += text if entry["description"].endswith("of ") else f"; of {text}"
 
 
 def _plain(value: Any) -> str:

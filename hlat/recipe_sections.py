@@ -1,4 +1,7 @@
-"""The sections of a recipe: every key, its type, range, default and meaning (the docstrings land in recipes/schema.json)."""
+"""The sections of a recipe: every key, its type, range, default and meaning.
+
+The attribute docstrings are the descriptions in recipes/schema.json.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class RunSection(Section):
     """What this run is called, how long it lasts and where it writes."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Name of the run: letters, digits, dot, dash, underscore. Default: the recipe's file name without .yaml."""
+    """Name of the run: letters, digits, dot, dash, underscore. Default: the recipe's file name."""
     dir: Text = "runs/run"
     """The run folder itself; it may be moved or copied and still resumes. Default: runs/<name>."""
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
@@ -68,8 +71,8 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _one_place(self) -> SourceSection:
         if (self.path is None) == (self.dataset is None):
-            what = "a source has neither path nor dataset" if self.path is None else "a source has path and dataset"
-            raise problem(what, "", "give exactly one of path, dataset")
+            what = "neither path nor dataset" if self.path is None else "both path and dataset"
+            raise problem(f"a source has {what}", "", "give exactly one of them")
         return self
 
 
@@ -79,7 +82,9 @@ class DataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     """Where the text comes from."""
     tokenizer: Text = "bytes"
-    """SentencePiece .model, tokenizer.json or a folder with one of them; bytes; or train:bpe-<size> to train one on the sources."""
+    """A SentencePiece .model, a tokenizer.json or a folder with one of them; `bytes`; or `train:bpe-4096` to
+    train a byte-pair encoding of that size on the sources.
+    """
     seq_len: Positive = 1024
     """Tokens a row. Default: model.max_seq_len."""
     micro_batch: Positive = 8
@@ -87,7 +92,7 @@ class DataSection(Section):
     global_batch: Positive = 32
     """Rows of one optimizer step over all ranks: a multiple of micro_batch x dp."""
     document_mask: bool = False
-    """Attend only within a document, positions counted from its start. false: one stream of tokens, as HLAT trained."""
+    """Attend only within a document, positions counted from its start. false: one stream, as HLAT trained."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Fraction of the documents held out for evaluation, always the same ones; 0: none."""
 
@@ -166,7 +171,7 @@ class ScheduleSection(PluginSection):
     """The learning rate over the run. Keys not listed here are options of the schedule named."""
 
     name: Text = "cosine"
-    """constant, linear, cosine (reaches the floor at the horizon), clamped_cosine (HLAT: at 79.5 % of it), wsd."""
+    """constant, linear, cosine (ends on the floor), clamped_cosine (HLAT: on it from 79.5 % on), or wsd."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
     horizon_steps: Positive | None = None

@@ -1,7 +1,8 @@
 """YAML as recipes use it: a safe subset without surprises.
 
-Only mappings, lists, texts, numbers, true/false and null. Against YAML 1.1: `3e-4` is a number; `yes`, `on`, `017`, `1:30` and
-dates are texts; duplicate keys, anchors and tags are refused. Each refusal names the file and the line.
+Only mappings, lists, texts, numbers, true/false and null. Against YAML 1.1: `3e-4` is a number; `yes`, `on`,
+`017`, `1:30` and dates are texts; duplicate keys, anchors and tags are refused. Each refusal names the file
+and the line.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from hlat.errors import UserError
 
 MAX_BYTES = 1 << 20  # a recipe is a page long; this is some other file
 _TAG = "tag:yaml.org,2002:"
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+_NULL = re.compile(r"(?:~|null|Null|NULL|)$")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)$")
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9]+(?:_[0-9]+)*(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
@@ -26,8 +29,6 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the resolvers below instead of YAML 1.1's, and without aliases."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "found an alias", self.peek_event().start_mark)
@@ -37,14 +38,21 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that also quotes texts which `_Loader` would read as numbers."""
 
-    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+def _represent_text(dumper: Any, text: str) -> Any:
+    """Unicode line breaks survive only in double quotes, where they are escaped."""
+    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {k: [*v] for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(_TAG + "bool", _BOOL, list("tTfF"))
+_Loader.add_implicit_resolver(_TAG + "null", _NULL, ["~", "n", "N", ""])
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
     _kind.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
@@ -69,7 +77,8 @@ def parse_yaml(text: str, where: str, show_line: bool = True) -> tuple[Any, dict
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark and show_line else where
-        raise UserError(f"not valid YAML: {error.problem or error.context}", where=place, fix=_hint(error)) from None
+        what = f"not valid YAML: {error.problem or error.context}"
+        raise UserError(what, where=place, fix=_hint(error)) from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"not valid YAML: character #{error.position} is not allowed", where=where) from None
     except RecursionError:
@@ -94,7 +103,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if values is None:
         raise UserError("is empty", where=str(path), fix="a recipe needs at least model and data")
     if not isinstance(values, dict):
-        raise UserError("is not a mapping of sections", where=str(path), fix="write sections such as 'run:' and 'model:'")
+        fix = "write sections such as 'run:' and 'model:'"
+        raise UserError("is not a mapping of sections", where=str(path), fix=fix)
     return values, lines
 
 
@@ -108,23 +118,29 @@ def _value(loader: Any, node: Any, path: str, where: str, lines: dict[str, int])
     if not node.tag.startswith(_TAG) or node.tag[len(_TAG) :] not in _PLAIN[type(node)]:
         raise UserError(f"tag {node.tag!r} is not allowed in a recipe", where=place, fix="remove it")
     if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, at = key_node.value, f"{where}:{key_node.start_mark.line + 1}"
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
-                raise UserError("a key is not a word", where=at, fix="keys are names such as 'lr'; quote them if they look like numbers")
-            dotted = f"{path}.{key}" if path else key
-            if key in result:
-                raise UserError(f"duplicate key {dotted!r}, first in line {lines[dotted]}", where=at, fix="remove one of the two")
-            lines[dotted] = key_node.start_mark.line + 1
-            result[key] = _value(loader, value_node, dotted, where, lines)
-        return result
+        return _mapping(loader, node, path, where, lines)
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, item, f"{path}.{i}", where, lines) for i, item in enumerate(node.value)]
     try:
         return loader.construct_object(node)
     except ValueError:
         raise UserError(f"cannot read the value of {path!r}", where=place) from None
+
+
+def _mapping(loader: Any, node: Any, path: str, where: str, lines: dict[str, int]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
+            fix = "keys are names such as lr; quote them if they look like numbers"
+            raise UserError("a key is not a word", where=f"{where}:{line}", fix=fix)
+        dotted = f"{path}.{key}" if path else key
+        if key in result:
+            what = f"duplicate key {dotted!r}, first in line {lines[dotted]}"
+            raise UserError(what, where=f"{where}:{line}", fix="remove one of the two")
+        lines[dotted] = line
+        result[key] = _value(loader, value_node, dotted, where, lines)
+    return result
 
 
 _PLAIN = {

@@ -1,7 +1,8 @@
 """The base of every recipe section: strict, frozen, closed, and described by its attributes' docstrings.
 
-Strict means that a text is never taken for a number nor a number for a flag. Two conveniences are kept because YAML
-makes them natural: a whole-numbered float (`1e6`) is an integer, and a list is stored as a tuple.
+Strict means that a text is never taken for a number nor a number for a flag. Two conveniences are kept
+because YAML makes them natural: a whole-numbered float (`1e6`) is an integer, and a list is stored as a
+tuple.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def tuples(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """One section of a recipe. Raises pydantic's ValidationError; `hlat.recipe.load` turns that into one line."""
+    """One section of a recipe. Raises pydantic's ValidationError; `hlat.recipe.load` makes one line of it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -68,7 +69,7 @@ def problem(what: str, key: str, fix: str, **values: Any) -> PydanticCustomError
     """A validation error with the key it belongs to (relative to its section) and its fix.
 
     Args:
-        what: the fact, with {placeholders} for `values` (texts from a file never become part of the template).
+        what: the fact, with {placeholders} for `values`; no text from a file belongs in the template itself.
         key: dotted key below the section that raises it; "" for the section itself.
         fix: what to write instead.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,14 +31,3 @@ class Backend(Protocol):
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """What `compile: auto` means here for a run of `steps`, and the reason to print."""
         ...
-
-    def rng_state(self) -> dict[str, Tensor]:
-        """States of the random generators the device uses, by name; uint8 on the CPU."""
-        ...
-
-    def set_rng_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `rng_state` returned."""
-        ...
-
-
-Rounder = Callable[[Tensor, torch.dtype], Tensor]

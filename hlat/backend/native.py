@@ -53,19 +53,6 @@ class NativeBackend:
             return False, f"fewer than {COMPILE_PAYS_FROM} steps"
         return True, f"CPU with {os.path.basename(compiler)}"
 
-    def rng_state(self) -> dict[str, Tensor]:
-        """The CPU generator's state and, on a GPU, the GPU's."""
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def set_rng_state(self, state: dict[str, Tensor]) -> None:
-        """Restore the generators that exist here; one saved on another kind of device is left out."""
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 ones here, rather than emulated."""

@@ -1,5 +1,4 @@
-"""Bytes of a checkpoint: safetensors files written and read as streams, JSON with a checksum, RNG states as
-hex.
+"""The bytes of a checkpoint: safetensors files as streams, JSON with a checksum, RNG states as text.
 
 The safetensors format is an 8-byte little-endian header length, a JSON header and the raw tensors one after
 the other (https://huggingface.co/docs/safetensors). The library of that name writes a file from a complete
@@ -202,7 +201,7 @@ def unseal(text: bytes) -> dict[str, Any]:
 
 
 def rng_to_json() -> dict[str, Any]:
-    """States of torch's default generators as hex text, for `meta.json`: `cpu`, and `cuda` per visible device."""
+    """States of torch's default generators as hex text: `cpu`, and a list `cuda` where that is in use."""
     states: dict[str, Any] = {"cpu": _hex(torch.get_rng_state())}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = [_hex(state) for state in torch.cuda.get_rng_state_all()]

@@ -17,6 +17,8 @@ process that is killed leaves the old state or the new one. Deleting goes the ot
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import re
 import shutil
@@ -254,3 +256,28 @@ def verify_file(folder: Path, name: str, sha256: str) -> None:
             raise Broken(f"{name} is damaged: its bytes do not match their checksum")
     except OSError as error:
         raise Broken(f"{name} cannot be read: {error.strerror}") from error
+
+
+def meta_text(meta: dict[str, Any], step: int, tokens: int, tokenizer: Sequence[Path]) -> bytes:
+    """The content of `meta.json`. Raises TypeError for a value that is not JSON."""
+    folder = TOKENIZER if tokenizer else None
+    body = {**meta, "step": step, "tokens": tokens, "tokenizer": folder}
+    return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def explain(error: OSError, place: Path, needed: int | None) -> tuple[str, str]:
+    """Why a folder could not be written and what the user can do; `needed` is the size in bytes, if known."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{error.strerror or error}: {error.filename or place}",
+            "make the folder writable or choose another",
+        )
+    size = "" if needed is None else f": it takes {needed / 1e6:.1f} MB"
+    while not place.exists():
+        place = place.parent
+    with contextlib.suppress(OSError):
+        size += f", {shutil.disk_usage(place).free / 1e6:.1f} MB are free"
+    return (
+        f"the disk is full{size}",
+        "free some space, keep fewer checkpoints or move the folder to a larger disk",
+    )

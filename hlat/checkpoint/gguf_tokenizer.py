@@ -14,7 +14,11 @@ from hlat.checkpoint.sentencepiece_json import (
     to_tokenizers,
 )
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How Llama 3 splits text into words: contractions, letters, up to three digits, signs, line ends, spaces.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> str | None:

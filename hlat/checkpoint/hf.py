@@ -6,7 +6,6 @@ behind.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,127 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from hlat.checkpoint.codec import CODE_DTYPES
+from hlat.checkpoint.hf_config import DTYPES, config_from_hf, config_to_hf, hf_name, read_json, write_json
 from hlat.checkpoint.hf_tokenizer import copy_tokenizer, export_tokenizer, special_ids, tokenizer_texts
 from hlat.checkpoint.output import new_folder
 from hlat.checkpoint.safetensors_writer import write_safetensors
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
 from hlat.errors import UserError
-from hlat.model.config import ModelConfig
 from hlat.model.init import parameter_shapes
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_TOP = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{f"attention.{x}": f"self_attn.{x}_proj" for x in "qkvo"},
-    **{f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-}
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
 _NO_TOKENIZER = "no tokenizer"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def hf_name(name: str) -> str:
-    """ "layers.3.attention.q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
-    if name in _TOP:
-        return _TOP[name]
-    _, index, rest = name.split(".", 2)
-    return f"model.layers.{index}.{_LAYER[rest.removesuffix('.weight')]}.weight"
-
-
-def config_to_hf(config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json for LlamaForCausalLM, readable by transformers 4 and 5. `extra`: special token ids and
-    other keys to keep."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.hidden,
-        "intermediate_size": config.ffn,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "initializer_range": config.init_std,
-        "torch_dtype": _TORCH_NAMES[dtype],
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **extra,
-    }
-
-
-def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
-    """The model configuration of a config.json; absent keys have LlamaConfig's defaults. Raises UserError for
-    what HLAT's decoder is not."""
-
-    def refuse(what: str) -> UserError:
-        return UserError(what, where=where, fix="only plain Llama models can be converted")
-
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if raw.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        raise refuse(f"the architecture is {', '.join(map(str, architectures))} ({raw.get('model_type')})")
-    # transformers 5 keeps theta and scaling together in rope_parameters; before it they were two keys.
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (
-        kind not in ("default", None)
-        or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0
-    ):
-        raise refuse(f"scaled or partial rotary positions ({kind}) are not supported")
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise refuse(f"{key} is set, and HLAT's layers have no biases")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise refuse(f"the activation is {raw['hidden_act']}, not silu")
-    if raw.get("quantization_config"):
-        raise refuse("the weights are quantised")
-    try:
-        config = ModelConfig(
-            layers=raw["num_hidden_layers"],
-            hidden=raw["hidden_size"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            ffn=raw["intermediate_size"],
-            vocab=raw["vocab_size"],
-            max_seq_len=raw.get("max_position_embeddings", 2048),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            init_std=raw.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise refuse(f"{error.args[0]} is missing") from None
-    except ValidationError as error:
-        raise refuse(f"impossible shape: {error.errors()[0]['msg']}") from None
-    if (raw.get("head_dim") or config.head_dim) != config.head_dim:
-        raise refuse(f"head_dim {raw['head_dim']} is not hidden_size / num_attention_heads")
-    return config
-
-
 class HFFolder:
     """A folder with config.json and safetensors files, as a WeightSource. Its tensors have HLAT's names.
 
-    Raises UserError for another architecture, missing weights or a shard that the index names but the folder
-    lacks.
+    Raises UserError for another architecture, missing weights, or a shard that the folder lacks.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -190,9 +89,8 @@ class HFFolder:
     def _file(self, name: str) -> Any:
         file = self._files[self._hf_names[name]]
         if file not in self._open:
-            self._open = {
-                file: self._safe_open(file)
-            }  # one at a time: a mapped file counts as memory while it is open
+            # One at a time: a mapped file counts as memory while it is open.
+            self._open = {file: self._safe_open(file)}
         return self._open[file]
 
     def names(self) -> list[str]:
@@ -215,8 +113,9 @@ class HFFolder:
 
 
 def import_weights(source: WeightSource, out: str | Path, dtype: str = "keep") -> list[str]:
-    """Writes any source's weights, tensor by tensor, as a weights-only checkpoint at `out`. Returns warnings
-    for the user.
+    """Writes any source's weights, tensor by tensor, as a weights-only checkpoint at `out`.
+
+    Returns warnings for the user.
 
     Args:
         dtype: bf16, fp16, fp32, or keep (as stored, so that the way back is bit-identical).
@@ -246,8 +145,9 @@ def from_hf(folder: str | Path, out: str | Path, dtype: str = "keep") -> list[st
 def to_hf(
     source: WeightSource | str | Path, out: str | Path, dtype: str = "bf16", shard_size: int = 5 * 10**9
 ) -> list[str]:
-    """Exports a run (its newest complete checkpoint) or a step folder to Hugging Face's layout. Returns
-    warnings for the user.
+    """Exports a run (its newest complete checkpoint) or a step folder to Hugging Face's layout.
+
+    Returns warnings for the user.
 
     Args:
         dtype: bf16, fp16, fp32, or keep (the checkpoint's own, fp32 for a training run's masters).
@@ -259,8 +159,8 @@ def to_hf(
     names = [PREFIX + name for name in parameter_shapes(config)]
     dtypes = {name: source.dtype(name) if dtype == "keep" else DTYPES[dtype] for name in names}
     if dtype == "keep":
-        names.sort(key=lambda name: -dtypes[name].itemsize)  # stable; wide tensors first keeps every tensor
-        aligned
+        # Wide tensors first keeps every tensor aligned; the sort is stable.
+        names.sort(key=lambda name: -dtypes[name].itemsize)
     warnings: list[str] = []
     with new_folder(Path(out)) as partial:
         _write_shards(source, names, dtypes, shard_size, partial)
@@ -274,14 +174,12 @@ def to_hf(
 
 
 def _export_texts(source: WeightSource, folder: Path, max_seq_len: int) -> tuple[dict[str, Any], list[str]]:
-    """Writes the tokenizer's files. Returns the parts of config.json and generation_config.json that follow
-    from it, and warnings."""
+    """Writes the tokenizer's files. Returns what config.json and generation_config.json get; warnings."""
     if "huggingface" in source.meta:  # came from Hugging Face and goes back as it came
         if source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, folder)
-        return {"config": {}, **source.meta["huggingface"]}, [] if source.tokenizer is not None else [
-            _NO_TOKENIZER
-        ]
+        warnings = [] if source.tokenizer is not None else [_NO_TOKENIZER]
+        return {"config": {}, **source.meta["huggingface"]}, warnings
     tokenizer = source_tokenizer(source)
     if tokenizer is None:
         return {"config": {}}, [_NO_TOKENIZER]
@@ -302,7 +200,7 @@ def _write_shards(
             room = shard_size
         groups[-1].append(name)
         room -= size[name]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         by_hf_name = {hf_name(name.removeprefix(PREFIX)): name for name in group}
@@ -319,22 +217,6 @@ def _write_shards(
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_json(folder / _INDEX, index)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not readable JSON ({error})", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", where=str(path))
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes indented UTF-8 JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_size(text: str) -> int:

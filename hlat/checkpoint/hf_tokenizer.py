@@ -69,14 +69,18 @@ def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int) -> list[
         if (folder / _CONFIG).is_file():
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         backend = _without_added_tokens(next(path for path in tokenizer.files() if path.name != _CONFIG))
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len,
-    "clean_up_tokenization_spaces": False} for key in ("add_bos_token", "add_eos_token"):
+    for key in ("add_bos_token", "add_eos_token"):
         config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_max_length"] = max_seq_len
+    config["clean_up_tokenization_spaces"] = False
     if backend is None:
         # transformers reads the .model itself and then needs sentencepiece installed.
-        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False,
-        "add_eos_token": False} warnings.append("the SentencePiece model has no exact tokenizer.json;
-        transformers will read tokenizer.model")
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        config |= {"add_bos_token": False, "add_eos_token": False}
+        warnings.append(
+            "this SentencePiece model has no exact tokenizer.json; only tokenizer.model is written"
+        )
     else:
         backend.save(str(out / "tokenizer.json"))
         for key, index in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
@@ -104,7 +108,8 @@ def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> Any:
         raise UserError(str(error), where=str(path)) from None
     except Exception:  # the tokenizers library raises plain Exception for what it cannot express
         return None
-    same = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in PROBES)
+    ids = [backend.encode(text, add_special_tokens=False).ids for text in PROBES]
+    same = ids == tokenizer.encode_batch(PROBES)
     return backend if same else None
 
 

@@ -1,15 +1,14 @@
 """How logical tensors lie in the files, and the two ends that torch.distributed.checkpoint (DCP) plugs into.
 
-DCP plans: it turns any mixture of plain tensors, DTensors and tensor subclasses with `__create_write_items__`
-into rectangles of logical tensors, drops duplicates between ranks, balances the writes, and when loading
-finds the stored rectangles each rank needs. So a checkpoint saved in one layout loads in any other. What it
-stores is decided here, because neither of its own formats (torch 2.9 to 2.13) will do:
+DCP plans: it turns any mixture of plain tensors, DTensors and subclasses with `__create_write_items__` into
+rectangles of logical tensors, drops duplicates between ranks, balances the writes, and when loading finds the
+stored rectangles each rank needs. So a checkpoint saved in one layout loads in any other. How the rectangles
+are stored is decided here, because neither of DCP's own formats (torch 2.9 and 2.13) will do:
 
-- `FileSystemWriter` keeps the plan in a pickle (`.metadata`), and reading it runs whatever code is in there.
-- `HuggingFaceStorageWriter` names a rectangle by its tensor alone, so of several rectangles of one tensor on
-one rank (the
-  ZeRO-1 shards of a flat bucket) only the last is stored, without an error. It also copies each file in
-  memory first.
+- `FileSystemWriter` keeps the plan in a pickle (`.metadata`), and reading a pickle runs the code in it.
+- `HuggingFaceStorageWriter` files a rectangle under its tensor's name alone: of several rectangles of one
+  tensor on one rank (a ZeRO-1 shard of a flat bucket) it keeps the last and loses the others without an
+  error. It also holds a second copy of each file in memory.
 
 Here the rectangles go into safetensors files and the plan into `index.json`; both are data, and checksummed.
 A tensor saved whole is stored under its own name, a part of one as `name@row,column`.
@@ -20,13 +19,14 @@ from __future__ import annotations
 import errno
 import json
 import math
+import operator
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +74,14 @@ class Entry:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
-    def covered(self) -> bool:
-        return sum(math.prod(chunk.shape) for chunk in self.chunks) == math.prod(self.shape)
+    def complete(self) -> bool:
+        """Whether the chunks have as many elements as the tensor and none sticks out of it."""
+        inside = all(
+            o >= 0 and n >= 0 and o + n <= size
+            for chunk in self.chunks
+            for o, n, size in zip(chunk.offset, chunk.shape, self.shape, strict=True)
+        )
+        return inside and sum(math.prod(chunk.shape) for chunk in self.chunks) == math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -98,30 +104,32 @@ class Index:
 
     @staticmethod
     def from_json(text: bytes) -> Index:
-        """Raises Broken if the text is no such index or a tensor is not covered by its chunks."""
+        """Raises Broken if the text is no such index, or describes a tensor that its chunks do not cover."""
         try:
             data = json.loads(text)
             tensors = {name: _entry(item) for name, item in data["tensors"].items()}
             headers = {str(name): str(digest) for name, digest in data["headers"].items()}
+            wrong = [name for name, entry in tensors.items() if not entry.complete()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Broken(f"index.json cannot be read: {error!r}") from error
-        for name, entry in tensors.items():
-            files = {chunk.record.file for chunk in entry.chunks}
-            if (
-                not entry.covered()
-                or not files <= headers.keys()
-                or not all(map(_DATA_FILE.fullmatch, files))
-            ):
-                raise Broken(f"index.json describes '{name}' incompletely")
+        records = [chunk.record for entry in tensors.values() for chunk in entry.chunks]
+        wrong += [r.file for r in records if r.start < 0 or r.file not in headers]
+        wrong += [file for file in headers if not _DATA_FILE.fullmatch(file)]
+        if wrong:
+            raise Broken(f"index.json describes '{wrong[0]}' wrongly")
         return Index(tensors, headers)
 
 
 def _entry(item: dict[str, Any]) -> Entry:
     chunks = [
-        Chunk(tuple(c["offset"]), tuple(c["shape"]), ChunkRecord(c["file"], c["start"], c["sha256"]))
+        Chunk(_sizes(c["offset"]), _sizes(c["shape"]), ChunkRecord(c["file"], operator.index(c["start"]), c["sha256"]))
         for c in item["chunks"]
     ]
-    return Entry(CODE_DTYPES[item["dtype"]], tuple(item["shape"]), tuple(chunks))
+    return Entry(CODE_DTYPES[item["dtype"]], _sizes(item["shape"]), tuple(chunks))
+
+
+def _sizes(items: list[Any]) -> tuple[int, ...]:
+    return tuple(map(operator.index, items))
 
 
 def data_file(number: int) -> str:
@@ -227,7 +235,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items = sorted(plan.items, key=_order)
-        entries = [(_key(item), planner.resolve_data(item)) for item in items]
+        entries = [(_key(item), cast(Tensor, planner.resolve_data(item))) for item in items]
         needed = sum(tensor.numel() * tensor.element_size() for _, tensor in entries)
         if needed > shutil.disk_usage(self.folder).free:  # before the disk is full for everybody else too
             raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
@@ -248,7 +256,7 @@ class Writer(StorageWriter):
                 for c in stored.chunks
             ]
             tensors[name] = Entry(stored.properties.dtype, tuple(stored.size), tuple(chunks))
-            if not tensors[name].covered():
+            if not tensors[name].complete():
                 raise ValueError(f"the ranks hold only a part of tensor '{name}'")
         self.on_finish(make_index(self.folder, tensors))
 
@@ -264,7 +272,7 @@ def make_index(folder: Path, tensors: dict[str, Entry]) -> Index:
 
 
 def _order(item: WriteItem) -> tuple[int, str, tuple[int, ...]]:
-    """Wide elements first, so that every tensor is aligned; then by name, so that equal states give equal files."""
+    """Wide elements first, for alignment; then by name, so that equal states give equal files."""
     assert item.tensor_data is not None
     return -item.tensor_data.properties.dtype.itemsize, item.index.fqn, tuple(item.index.offset or ())
 
@@ -287,14 +295,14 @@ class Reader(StorageReader):
     """Serves DCP's read items from an opened checkpoint.
 
     Args:
-        index: the checkpoint's index.
+        contents: the checkpoint's index.
         read_rows: `(name, chunk, first, count)` -> that many rows of the chunk (dimension 0), a CPU tensor; a
             chunk of a 0-dimensional tensor counts as one row.
     """
 
-    def __init__(self, index: Index, read_rows: ReadRows) -> None:
+    def __init__(self, contents: Index, read_rows: ReadRows) -> None:
         super().__init__()
-        self.index, self.read_rows = index, read_rows
+        self.contents, self.read_rows = contents, read_rows
 
     def reset(self, checkpoint_id: str | PathLike[str] | None = None) -> None:
         """The checkpoint is fixed when the object is made."""
@@ -304,7 +312,7 @@ class Reader(StorageReader):
     ) -> Metadata:  # (without `kwargs` DCP does not look for files per rank)
         tensors: dict[str, Any] = {}
         storage: dict[MetadataIndex, Chunk] = {}
-        for name, entry in self.index.tensors.items():
+        for name, entry in self.contents.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in entry.chunks]
             kind = TensorProperties(dtype=entry.dtype)
             tensors[name] = TensorStorageMetadata(kind, torch.Size(entry.shape), chunks)

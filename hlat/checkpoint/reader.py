@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,21 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps done.
         tokens: training tokens seen.
-        meta: everything that is not a tensor, as given to `save`, with `step`, `tokens` and `tokenizer` (the name of the
-            folder with the tokenizer's files in the checkpoint, or None).
+        meta: what was given to `save`, and `step`, `tokens` and `tokenizer` (name of the folder in `path`
+            with the tokenizer's files, or None).
         tokenizer: the folder with the tokenizer's files, or None.
         verified: every byte was compared with its checksum, so reads need not check again.
     """
 
     def __init__(self, path: Path, peers: Peers | None = None) -> None:
-        """Raises Broken if the checkpoint is incomplete, a file has another size, or index or meta data are
-        damaged.
+        """Open it.
 
         Args:
             path: the step folder.
             peers: the processes that will call `load_into` together; this one alone by default.
+
+        Raises:
+            Broken: it is incomplete, a file has another size, or its index or meta data are damaged.
         """
         self.path, self._peers = path, peers or Peers()
         self._marker = folders.read_marker(path)
@@ -54,9 +57,11 @@ class Checkpoint:
             self.meta: dict[str, Any] = json.loads(self._small(folders.META))
         except (KeyError, TypeError, ValueError) as error:
             raise Broken(f"{folders.MARKER} or {folders.META} cannot be understood: {error!r}") from error
-        for name in self._index.headers:
-            if name not in self._marker["files"]:
-                raise Broken(f"{folders.MARKER} does not know {name}")
+        for entry in self._index.tensors.values():
+            for chunk in entry.chunks:
+                size = self._marker["files"].get(chunk.record.file, {"bytes": 0})["bytes"]
+                if chunk.record.start + _size(chunk, entry.dtype) > size:
+                    raise Broken(f"{folders.INDEX} does not fit {chunk.record.file}")
         self.tokenizer = path / folders.TOKENIZER if (path / folders.TOKENIZER).is_dir() else None
         self.verified = False
 
@@ -190,10 +195,7 @@ class Checkpoint:
 
 
 def _size(chunk: Chunk, dtype: torch.dtype) -> int:
-    count = 1
-    for length in chunk.shape:
-        count *= length
-    return count * dtype.itemsize
+    return math.prod(chunk.shape) * dtype.itemsize
 
 
 def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:

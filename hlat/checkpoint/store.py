@@ -16,14 +16,10 @@ which ones stay in `retention`.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hlat.checkpoint import folder as folders
-from hlat.checkpoint.codec import rng_from_json, rng_to_json, write_tensors
-from hlat.checkpoint.layout import Chunk, Entry, Index, Snapshot, Writer, data_file, make_index
+from hlat.checkpoint.codec import rng_from_json, rng_to_json
+from hlat.checkpoint.layout import Index, Snapshot, Writer
 from hlat.checkpoint.peers import Peers
 from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint
 from hlat.checkpoint.retention import expired, is_permanent
+from hlat.checkpoint.stream import write_weights
 from hlat.errors import UserError
 
 __all__ = [
@@ -52,8 +49,6 @@ __all__ = [
 
 # DCP announces at every single-process save and load that it runs in a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-PART_BYTES = 512 << 20  # a streamed checkpoint holds about this much in memory before it writes a file
 
 
 class CheckpointStore:
@@ -124,9 +119,10 @@ class CheckpointStore:
         """
         self.wait()
         background = self.async_ and not wait
-        text = json.dumps(meta, indent=1).encode() + b"\n"
+        files = folders.tokenizer_files(tokenizer)
+        text = folders.meta_text(meta, step, tokens, files)
         snapshot = Snapshot(tensors, self._buffers if background else None)
-        arguments = (step, snapshot, text, tokens, folders.tokenizer_files(tokenizer))
+        arguments = (step, snapshot, text, tokens, files)
         if background:
             self._pending = self._pool.submit(self._write, *arguments)
         else:
@@ -168,7 +164,7 @@ class CheckpointStore:
             self._warn(self._remarks.pop(0))
 
     def _write(self, step: int, snapshot: Snapshot, meta: bytes, tokens: int, tokenizer: list[Path]) -> None:
-        """Write one checkpoint on all ranks, in the thread that calls; complete and named when this returns."""
+        """Write one checkpoint, on all ranks; it is complete and has its name when this returns."""
         final = folders.step_folder(self.root, step)
         try:
             partial = self._begin(final)
@@ -227,98 +223,9 @@ class CheckpointStore:
                 self._remarks.append(f"could not delete the old checkpoint of step {entry.step}: {error}")
 
     def _failure(self, error: OSError, step: int, snapshot: Snapshot) -> UserError:
-        steps = [done for done in self.steps() if done not in self._unusable]
-        last = f"the one of step {steps[-1]} is untouched" if steps else "there is no earlier one"
-        what = (
-            f"checkpoint of step {step} was not saved ({_reason(error, self.root, snapshot.bytes())}); {last}"
-        )
-        return UserError(what, where=str(self.root), fix=_remedy(error))
-
-
-def _reason(error: OSError, root: Path, needed: int) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.strerror or error}: {error.filename or root}"
-    free = ""
-    with suppress(OSError):
-        free = f", {shutil.disk_usage(root).free / 1e6:.0f} MB are free"
-    return f"the disk is full: it takes {needed / 1e6:.0f} MB{free}"
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, lower checkpoint.keep, or move the run folder to a larger disk, then start again to continue"
-    return "make the folder writable or set run.dir to another one, then start again to continue"
-
-
-def write_weights(
-    path: Path | str,
-    tensors: Iterable[tuple[str, Tensor]],
-    meta: dict[str, Any],
-    tokenizer: Path | Sequence[Path] | None = None,
-) -> Checkpoint:
-    """Write a checkpoint from a stream of tensors, such as converted weights; memory holds one file (512 MiB)
-    or one tensor.
-
-    Args:
-        path: folder to create; it appears when it is complete.
-        tensors: (global name, CPU or device tensor), each name once; consumed one by one.
-        meta: as in `CheckpointStore.save`; its `step` and `tokens`, if any, become the checkpoint's.
-        tokenizer: its files, or a folder of them.
-
-    Raises:
-        UserError: `path` exists and is not empty, or cannot be written.
-        ValueError: a name comes twice.
-    """
-    path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError("exists already", where=str(path), fix="choose a new folder or remove this one")
-    partial = None
-    try:
-        partial = folders.begin(path)
-        index = make_index(partial, _write_parts(partial, tensors))
-        text = json.dumps(meta, indent=1).encode() + b"\n"
-        marker = {
-            "step": meta.get("step", 0),
-            "tokens": meta.get("tokens", 0),
-            "sequence": 1,
-            "permanent": True,
-        }
-        files = folders.tokenizer_files(tokenizer)
-        folders.seal_folder(partial, sorted(index.headers), index.to_json(), text, files, marker)
-        folders.commit(partial, path)
-    except OSError as error:
-        reason = _reason(error, path.parent, 0) if error.errno != errno.ENOSPC else "the disk is full"
-        raise UserError(
-            f"cannot be written ({reason})", where=str(path), fix="choose another folder"
-        ) from error
-    finally:
-        if partial is not None:
-            folders.abandon(partial)
-    return Checkpoint(path)
-
-
-def _write_parts(partial: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Entry]:
-    written: dict[str, Entry] = {}
-    waiting: list[tuple[str, Tensor]] = []
-    files = size = 0
-
-    def flush() -> None:
-        nonlocal files, size
-        waiting.sort(key=lambda item: -item[1].element_size())
-        records = write_tensors(partial / data_file(files), waiting)
-        for (name, tensor), record in zip(waiting, records, strict=True):
-            shape = tuple(tensor.shape)
-            written[name] = Entry(tensor.dtype, shape, (Chunk((0,) * len(shape), shape, record),))
-        files, size = files + 1, 0
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if name in written or any(name == other for other, _ in waiting):
-            raise ValueError(f"tensor '{name}' comes twice")
-        waiting.append((name, tensor))
-        size += tensor.numel() * tensor.element_size()
-        if size >= PART_BYTES:
-            flush()
-    if waiting:
-        flush()
-    return written
+        usable = [entry for entry in folders.entries(self.root) if entry.step not in self._unusable]
+        newest = max(usable, key=lambda entry: entry.sequence, default=None)
+        last = f"the one of step {newest.step} is untouched" if newest else "there is no earlier one"
+        reason, remedy = folders.explain(error, self.root, snapshot.bytes())
+        what = f"checkpoint of step {step} was not saved ({reason}); {last}"
+        return UserError(what, where=str(self.root), fix=f"{remedy}, then start again")

@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="recipes that ship with HLAT")
-    show = actions.add_parser("show", help="a recipe with every value resolved; the output is itself a recipe")
+    show = actions.add_parser("show", help="a recipe with every value resolved; the output is a recipe")
     show.add_argument("recipe", help="file or name")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as for hlat train")
     show.add_argument("--changed", action="store_true", help="only values that differ from the defaults")
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("a", help="file or name")
     compare.add_argument("b", help="file or name")
     check = actions.add_parser("check", help="validate recipes; exit code 2 at the first bad one")
-    check.add_argument("recipes", nargs="*", metavar="recipe", help="files or names (default: all that ship with HLAT)")
+    check.add_argument("recipes", nargs="*", metavar="recipe", help="default: all that ship")
     schema = actions.add_parser("schema", help="write the JSON schema that editors complete recipes with")
     schema.add_argument("--out", metavar="FILE", help="where to (default: standard output)")
 
@@ -47,11 +47,11 @@ def summary(recipe: Any) -> list[str]:
     """Size and length of the run a recipe describes, in a few lines."""
     tokens = recipe.tokens_per_step
     total = tokens * recipe.run.steps
-    data = recipe.data
+    data, parameters = recipe.data, recipe.model.parameter_count()
     return [
-        f"{recipe.model.parameter_count():,} parameters",
+        f"{parameters:,} parameters",
         f"{tokens:,} tokens a step ({data.global_batch} rows of {data.seq_len})",
-        f"{total:,} tokens in {recipe.run.steps:,} steps ({total / recipe.model.parameter_count():.1f} a parameter)",
+        f"{total:,} tokens in {recipe.run.steps:,} steps ({total / parameters:.1f} a parameter)",
         f"fingerprint {recipe.fingerprint()[:16]}",
     ]
 
@@ -88,7 +88,8 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
         _print(console, Text("the same recipe"))
     width = max((len(key) for key, _, _ in rows), default=0)
     for key, a, b in rows:
-        _print(console, Text.assemble((f"{key:<{width}}", "bold"), "  ", (_plain(a), "red"), " -> ", (_plain(b), "green")))
+        values = ((_plain(a), "red"), " -> ", (_plain(b), "green"))
+        _print(console, Text.assemble((f"{key:<{width}}", "bold"), "  ", *values))
     return 0
 
 
@@ -118,7 +119,7 @@ def _schema(args: argparse.Namespace, console: Console) -> int:
 
 
 def _without_defaults(recipe: Any) -> dict[str, Any]:
-    """The resolved values that are not those of a recipe with the same model, data sources and plug-ins and nothing else."""
+    """What a recipe adds to one that states only its model, data sources and plug-ins."""
     from hlat.recipe import Recipe
 
     full = recipe.to_dict()
@@ -130,20 +131,16 @@ def _without_defaults(recipe: Any) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for section, values in full.items():
         if not isinstance(values, dict):
-            if values != plain[section]:
-                changed[section] = values
-            continue
-        stated = minimal.get(section, {})
-        kept = {key: value for key, value in values.items() if key in stated or value != plain[section].get(key)}
-        if kept.keys() - ({"name"} if section in named and kept.get("name") == _default_name(section) else set()):
+            kept = values if values != plain[section] else None
+        else:
+            default = plain[section]
+            kept = {k: v for k, v in values.items() if k in minimal.get(section, {}) or v != default.get(k)}
+            usual = Recipe.model_fields[section].default
+            if section in named and kept == {"name": usual.name}:
+                kept = {}
+        if kept:
             changed[section] = kept
     return changed
-
-
-def _default_name(section: str) -> Any:
-    from hlat.recipe import Recipe
-
-    return Recipe.model_fields[section].get_default().name
 
 
 def _plain(value: Any) -> str:

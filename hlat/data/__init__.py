@@ -1,7 +1,7 @@
 """Text in, batches out.
 
-`open_data(recipe)` is what training calls; it is resolved on first use, so that the tokenizing worker processes, which import this
-package, do not load torch.
+`open_data(recipe)` is what training calls; it is resolved on first use, so that the tokenizing worker
+processes, which import this package, do not load torch.
 """
 
 from __future__ import annotations
@@ -21,4 +21,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hlat.data' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("hlat.data.batch" if name == "Batch" else "hlat.data.loader"), name)
+    return getattr(
+        importlib.import_module("hlat.data.batch" if name == "Batch" else "hlat.data.loader"), name
+    )

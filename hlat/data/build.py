@@ -1,8 +1,8 @@
 """Building a tokenized folder: work units over processes, resumable, one builder at a time, all or nothing.
 
-Everything is written to `OUT.partial` beside the target and renamed when it is whole. A killed run leaves its finished units
-there and the next one continues; a lock that the system drops with its holder keeps a second builder waiting, who then finds the
-finished folder. Disk trouble removes the partial folder.
+Everything is written to `OUT.partial` beside the target and renamed when it is whole. A killed run leaves its
+finished units there and the next one continues; a lock that the system drops with its holder keeps a second
+builder waiting, who then finds the finished folder. Disk trouble removes the partial folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ import numpy as np
 
 from hlat.data import pool
 from hlat.data.lock import locked_folder
-from hlat.data.packed import FORMAT, MANIFEST, SPLITS, VERSION, TokenFolder, disk_error, holdout_threshold, token_dtype, write_json
+from hlat.data.packed import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    VERSION,
+    TokenFolder,
+    disk_error,
+    holdout_threshold,
+    token_dtype,
+    write_json,
+)
 from hlat.data.sources import InputFile, Piece, Source, identity, units
 from hlat.data.tokenizer import Tokenizer
 from hlat.errors import UserError
@@ -39,7 +49,12 @@ class Built:
 
 def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> str:
     """Hash of all that decides the content of a tokenized folder."""
-    parts = [f"{FORMAT} {VERSION}", tokenizer.identity, f"{holdout_threshold(holdout)}", *(identity(source) for source in sources)]
+    parts = [
+        f"{FORMAT} {VERSION}",
+        tokenizer.identity,
+        f"{holdout_threshold(holdout)}",
+        *(identity(source) for source in sources),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -61,10 +76,15 @@ def build(
         key: `build_key` of the arguments when it is already known.
         progress: called with (bytes of text done, bytes in the input files).
 
-    Raises UserError: nothing to tokenize, a file that cannot be read, a disk that refuses, `out` taken by something else.
+    Raises UserError: nothing to tokenize, a file that cannot be read, a disk that refuses, `out` taken by
+    something else.
     """
     if tokenizer.eos_id is None:
-        raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix='set "eos_token" in tokenizer_config.json beside it')
+        raise UserError(
+            "the tokenizer has no end-of-document token",
+            where=tokenizer.spec,
+            fix='set "eos_token" in tokenizer_config.json beside it',
+        )
     key = key or build_key(sources, tokenizer, holdout)
     if _complete(out, key):
         return Built(out)
@@ -91,15 +111,27 @@ def _complete(out: Path, key: str) -> bool:
         return False
     if (out / MANIFEST).is_file() and TokenFolder(out).manifest.get("key") == key:
         return True
-    raise UserError(f"'{out}' exists and holds something else", where=str(out), fix="delete it or choose another folder")
+    raise UserError(
+        f"'{out}' exists and holds something else", where=str(out), fix="delete it or choose another folder"
+    )
 
 
 class _Job:
     """The work in one partial folder: `job.json` (what the workers read), the tokenizer's copy, the units."""
 
-    def __init__(self, sources: list[Source], tokenizer: Tokenizer, holdout: float, key: str, folder: Path) -> None:
-        self.sources, self.tokenizer, self.holdout, self.key, self.folder = sources, tokenizer, holdout, key, folder
-        self.units: list[tuple[int, list[Piece]]] = [(i, unit) for i, source in enumerate(sources) for unit in units(source)]
+    def __init__(
+        self, sources: list[Source], tokenizer: Tokenizer, holdout: float, key: str, folder: Path
+    ) -> None:
+        self.sources, self.tokenizer, self.holdout, self.key, self.folder = (
+            sources,
+            tokenizer,
+            holdout,
+            key,
+            folder,
+        )
+        self.units: list[tuple[int, list[Piece]]] = [
+            (i, unit) for i, source in enumerate(sources) for unit in units(source)
+        ]
         self.below = holdout_threshold(holdout)
 
     def prepare(self) -> None:
@@ -122,8 +154,13 @@ class _Job:
                 "key": self.key,
                 "tokenizer": f"tokenizer/{names[0]}" if names else self.tokenizer.spec,
                 "tokenizer_identity": self.tokenizer.identity,
-                "sources": [{"text_field": s.text_field, "files": [asdict(file) for file in s.files]} for s in self.sources],
-                "units": [{"source": i, "pieces": [asdict(piece) for piece in pieces]} for i, pieces in self.units],
+                "sources": [
+                    {"text_field": s.text_field, "files": [asdict(file) for file in s.files]}
+                    for s in self.sources
+                ],
+                "units": [
+                    {"source": i, "pieces": [asdict(piece) for piece in pieces]} for i, pieces in self.units
+                ],
             },
         )
 
@@ -161,13 +198,19 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
 
 
 def _hashes(folder: Path, unit: dict[str, Any]) -> np.ndarray:
-    tables = [np.fromfile(folder / f"{shard['file']}.docs", dtype="<u8").reshape(-1, 3)[:, 2] for shard in unit["shards"].values()]
+    tables = [
+        np.fromfile(folder / f"{shard['file']}.docs", dtype="<u8").reshape(-1, 3)[:, 2]
+        for shard in unit["shards"].values()
+    ]
     return np.concatenate(tables) if tables else np.zeros(0, dtype="<u8")
 
 
 def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> int:
     """The held-out threshold, moved only when one side would be empty: then just so far that it gets the nearest document."""
-    counts = {split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values()) for split in SPLITS}
+    counts = {
+        split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values())
+        for split in SPLITS
+    }
     if not any(counts.values()):
         raise _nothing_left(job, done)
     if not job.holdout or all(counts.values()):
@@ -189,7 +232,11 @@ def _moves(folder: Path, unit: dict[str, Any], threshold: int, before: int) -> b
 def _nothing_left(job: _Job, done: dict[int, dict[str, Any]]) -> UserError:
     dropped = _dropped(list(done.values()))
     reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in dropped.items()) or "no records"
-    return UserError(f"no document could be read ({reasons})", where=", ".join(source.label for source in job.sources), fix="name a source with UTF-8 text")
+    return UserError(
+        f"no document could be read ({reasons})",
+        where=", ".join(source.label for source in job.sources),
+        fix="name a source with UTF-8 text",
+    )
 
 
 def _dropped(finished: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,8 +250,15 @@ def _dropped(finished: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict[str, Any]:
-    shards = {split: [unit["shards"][split] for unit in finished if split in unit["shards"]] for split in SPLITS}
-    totals = {split: {what: sum(shard[what] for shard in shards[split]) for what in ("documents", "tokens", "bytes")} for split in SPLITS}
+    shards = {
+        split: [unit["shards"][split] for unit in finished if split in unit["shards"]] for split in SPLITS
+    }
+    totals = {
+        split: {
+            what: sum(shard[what] for shard in shards[split]) for what in ("documents", "tokens", "bytes")
+        }
+        for split in SPLITS
+    }
     tokenizer = job.tokenizer
     names = [file.name for file in tokenizer.files()]
     return {
@@ -218,7 +272,10 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
         },
-        "sources": [{"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped} for s in job.sources],
+        "sources": [
+            {"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped}
+            for s in job.sources
+        ],
         "holdout": job.holdout,
         "holdout_below": threshold,
         "totals": totals,
@@ -228,7 +285,12 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
 
 
 def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
-    keep = {f"{shard['file']}{suffix}" for split in SPLITS for shard in manifest["shards"][split] for suffix in (".bin", ".docs")}
+    keep = {
+        f"{shard['file']}{suffix}"
+        for split in SPLITS
+        for shard in manifest["shards"][split]
+        for suffix in (".bin", ".docs")
+    }
     for item in job.folder.iterdir():
         if item.is_file() and item.name not in keep and item.name != ".lock":
             item.unlink()
@@ -237,10 +299,12 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
     try:
         os.rename(job.folder, out)
     except OSError as error:
-        # Where the file system has no locks two builders may finish; the first one's folder is as good as ours.
+        # Where the file system has no locks two builders may finish; the first one's folder is as good as
+        # ours.
         if not (out / MANIFEST).is_file():
             raise disk_error(error, out) from error
         shutil.rmtree(job.folder)
+    (out / ".lock").unlink(missing_ok=True)
 
 
 __all__ = ["Built", "InputFile", "build", "build_key"]

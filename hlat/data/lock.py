@@ -22,8 +22,9 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 def locked_folder(folder: Path) -> Iterator[Path]:
     """Create the folder if need be and hold its lock; waits for the process that holds it, however long.
 
-    The lock is a `flock` on `.lock` inside, so the system drops it when its holder dies. On a file system without locks the
-    folder gets a name of its own for this process (no waiting, no resuming) and is removed at the end if it still exists. Raises OSError.
+    The lock is a `flock` on `.lock` inside, so the system drops it when its holder dies. On a file system
+    without locks the folder gets a name of its own for this process (no waiting, no resuming) and is removed
+    at the end if it still exists. Raises OSError.
     """
     while True:
         folder.mkdir(exist_ok=True)

@@ -1,13 +1,14 @@
 """The packed form of a source: token shards, document tables and a manifest in one folder.
 
-    train-00000.bin     ids of the documents, each followed by EOS, as little-endian uint16 (vocabularies up to 65,536) or uint32
-    train-00000.docs    one row per document, three little-endian uint64: end in the shard (EOS included), bytes of text, content hash
-    holdout-00000.bin   the same for the held-out documents
-    tokenizer/          copy of the tokenizer's files
-    manifest.json       counts, sha256 of every file, dtype, tokenizer identity, source, what was dropped and why
+    train-00000.bin     ids of the documents, each followed by EOS, as little-endian uint16 (vocabularies up
+    to 65,536) or uint32 train-00000.docs    one row per document, three little-endian uint64: end in the
+    shard (EOS included), bytes of text, content hash holdout-00000.bin   the same for the held-out documents
+    tokenizer/          copy of the tokenizer's files manifest.json       counts, sha256 of every file, dtype,
+    tokenizer identity, source, what was dropped and why
 
-Nothing depends on the sequence length, or on how many processes wrote it. A document is held out when its content hash is below
-`holdout_below`, whatever else the source holds; equal documents are therefore always on the same side.
+Nothing depends on the sequence length, or on how many processes wrote it. A document is held out when its
+content hash is below `holdout_below`, whatever else the source holds; equal documents are therefore always on
+the same side.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def document_hash(text: bytes) -> int:
 def holdout_threshold(fraction: float) -> int:
     """Documents whose hash is below this are held out: `fraction` of all, on average. Raises UserError outside [0, 1)."""
     if not 0 <= fraction < 1:
-        raise UserError(f"holdout is {fraction}", where="data.holdout", fix="write a fraction of the documents, at least 0 and below 1")
+        raise UserError(
+            f"holdout is {fraction}",
+            where="data.holdout",
+            fix="write a fraction of the documents, at least 0 and below 1",
+        )
     return int(fraction * 2**64)
 
 
@@ -65,19 +70,28 @@ def write_unit(
 ) -> dict[str, Any]:
     """Tokenize one work unit into `folder`; returns its statistics (also written, last, as `unit-NNNNN.json`).
 
-    `progress` is called with the bytes of text done since the last call. Raises UserError when the disk refuses.
+    `progress` is called with the bytes of text done since the last call. Raises UserError when the disk
+    refuses.
     """
-    writers = {split: _ShardWriter(folder / f"{split}-{number:05d}", token_dtype(tokenizer.vocab_size)) for split in SPLITS}
+    writers = {
+        split: _ShardWriter(folder / f"{split}-{number:05d}", token_dtype(tokenizer.vocab_size))
+        for split in SPLITS
+    }
     dropped: dict[str, dict[str, Any]] = {}
     try:
         for batch in _batches(read_pieces(files, pieces, text_field), dropped):
             raw = [text.encode("utf-8") for text in batch]
             for content, ids in zip(raw, tokenizer.encode_arrays(batch), strict=True):
                 mark = document_hash(content)
-                writers["holdout" if mark < holdout_below else "train"].add(ids, tokenizer, len(content), mark)
+                writers["holdout" if mark < holdout_below else "train"].add(
+                    ids, tokenizer, len(content), mark
+                )
             progress(sum(map(len, raw)))
         shards = {split: writer.close() for split, writer in writers.items()}
-        statistics = {"shards": {split: shard for split, shard in shards.items() if shard}, "dropped": dropped}
+        statistics = {
+            "shards": {split: shard for split, shard in shards.items() if shard},
+            "dropped": dropped,
+        }
         write_json(folder / f"unit-{number:05d}.json", statistics)
     except OSError as error:
         for writer in writers.values():
@@ -119,9 +133,15 @@ class _ShardWriter:
     def add(self, ids: np.ndarray, tokenizer: Tokenizer, size: int, mark: int) -> None:
         eos = tokenizer.eos_id
         if eos is None:
-            raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix='set "eos_token" in tokenizer_config.json beside it')
+            raise UserError(
+                "the tokenizer has no end-of-document token",
+                where=tokenizer.spec,
+                fix='set "eos_token" in tokenizer_config.json beside it',
+            )
         if (ids == eos).any():
-            raise ValueError(f"text encodes to the end-of-document id {eos}; document boundaries would be ambiguous")
+            raise ValueError(
+                f"text encodes to the end-of-document id {eos}; document boundaries would be ambiguous"
+            )
         if self._file is None:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close or discard)
         packed = np.append(ids, eos).astype(self._dtype).tobytes()
@@ -192,7 +212,11 @@ class Shard:
     def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype) -> None:
         self.path = folder / f"{entry['file']}.bin"
         self.documents_path = folder / f"{entry['file']}.docs"
-        self.count, self.documents, self.bytes = int(entry["tokens"]), int(entry["documents"]), int(entry["bytes"])
+        self.count, self.documents, self.bytes = (
+            int(entry["tokens"]),
+            int(entry["documents"]),
+            int(entry["bytes"]),
+        )
         self.sha256: str = entry["sha256"]
         self.docs_sha256: str = entry["docs_sha256"]
         self._dtype = dtype
@@ -209,7 +233,10 @@ class Shard:
 
     def check_size(self) -> None:
         """Raises UserError when a file is missing or has another size than the manifest says."""
-        for path, expected in ((self.path, self.count * self._dtype.itemsize), (self.documents_path, self.documents * _DOCUMENT_BYTES)):
+        for path, expected in (
+            (self.path, self.count * self._dtype.itemsize),
+            (self.documents_path, self.documents * _DOCUMENT_BYTES),
+        ):
             size = path.stat().st_size if path.is_file() else None
             if size != expected:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
@@ -220,7 +247,9 @@ class Shard:
         for path, expected in ((self.path, self.sha256), (self.documents_path, self.docs_sha256)):
             with open(path, "rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                    raise UserError("shard is damaged (sha256 differs from the manifest)", where=str(path), fix=REBUILD)
+                    raise UserError(
+                        "shard is damaged (sha256 differs from the manifest)", where=str(path), fix=REBUILD
+                    )
 
 
 class TokenFolder:
@@ -245,9 +274,15 @@ class TokenFolder:
             self.holdout = float(self.manifest["holdout"])
             self.shards: dict[Split, list[Shard]] = {split: self._shards(split) for split in SPLITS}
         except OSError as error:
-            raise UserError(f"no readable manifest ({error.strerror})", where=str(path), fix="name a folder written by `hlat data tokenize`") from error
+            raise UserError(
+                f"no readable manifest ({error.strerror})",
+                where=str(path),
+                fix="name a folder written by `hlat data tokenize`",
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a manifest of tokens this version reads ({error})", where=str(path), fix=REBUILD) from error
+            raise UserError(
+                f"not a manifest of tokens this version reads ({error})", where=str(path), fix=REBUILD
+            ) from error
         for split in SPLITS:
             for shard in self.shards[split]:
                 shard.check_size()
@@ -274,5 +309,9 @@ class TokenFolder:
 
     def content_hash(self) -> str:
         """Hash (hex sha256) over the shards' hashes and the tokenizer's identity."""
-        marks = [f"{split} {shard.sha256} {shard.docs_sha256}" for split in SPLITS for shard in self.shards[split]]
-        return hashlib.sha256("\n".join([self.tokenizer_identity, str(self.dtype), *marks]).encode()).hexdigest()
+        marks = [
+            f"{split} {shard.sha256} {shard.docs_sha256}" for split in SPLITS for shard in self.shards[split]
+        ]
+        return hashlib.sha256(
+            "\n".join([self.tokenizer_identity, str(self.dtype), *marks]).encode()
+        ).hexdigest()

@@ -1,7 +1,8 @@
 """Worker processes that tokenize units.
 
-They are started as `python -m hlat.data.worker` rather than through multiprocessing, whose spawned children import the caller's
-main module again: a script without a main guard would start itself once more. Requests and answers are lines of JSON.
+They are started as `python -m hlat.data.worker` rather than through multiprocessing, whose spawned children
+import the caller's main module again: a script without a main guard would start itself once more. Requests
+and answers are lines of JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def run(
 ) -> dict[int, dict[str, Any]]:
     """Tokenize the numbered units of the job in `folder`; returns their statistics by number.
 
-    `advance` is called, in this thread, with bytes of text done. Raises UserError as the workers do; the others are then stopped.
+    `advance` is called, in this thread, with bytes of text done. Raises UserError as the workers do; the
+    others are then stopped.
     """
     count = min(workers or available_cores(), len(numbers))
     if count <= 1:
@@ -42,7 +44,10 @@ def run(
         pending.put(number)
     answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     processes = [_start(folder, holdout_below) for _ in range(count)]
-    threads = [threading.Thread(target=_serve, args=(process, pending, answers), daemon=True) for process in processes]
+    threads = [
+        threading.Thread(target=_serve, args=(process, pending, answers), daemon=True)
+        for process in processes
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -57,14 +62,26 @@ def run(
 
 
 def _start(folder: Path, holdout_below: int) -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parents[2])  # the package may be imported from a path the child would not know
+    root = str(
+        Path(__file__).resolve().parents[2]
+    )  # the package may be imported from a path the child would not know
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "hlat.data.worker", str(folder), str(holdout_below)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
 
 
-def _serve(process: subprocess.Popen[str], pending: queue.SimpleQueue[int], answers: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _serve(
+    process: subprocess.Popen[str],
+    pending: queue.SimpleQueue[int],
+    answers: queue.SimpleQueue[dict[str, Any]],
+) -> None:
     """Feed one worker until no unit is left; runs in a thread of its own."""
     assert process.stdin and process.stdout
     try:
@@ -86,7 +103,9 @@ def _serve(process: subprocess.Popen[str], pending: queue.SimpleQueue[int], answ
         answers.put({"crashed": process.wait()})
 
 
-def _collect(answers: queue.SimpleQueue[dict[str, Any]], wanted: int, advance: Callable[[int], None]) -> dict[int, dict[str, Any]]:
+def _collect(
+    answers: queue.SimpleQueue[dict[str, Any]], wanted: int, advance: Callable[[int], None]
+) -> dict[int, dict[str, Any]]:
     done: dict[int, dict[str, Any]] = {}
     while len(done) < wanted:
         answer = answers.get()
@@ -95,7 +114,11 @@ def _collect(answers: queue.SimpleQueue[dict[str, Any]], wanted: int, advance: C
         elif "number" in answer:
             done[answer["number"]] = answer["statistics"]
         elif "error" in answer:
-            raise UserError(answer["error"]["what"], where=answer["error"]["where"], fix=answer["error"]["fix"])
+            raise UserError(
+                answer["error"]["what"], where=answer["error"]["where"], fix=answer["error"]["fix"]
+            )
         else:
-            raise RuntimeError(f"a tokenizing process ended with status {answer['crashed']} (out of memory, if it was killed: try fewer --workers)")
+            raise RuntimeError(
+                f"a tokenizing process ended with status {answer['crashed']} (out of memory, if it was killed: try fewer --workers)"
+            )
     return done

@@ -41,7 +41,9 @@ def read_pieces(files: Sequence[InputFile], pieces: Sequence[Piece], text_field:
                 yield from _columnar(file, piece, text_field)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"cannot be read ({getattr(error, 'strerror', None) or error})", where=file.path, fix="repair or remove the file"
+                f"cannot be read ({getattr(error, 'strerror', None) or error})",
+                where=file.path,
+                fix="repair or remove the file",
             ) from error
 
 
@@ -153,7 +155,9 @@ def _parquet(file: InputFile) -> Any:
     try:
         return parquet.ParquetFile(file.path, memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"not a readable parquet file ({error})", where=file.path, fix="repair or remove the file") from error
+        raise UserError(
+            f"not a readable parquet file ({error})", where=file.path, fix="repair or remove the file"
+        ) from error
 
 
 def _arrow_table(file: InputFile) -> Any:
@@ -168,4 +172,6 @@ def _arrow_table(file: InputFile) -> Any:
         mapped.seek(0)
         return (pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"not a readable arrow file ({error})", where=file.path, fix="repair or remove the file") from error
+        raise UserError(
+            f"not a readable arrow file ({error})", where=file.path, fix="repair or remove the file"
+        ) from error

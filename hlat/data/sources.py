@@ -1,7 +1,7 @@
 """Where documents come from: a source is resolved to an ordered list of files, its content identity and its work units.
 
-Nothing here reads text; `readers.py` does. Everything is a function of the files alone (never of the number of workers), so the
-shards built from a source are the same on every machine.
+Nothing here reads text; `readers.py` does. Everything is a function of the files alone (never of the number
+of workers), so the shards built from a source are the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from hlat.errors import UserError, missing_extra
 FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
 MANIFEST = "manifest.json"
 STDLIB = "python-stdlib"
-# Up to this size a source is identified by its content (about 0.2 s to hash); above it by path, size and modification time.
+# Up to this size a source is identified by its content (about 0.2 s to hash); above it by path, size and
+# modification time.
 HASH_CONTENT_LIMIT = 256 * 2**20
-# A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64 MiB of text in large ones.
+# A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64
+# MiB of text in large ones.
 UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
 
 
@@ -43,6 +45,7 @@ class Source:
     files: list[InputFile]
     text_field: str = "text"
     skipped: dict[str, int] = field(default_factory=dict)
+    known_identity: str = ""
 
     @property
     def size(self) -> int:
@@ -67,13 +70,18 @@ def tokenized_folder(path: str | Path | None) -> Path | None:
 
 
 def resolve_source(
-    *, path: str | Path | None = None, dataset: str | None = None, text_field: str = "text", where: str = "source"
+    *,
+    path: str | Path | None = None,
+    dataset: str | None = None,
+    text_field: str = "text",
+    where: str = "source",
 ) -> Source:
     """The files of a source.
 
     Args:
         path: a file or a folder (read recursively, in sorted order).
-        dataset: `python-stdlib`, or a Hugging Face dataset `name[:config][@split]` (split `train` unless given; extra `data`).
+        dataset: `python-stdlib`, or a Hugging Face dataset `name[:config][@split]` (split `train` unless
+            given; extra `data`).
         text_field: the column or key that holds the text of jsonl, parquet and arrow records.
         where: the key to name in errors.
 
@@ -91,7 +99,9 @@ def resolve_source(
     if not source.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
         raise UserError(
-            f"no text in '{source.label}'" + (f" ({reasons})" if reasons else ""), where=where, fix="name a folder or file that holds text"
+            f"no text in '{source.label}'" + (f" ({reasons})" if reasons else ""),
+            where=where,
+            fix="name a folder or file that holds text",
         )
     return source
 
@@ -99,9 +109,12 @@ def resolve_source(
 def identity(source: Source) -> str:
     """Hash (hex sha256) of what the source holds; the key of the cache.
 
-    Sources up to 256 MiB are hashed by name and content, larger ones by name, size and modification time of every file: a file
-    changed in place without a new modification time is then not noticed. The root's own path does not enter.
+    Sources up to 256 MiB are hashed by name and content, larger ones by name, size and modification time of
+    every file: a file changed in place without a new modification time is then not noticed. The root's own
+    path does not enter.
     """
+    if source.known_identity:
+        return source.known_identity
     by_content = source.size <= HASH_CONTENT_LIMIT
     digest = hashlib.sha256(f"{'content' if by_content else 'stat'} {source.text_field}\n".encode())
     for file in source.files:
@@ -109,11 +122,14 @@ def identity(source: Source) -> str:
             try:
                 mark = hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
             except OSError as error:
-                raise UserError(f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it") from error
+                raise UserError(
+                    f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it"
+                ) from error
         else:
             mark = str(os.stat(file.path).st_mtime_ns)
         digest.update(f"{file.name}\0{file.kind}\0{file.size}\0{mark}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    source.known_identity = digest.hexdigest()
+    return source.known_identity
 
 
 def units(source: Source) -> list[list[Piece]]:
@@ -148,7 +164,13 @@ def _pieces(index: int, file: InputFile, wanted: int) -> Iterator[Piece]:
 def kind_of(name: str) -> FileKind:
     """The kind of a file by its name; whatever is not a known container is plain text."""
     lower = name.lower()
-    for suffix, kind in ((".jsonl.gz", "jsonl.gz"), (".jsonl", "jsonl"), (".ndjson", "jsonl"), (".parquet", "parquet"), (".arrow", "arrow")):
+    for suffix, kind in (
+        (".jsonl.gz", "jsonl.gz"),
+        (".jsonl", "jsonl"),
+        (".ndjson", "jsonl"),
+        (".parquet", "parquet"),
+        (".arrow", "arrow"),
+    ):
         if lower.endswith(suffix):
             return kind  # type: ignore[return-value]
     return "text"
@@ -163,10 +185,14 @@ def _from_path(path: Path, where: str) -> Source:
             files = [InputFile(str(path.absolute()), path.name, kind_of(path.name), size)] if size else []
             return Source(str(path), files, skipped={} if size else {"empty file": 1})
         if (path / "dataset_dict.json").is_file():
-            raise UserError(f"'{path}' holds several splits", where=where, fix=f"name one, such as '{path / 'train'}'")
+            raise UserError(
+                f"'{path}' holds several splits", where=where, fix=f"name one, such as '{path / 'train'}'"
+            )
         return _from_folder(path, str(path), python_only=False)
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror})", where=where, fix="make it readable") from error
+        raise UserError(
+            f"'{path}' cannot be read ({error.strerror})", where=where, fix="make it readable"
+        ) from error
 
 
 def _from_folder(root: Path, label: str, python_only: bool) -> Source:
@@ -179,7 +205,8 @@ def _from_folder(root: Path, label: str, python_only: bool) -> Source:
     def failed(error: OSError) -> None:
         raise error
 
-    # The files with which Hugging Face `datasets` describes a saved folder of arrow files are not text of the data set.
+    # The files with which Hugging Face `datasets` describes a saved folder of arrow files are not text of the
+    # data set.
     saved_dataset = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
     for folder, subfolders, names in os.walk(root, onerror=failed):
         for name in list(subfolders):
@@ -200,7 +227,14 @@ def _from_folder(root: Path, label: str, python_only: bool) -> Source:
             elif not (size := os.path.getsize(path)):
                 skip("empty file")
             else:
-                files.append(InputFile(os.path.abspath(path), os.path.relpath(path, root).replace(os.sep, "/"), kind_of(name), size))
+                files.append(
+                    InputFile(
+                        os.path.abspath(path),
+                        os.path.relpath(path, root).replace(os.sep, "/"),
+                        kind_of(name),
+                        size,
+                    )
+                )
     files.sort(key=lambda file: file.name)
     return Source(label, files, skipped=dict(sorted(skipped.items())))
 
@@ -218,8 +252,8 @@ def _folder_reason(parent: str, name: str, python_only: bool) -> str:
 def _stdlib() -> Source:
     """The *.py files of the running Python's standard library, one document each.
 
-    Test folders are left out: most Linux distributions and container images do not install them, so with them the same recipe
-    would train on different text from one machine to the next.
+    Test folders are left out: most Linux distributions and container images do not install them, so with them
+    the same recipe would train on different text from one machine to the next.
     """
     return _from_folder(Path(sysconfig.get_path("stdlib")), STDLIB, python_only=True)
 
@@ -233,8 +267,14 @@ def _huggingface(dataset: str, where: str) -> Source:
     name, _, config = name.partition(":")
     try:
         loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
-        raise UserError(f"data set '{dataset}' cannot be loaded ({error})", where=where, fix="check name, config and @split") from error
+    except (
+        Exception
+    ) as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
+        raise UserError(
+            f"data set '{dataset}' cannot be loaded ({error})",
+            where=where,
+            fix="check name, config and @split",
+        ) from error
     files = []
     for entry in loaded.cache_files:
         path = entry["filename"]

@@ -1,14 +1,15 @@
 """Tokenizers: SentencePiece `.model`, `tokenizer.json`, and plain bytes.
 
-In HLAT's stream a document is its ids followed by one end-of-document id (EOS), with no BOS. `encode` therefore adds neither;
-the writer of the shards adds EOS. Text that happens to spell a special token (`</s>`) is encoded as ordinary text, so EOS ids in
-a stream are document ends and nothing else.
+In HLAT's stream a document is its ids followed by one end-of-document id (EOS), with no BOS. `encode`
+therefore adds neither; the writer of the shards adds EOS. Text that happens to spell a special token (`</s>`)
+is encoded as ordinary text, so EOS ids in a stream are document ends and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,16 @@ import numpy as np
 from hlat.data.sources import MANIFEST
 from hlat.errors import UserError
 
-# Names under which published tokenizers keep their end-of-document token, tried when no tokenizer_config.json says it.
+# Names under which published tokenizers keep their end-of-document token, tried when no tokenizer_config.json
+# says it.
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
-# Longer texts are encoded in pieces, where the tokenizer allows it: an encoding takes some hundred bytes per token while it is built.
+# Longer texts are encoded in pieces, where the tokenizer allows it: an encoding takes some hundred bytes per
+# token while it is built.
 SPLIT_ABOVE = 4 * 2**20
+# Where long texts may be cut. Next to other white space a cut could change how the run of white space is
+# split into words.
+_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Tokenizer:
@@ -32,7 +38,9 @@ class Tokenizer:
     vocab_size: int  # largest id + 1
     bos_id: int | None = None
     eos_id: int | None = None
-    byte_exact: bool = False  # decode_bytes(encode(text)) is the text, and every id stands for a fixed number of bytes
+    byte_exact: bool = (
+        False  # decode_bytes(encode(text)) is the text, and every id stands for a fixed number of bytes
+    )
     identity: str  # hex sha256 of everything that decides the ids
 
     def __init__(self, spec: str, files: list[Path]) -> None:
@@ -100,7 +108,11 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._backend = Backend.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"not a tokenizer.json ({error})", where=str(path), fix="name a file saved by the tokenizers library") from error
+            raise UserError(
+                f"not a tokenizer.json ({error})",
+                where=str(path),
+                fix="name a file saved by the tokenizers library",
+            ) from error
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
@@ -123,7 +135,9 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in texts:
             parts = _line_parts(text) if len(text) > SPLIT_ABOVE and self._splits_at_lines else None
             arrays.append(np.concatenate(super().encode_arrays(parts)) if parts else None)
-        short = iter(super().encode_arrays([text for text, done in zip(texts, arrays, strict=True) if done is None]))
+        short = iter(
+            super().encode_arrays([text for text, done in zip(texts, arrays, strict=True) if done is None])
+        )
         return [next(short) if done is None else done for done in arrays]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -152,20 +166,26 @@ class HuggingFaceTokenizer(Tokenizer):
         """Bytes of each id. Byte-level vocabularies spell a byte as a printable character (the GPT-2 convention)."""
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
-        spelled = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+        spelled = {chr(byte): byte for byte in printable} | {
+            chr(256 + i): byte for i, byte in enumerate(others)
+        }
         table = {}
         added = {token["id"]: token for token in self._definition.get("added_tokens", [])}
         for piece, index in self._vocabulary.items():
             if index in added:
                 table[index] = b"" if added[index].get("special") else piece.encode("utf-8")
             else:
-                table[index] = bytes(spelled[c] for c in piece) if all(c in spelled for c in piece) else piece.encode("utf-8")
+                table[index] = (
+                    bytes(spelled[c] for c in piece)
+                    if all(c in spelled for c in piece)
+                    else piece.encode("utf-8")
+                )
         return table
 
     @cached_property
     def _splits_at_lines(self) -> bool:
         """Whether encoding line blocks apart gives the ids of the whole; not so for tokenizers that put a space before a text."""
-        probes = ["a b\n", "x = 1;\n\n", "  // y)\n", "word\r\n", "é\t\n"]
+        probes = ["a b\n", "x = 1;\n", "  // y)\n", "7\n", "é\n"]
         starts = ["next line", "{", "7 of", "(a)", "#é", "'s"]
         return all(self.encode(a + b) == self.encode(a) + self.encode(b) for a in probes for b in starts)
 
@@ -182,7 +202,9 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._backend.LoadFromSerializedProto(content)
         except Exception as error:  # RuntimeError or a protobuf error, by version
-            raise UserError(f"not a SentencePiece model ({error})", where=str(path), fix="name a .model file") from error
+            raise UserError(
+                f"not a SentencePiece model ({error})", where=str(path), fix="name a .model file"
+            ) from error
         self._threads = threads or -1
         self.vocab_size = self._backend.vocab_size()
         self.eos_id = self._backend.eos_id() if self._backend.eos_id() >= 0 else None
@@ -199,13 +221,17 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
     """The tokenizer a recipe names: `bytes`, a `.model`, a `tokenizer.json`, a folder that holds one, or a tokenized folder.
 
-    `threads` limits SentencePiece; the `tokenizers` library reads TOKENIZERS_PARALLELISM from the environment.
-    Raises UserError when there is none.
+    `threads` limits SentencePiece; the `tokenizers` library reads TOKENIZERS_PARALLELISM from the
+    environment. Raises UserError when there is none.
     """
     if str(spec) == "bytes":
         return BytesTokenizer()
     if str(spec).startswith("train:"):
-        raise UserError(f"'{spec}' is trained on the sources", where="data.tokenizer", fix="name the trained tokenizer.json here")
+        raise UserError(
+            f"'{spec}' is trained on the sources",
+            where="data.tokenizer",
+            fix="name the trained tokenizer.json here",
+        )
     path = Path(spec).expanduser()
     if path.is_dir():
         path = _inside(path)
@@ -213,7 +239,9 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
             return BytesTokenizer()
     if not path.is_file():
         raise UserError(
-            f"no tokenizer at '{path}'", where="data.tokenizer", fix="name a .model, a tokenizer.json, a folder with one, 'bytes' or 'train:bpe-4096'"
+            f"no tokenizer at '{path}'",
+            where="data.tokenizer",
+            fix="name a .model, a tokenizer.json, a folder with one, 'bytes' or 'train:bpe-4096'",
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)
 
@@ -239,7 +267,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", where=str(path), fix="make it readable") from error
+        raise UserError(
+            f"cannot be read ({error.strerror})", where=str(path), fix="make it readable"
+        ) from error
 
 
 def _config_tokens(path: Path) -> dict[str, str]:
@@ -251,19 +281,16 @@ def _config_tokens(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"not JSON ({error})", where=str(path), fix="repair or remove the file") from error
     values = {name: config.get(name) for name in ("bos_token", "eos_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()
+    }
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _line_parts(text: str) -> list[str]:
-    """The text cut into parts of at least SPLIT_ABOVE/4 characters, each cut after a line feed and before visible text."""
+    """The text cut into parts of at least SPLIT_ABOVE/4 characters, each cut after a line feed that stands between visible characters."""
     parts, start, wanted = [], 0, SPLIT_ABOVE // 4
-    while len(text) - start > wanted:
-        cut = text.find("\n", start + wanted) + 1
-        while cut and cut < len(text) and text[cut].isspace():
-            cut = text.find("\n", cut) + 1
-        if not cut or cut >= len(text):
-            break
-        parts.append(text[start:cut])
-        start = cut
+    while len(text) - start > wanted and (found := _LINE_END.search(text, start + wanted)):
+        parts.append(text[start : found.end()])
+        start = found.end()
     return [*parts, text[start:]]

@@ -14,7 +14,8 @@ from hlat.data.sources import Source, units
 from hlat.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-# The trainer keeps every distinct word in memory; merges of a vocabulary up to some ten thousands do not change with more text.
+# The trainer keeps every distinct word in memory; merges of a vocabulary up to some ten thousands do not
+# change with more text.
 SAMPLE_BYTES = 256 * 2**20
 _SPEC = re.compile(r"train:bpe-(\d+)")
 
@@ -25,14 +26,22 @@ def trained_vocab(spec: str) -> int | None:
         return None
     match = _SPEC.fullmatch(spec)
     if not match:
-        raise UserError(f"unknown tokenizer '{spec}'", where="data.tokenizer", fix="write train:bpe-SIZE, such as train:bpe-4096")
+        raise UserError(
+            f"unknown tokenizer '{spec}'",
+            where="data.tokenizer",
+            fix="write train:bpe-SIZE, such as train:bpe-4096",
+        )
     return check_vocab(int(match[1]), "data.tokenizer")
 
 
 def check_vocab(size: int, where: str) -> int:
     """The size, if a byte-level BPE can have it. Raises UserError."""
     if not 257 <= size <= 2**24:
-        raise UserError(f"a byte-level BPE cannot have {size} entries", where=where, fix="choose at least 257: 256 bytes and the end-of-document token")
+        raise UserError(
+            f"a byte-level BPE cannot have {size} entries",
+            where=where,
+            fix="choose at least 257: 256 bytes and the end-of-document token",
+        )
     return size
 
 
@@ -43,15 +52,19 @@ def training_texts(sources: list[Source], holdout_threshold: int, limit: int = S
     for source in sources:
         for unit in units(source):
             for document in read_pieces(source.files, unit, source.text_field):
-                if document.text is not None and holdout_threshold <= document_hash(document.text.encode("utf-8")) < chosen_below:
+                if (
+                    document.text is not None
+                    and holdout_threshold <= document_hash(document.text.encode("utf-8")) < chosen_below
+                ):
                     yield document.text
 
 
 def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
     """Train a byte-level BPE and write `tokenizer.json` (and `tokenizer_config.json`) into the folder; returns the former's path.
 
-    Id 0 is `<|endoftext|>`, 1..256 the bytes, then the merges. Words are split by the GPT-2 pattern. The vocabulary is smaller than asked when
-    the text has too few repeated pairs. Raises UserError when the folder cannot be written.
+    Id 0 is `<|endoftext|>`, 1..256 the bytes, then the merges. Words are split by the GPT-2 pattern. The
+    vocabulary is smaller than asked when the text has too few repeated pairs. Raises UserError when the
+    folder cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -66,13 +79,24 @@ def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
     )
     tokenizer.train_from_iterator(texts, trainer)
     path = folder / "tokenizer.json"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for target, content in ((folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n"), (path, tokenizer.to_str(pretty=True))):
+        for target, content in (
+            (folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
+            (path, tokenizer.to_str(pretty=True)),
+        ):
             temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", where=str(folder), fix="choose a folder on a disk with space that you may write to") from error
+        raise UserError(
+            f"cannot be written ({error.strerror})",
+            where=str(folder),
+            fix="choose a folder on a disk with space that you may write to",
+        ) from error
     return path

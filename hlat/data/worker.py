@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from hlat.data.packed import write_unit
 from hlat.data.sources import InputFile, Piece
 from hlat.data.tokenizer import load_tokenizer
 from hlat.errors import UserError
-
 
 _busy = threading.Event()
 
@@ -32,7 +32,9 @@ class Worker:
         spec = job["tokenizer"]
         self._tokenizer = load_tokenizer(folder / spec if spec.startswith("tokenizer/") else spec, threads)
         if self._tokenizer.identity != job["tokenizer_identity"]:
-            raise UserError("the tokenizer's files changed while they were read", where=str(folder), fix="run again")
+            raise UserError(
+                "the tokenizer's files changed while they were read", where=str(folder), fix="run again"
+            )
 
     def tokenize(self, number: int, holdout_below: int, progress: Callable[[int], None]) -> dict[str, Any]:
         """Write unit `number`; returns its statistics (see `packed.write_unit`)."""
@@ -40,7 +42,14 @@ class Worker:
         source = unit["source"]
         pieces = [Piece(**piece) for piece in unit["pieces"]]
         return write_unit(
-            self._folder, number, self._files[source], pieces, self._fields[source], self._tokenizer, holdout_below, progress
+            self._folder,
+            number,
+            self._files[source],
+            pieces,
+            self._fields[source],
+            self._tokenizer,
+            holdout_below,
+            progress,
         )
 
 
@@ -66,6 +75,9 @@ def main(folder: Path, holdout_below: int) -> int:
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     try:
         requests = _requests()
         worker = Worker(folder)
@@ -81,4 +93,6 @@ def main(folder: Path, holdout_below: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    status = main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(status)  # the reading thread may be waiting in stdin, which an ordinary exit would stumble over

@@ -48,8 +48,7 @@ class Score:
 
 
 def total_nats(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Sum of cross-entropy over all targets that are not -100, a scalar in fp64 (fp32 where the device has no
-    fp64).
+    """Sum of cross-entropy over all targets that are not -100: a scalar, fp64 where the device has it.
 
     Logits are made in the weights' dtype, and their log-softmax in fp32, `chunk` tokens at a time.
     """
@@ -64,14 +63,14 @@ def total_nats(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: i
 
 
 @torch.no_grad()
-def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float) -> Score:
-    """The model's score on batches whose targets spell `text_bytes` bytes of text.
+def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float | None = None) -> Score:
+    """The model's score on held-out batches.
 
     Args:
         model: a whole model (its head on this process).
         batches: each moved to the model's device here. Nothing is read back to the host before the last one.
-        text_bytes: UTF-8 bytes of the text the targets of all batches stand for. 0 = unknown; then only
-            `loss` means something.
+        text_bytes: UTF-8 bytes of the text the targets of all batches stand for; None adds up the batches' own
+            `text_bytes`.
 
     The model's training mode is kept as it is: the decoder has no dropout.
     """
@@ -80,12 +79,15 @@ def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float) -
     weight = model.head.weight
     nats: Tensor | None = None
     tokens: Tensor | None = None
+    counted = 0.0
     for batch in batches:
+        counted += 0.0 if text_bytes is not None else batch.text_bytes
         batch = batch.to(weight.device)
         hidden = model.hidden(batch.ids, batch.positions, batch.documents)
         part, count = total_nats(hidden, weight, batch.targets), (batch.targets != -100).sum()
         nats = part if nats is None else nats + part
         tokens = count if tokens is None else tokens + count
+    total_bytes = counted if text_bytes is None else text_bytes
     if nats is None or tokens is None:
-        return Score(0.0, 0, text_bytes)
-    return Score(float(nats), int(tokens), text_bytes)
+        return Score(0.0, 0, total_bytes)
+    return Score(float(nats), int(tokens), total_bytes)

@@ -16,8 +16,9 @@ SHAPE = ("layers", "hidden", "heads", "ffn", "vocab", "max_seq_len")
 class ModelConfig(Section):
     """LLaMA-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
-    `preset` fills in every field that is not given; without one the six shape fields are needed and `kv_heads` is
-    `heads`. Raises pydantic's ValidationError for a missing field, an unknown preset or an impossible shape.
+    `preset` fills in every field that is not given; without one the six shape fields are needed and
+    `kv_heads` is `heads`. Raises pydantic's ValidationError for a missing field, an unknown preset or an
+    impossible shape.
     """
 
     preset: str | None = None
@@ -61,7 +62,8 @@ class ModelConfig(Section):
                 raise problem("unknown preset '{value}'", "preset", fix, value=preset)
             return {**PRESETS[preset], **data}
         if preset is not None:
-            raise problem("expected the name of a preset, got {value}", "preset", did_you_mean("", list(PRESETS)), value=repr(preset))
+            fix = f"known: {', '.join(PRESETS)}"
+            raise problem("expected the name of a preset, got {value}", "preset", fix, value=repr(preset))
         # A misspelt field is reported as such, not as the missing one it stands for.
         missing = [name for name in SHAPE if name not in data]
         if missing and not set(data) - set(cls.model_fields):

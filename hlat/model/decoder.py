@@ -1,13 +1,14 @@
-"""The LLaMA-family decoder: embedding, blocks of attention and SwiGLU with pre-RMSNorm and RoPE, final norm,
-head.
+"""The LLaMA-family decoder: embedding, blocks of attention and SwiGLU with pre-RMSNorm and RoPE, norm, head.
 
-A plain `nn.Module`. Parallelism is applied from outside, by parameter name: layers may be deleted from
-`layers` and `embed`, `norm` or `head` set to None on a pipeline stage; names stay global, so checkpoints need
-no renaming.
+A plain `nn.Module`. Parallelism is applied from outside, by parameter name: on a pipeline stage layers may be
+deleted from `layers`, and `embed`, `norm` or `head` set to None; names stay global in checkpoints.
 
-Parameters: `embed.weight (V, D)`, `layers.{i}.attention_norm.weight (D)`, `layers.{i}.attention.{q,k,v,o}.weight`,
-`layers.{i}.mlp_norm.weight (D)`, `layers.{i}.mlp.{gate,up,down}.weight`, `norm.weight (D)`, `head.weight (V,
-D)`; with tied embeddings `head.weight` is the same parameter as `embed.weight`.
+Parameters, V = vocabulary, D = hidden size:
+`embed.weight (V, D)`
+`layers.{i}.attention_norm.weight (D)`, `layers.{i}.attention.{q,k,v,o}.weight`
+`layers.{i}.mlp_norm.weight (D)`, `layers.{i}.mlp.{gate,up,down}.weight`
+`norm.weight (D)`
+`head.weight (V, D)`, the same parameter as `embed.weight` when embeddings are tied.
 """
 
 from __future__ import annotations
@@ -124,8 +125,10 @@ class Decoder(nn.Module):
         documents_BS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) in the weights' dtype; on a stage without head, the states (B, S, D). Arguments as
-        for `hidden`."""
+        """Logits (B, S, V) in the weights' dtype; on a stage without head, the states (B, S, D).
+
+        Arguments as for `hidden`.
+        """
         x_BSD = self.hidden(ids_BS, positions_BS, documents_BS, cache)
         return self.head(x_BSD) if self.head is not None else x_BSD
 
@@ -139,8 +142,7 @@ class Decoder(nn.Module):
         return (document_mask(documents_BS) if documents_BS is not None else None), None
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` positions, in this model's dtype and on its
-        device."""
+        """An empty cache for `batch` rows of at most `length` positions, in the weights' dtype and device."""
         weight = next(self.parameters())
         config = self.config
         return KVCache(

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Weights of all linear layers, the head included (a tied head is multiplied all the same), the embedding
-    table not."""
+    """Weights of all linear layers, with the head (multiplied even if tied) and without the embedding."""
     query = config.hidden * config.heads * config.head_dim
     key = config.hidden * config.kv_heads * config.head_dim
     per_layer = 2 * query + 2 * key + 3 * config.hidden * config.ffn

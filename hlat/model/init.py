@@ -1,5 +1,4 @@
-"""HLAT's initialisation: one normal distribution for all matrices, narrower for those that write into the
-residual stream.
+"""HLAT's initialisation: normal, narrower for the matrices that write into the residual stream.
 
 Every tensor has its own random generator, seeded by the run's seed and the tensor's name, so any tensor can
 be made alone: by a rank that holds only some layers, for a slice of it, or to count norms of a model that
@@ -30,8 +29,7 @@ def tensor_seed(seed: int, name: str) -> int:
 def init_std(config: ModelConfig, name: str) -> float | None:
     """Standard deviation of the parameter called `name`; None for norm weights, which start at one.
 
-    With `scaled_init`, attention.o and mlp.down get init_std / sqrt(2 · layers) (specs of HLAT-7B and 70B;
-    GPT-2's rule).
+    With `scaled_init`, attention.o and mlp.down get init_std / sqrt(2 · layers), as in HLAT-7B and 70B.
     """
     if name.endswith("norm.weight"):
         return None

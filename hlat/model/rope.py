@@ -18,8 +18,7 @@ class Rope(nn.Module):
     """Tables of cos and sin in fp32, one pair for all layers.
 
     The tables are buffers outside the state dict. `to_empty`, `to(dtype)` and the like pass through `_apply`,
-    after which they are
-    computed again: they are right on every real device and stay fp32 in a bf16 model.
+    after which they are computed again: they are right on every real device and stay fp32 in a bf16 model.
 
     Args:
         head_dim: size K of a head, even.
@@ -51,8 +50,10 @@ class Rope(nn.Module):
         return self
 
     def forward(self, positions_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows of the tables for these positions: cos and sin, each fp32 (B, S, 1, K/2); the whole tables (1,
-        max_seq_len, 1, K/2) for None, which means positions 0, 1, 2, …"""
+        """cos and sin for these positions, each fp32 (B, S, 1, K/2).
+
+        None means positions 0, 1, 2, … and gives the whole tables, (1, max_seq_len, 1, K/2).
+        """
         if positions_BS is None:
             return self.cos[None, :, None, :], self.sin[None, :, None, :]
         return self.cos[positions_BS][:, :, None, :], self.sin[positions_BS][:, :, None, :]

@@ -49,7 +49,10 @@ class CausalLM:
         x_BSD = model.hidden(batch.ids, batch.positions, batch.documents)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         scale = 1.0 / denominator.to(torch.float32)
-        return LinearCrossEntropy.apply(x_TD, model.head.weight, batch.targets.reshape(-1), scale, self._kernel)
+        differentiate = torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(  # type: ignore[no-any-return]
+            x_TD, model.head.weight, batch.targets.reshape(-1), scale, self._kernel, differentiate
+        )
 
 
 def softmax_gradient(logits_TV: Tensor, targets_T: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +85,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets_T: Tensor,
         scale: Tensor,
         kernel: Callable[..., tuple[Tensor, Tensor]],
+        differentiate: bool,
     ) -> Tensor:
         """x (T, D) and weight (V, D) of one dtype, targets int64 (T), scale fp32 (). Returns fp32 ()."""
-        needs_gradient = any(ctx.needs_input_grad)
         tokens, vocab = x_TD.shape[0], weight_VD.shape[0]
         chunks = max(1, -(-tokens * vocab // CHUNK_ELEMENTS))
         while tokens % chunks:  # equal chunks, so that one compiled kernel serves them all
             chunks += 1
         size = tokens // chunks
         loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
-        dx = torch.empty_like(x_TD) if needs_gradient else None
+        dx = torch.empty_like(x_TD) if differentiate else None
         dw: Tensor | None = None
         for start in range(0, tokens, size):
             x = x_TD[start : start + size]
@@ -105,10 +108,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
         """The gradients that forward made, times the gradient of the result (1 in training)."""
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), (dw * grad).to(dx.dtype), None, None, None
+        return dx * grad.to(dx.dtype), (dw * grad).to(dx.dtype), None, None, None, None
 
 
 def _add(total: Tensor | None, part: Tensor, parts: int) -> Tensor:

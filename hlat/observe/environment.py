@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, threads and the environment variables that change behaviour, never secrets."""
+"""What a run ran on: versions, machine, threads, environment variables that matter (never secrets)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,21 @@ _PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|JWT", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
 _PACKAGES = (
-    "torch numpy pydantic safetensors tokenizers sentencepiece transformers datasets triton "
-    "torch-xla torch-neuronx neuronx-distributed neuronx-cc libneuronxla"
-).split()
+    "torch",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "sentencepiece",
+    "transformers",
+    "datasets",
+    "triton",
+    "torch-xla",
+    "torch-neuronx",
+    "neuronx-distributed",
+    "neuronx-cc",
+    "libneuronxla",
+)
 
 
 def describe() -> dict[str, Any]:
@@ -35,7 +47,12 @@ def describe() -> dict[str, Any]:
         "git": git_state(Path.cwd()),
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": {"name": cpu_name(), "count": os.cpu_count(), "usable": _usable_cpus(), "memory_gib": _memory_gib()},
+        "cpu": {
+            "name": cpu_name(),
+            "count": os.cpu_count(),
+            "usable": _usable_cpus(),
+            "memory_gib": _memory_gib(),
+        },
         **_torch_facts(),
         "variables": variables(os.environ),
     }

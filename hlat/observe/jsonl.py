@@ -32,7 +32,7 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a metrics file in file order; lines that are not a JSON object (torn by a crash) are passed over.
+    """The rows of a metrics file in file order; lines that are not a JSON object (torn) are passed over.
 
     Raises FileNotFoundError when the file is missing.
     """
@@ -83,8 +83,8 @@ def replace_file(path: Path, content: bytes) -> None:
 class MetricsFile:
     """Appends rows to `metrics.jsonl`. Rows wait in memory until `flush`, which writes them with one call.
 
-    Opening cuts off a last line that a crash tore. A write that fails part-way (full disk) is undone, so the file
-    never holds half a row, and raises UserError.
+    Opening cuts off a last line that a crash tore. A write that fails part-way (full disk) is undone, so the
+    file never holds half a row, and raises UserError.
     """
 
     def __init__(self, path: Path) -> None:

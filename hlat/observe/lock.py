@@ -1,12 +1,13 @@
 """One training process a run folder.
 
-The lock is a small file that says who holds it. It is free again when its holder is gone, which is decided without
-waiting where that can be known:
+The lock is a small file that says who holds it. It is free again when its holder is gone, which is decided
+without waiting where that can be known:
 
-- same host: the process id no longer belongs to the process that took the lock (its start time and the boot are
-  compared, so a reused id is not mistaken for it);
+- same host: the process id no longer belongs to the process that took the lock (its start time and the boot
+  are compared, so a reused id is not mistaken for it);
 - same SLURM job, other restart count: the job was requeued, so its earlier processes have ended;
-- another host: the holder refreshes the file every half minute; after five minutes without, it is taken for dead;
+- another host: the holder refreshes the file every half minute; after five minutes without, it is taken for
+  dead;
 - the folder was copied (the file names another inode): a copy is not held by anyone.
 """
 
@@ -74,7 +75,7 @@ class Lock:
                 raise UserError(
                     f"process {holder.pid} on {holder.host} trains in this folder since {holder.since}",
                     where=str(folder),
-                    fix=f"wait for it, choose another run.dir, or delete {self._path} if that process is gone",
+                    fix=f"wait for it, choose another run.dir, or delete {self._path} if it is gone",
                 )
             self._write()
         self._stop = threading.Event()
@@ -111,7 +112,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_alive(holder: Holder, me: Holder, silence: float) -> bool:
-    """Whether the holder may still be training, seen from process `me`; `silence`: seconds since its last refresh."""
+    """Whether the holder may still be training, as `me` sees it `silence` seconds after its last sign."""
     if holder.inode != me.inode:
         return False
     if holder.job and holder.job == me.job and holder.restart != me.restart:
@@ -137,7 +138,7 @@ def _exists(pid: int) -> bool:
 
 
 def _birth(pid: int) -> str:
-    """Start time of a process in clock ticks after boot (field 22 of /proc/pid/stat); empty where there is no /proc."""
+    """Start of a process in ticks after boot (field 22 of /proc/pid/stat); empty where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -165,7 +166,7 @@ def _silence(path: Path) -> float:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep two processes from finding the same lock stale at the same moment (as far as the file system can)."""
+    """Keep two processes from finding one lock stale at the same moment (as far as the file system can)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no flock

@@ -1,8 +1,8 @@
 """Metrics of every step, fetched from the device once per window.
 
-A value that the host reads makes it wait for the device. So the training loop hands each step's scalars over as
-tensors; they stay on the device and travel together, in one transfer, every `every` steps. Every step still gets its
-own row.
+A value that the host reads makes it wait for the device. So the training loop hands each step's scalars over
+as tensors; they stay on the device and travel together, in one transfer, every `every` steps. Every step
+still gets its own row.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class MetricBuffer:
         clock: seconds, monotonic.
         fetch: how values reach the host (replaced in tests).
 
-    `step_seconds` is the step's own wall time when its values are on the CPU (the step has ended when `add` is
-    called); on an accelerator, where steps are only queued, it is the mean over the window.
+    `step_seconds` is the step's own wall time when its values are on the CPU (the step has ended when `add`
+    is called); on an accelerator, where steps are only queued, it is the mean over the window.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class MetricBuffer:
 
         Args:
             step: number of updates done, 1 for the first.
-            device_values: one-element tensors (any dtype, any device) or numbers. A tensor is copied on its device, so
-                the caller may overwrite it.
+            device_values: one-element tensors (any dtype, any device) or numbers. A tensor is copied on its
+                device, so the caller may overwrite it.
             host_values: values that are on the host already (learning rate, counters).
 
         Returns:
@@ -125,7 +125,8 @@ class MetricBuffer:
     def flush(self) -> list[Row]:
         """Fetch what is waiting and hand its rows to the sinks.
 
-        Call it before a checkpoint becomes complete: rows of steps that a checkpoint covers must outlive a crash.
+        Call it before a checkpoint becomes complete: rows of steps that a checkpoint covers must outlive a
+        crash.
         """
         if not self._pending:
             return []
@@ -139,7 +140,7 @@ class MetricBuffer:
         return rows
 
     def eval(self, step: int, values: Mapping[str, Any]) -> Row:
-        """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, ...), after the training rows before it."""
+        """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) after the training rows so far."""
         self.flush()
         row: Row = finite({"kind": "eval", "step": step, **values})
         self._send([row])
@@ -163,7 +164,7 @@ class MetricBuffer:
             stack.callback(self.flush)
 
     def _values(self, window: list[_Step]) -> list[list[float]]:
-        """Values of each step in the order of its names: one fetch for each device, so one in all in practice."""
+        """Values of each step in the order of its names; one fetch a device, so in practice one in all."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for entry in window:
             for tensor in entry.packed:
@@ -185,7 +186,9 @@ class MetricBuffer:
         return [mean] * len(window)
 
     def _row(self, entry: _Step, values: list[float], seconds: float) -> Row:
-        known = {name: _cast(v, dtype) for name, v, dtype in zip(entry.names, values, entry.dtypes, strict=True)}
+        known = {
+            name: _cast(v, dtype) for name, v, dtype in zip(entry.names, values, entry.dtypes, strict=True)
+        }
         known.update(entry.host)
         per_second = self._tokens_per_step / seconds if self._tokens_per_step and seconds > 0 else None
         known.setdefault("tokens", entry.step * self._tokens_per_step)
@@ -211,16 +214,18 @@ class MetricBuffer:
                 getattr(sink, "flush", lambda: None)()
             except UserError:
                 raise
-            except Exception as error:  # noqa: BLE001 - a broken tracker must not end a training run
+            except Exception as error:  # a broken tracker must not end a training run
                 self._sinks.remove(sink)
-                warnings.warn(f"metric sink {type(sink).__name__} failed ({error}); it gets no more rows", stacklevel=2)
+                what = f"metric sink {type(sink).__name__} failed ({error}); it gets no more rows"
+                warnings.warn(what, stacklevel=2)
 
 
 def _pack(tensors: list[Tensor]) -> list[Tensor]:
     """The scalars as 1-D tensors, copied now because compiled steps may reuse their output memory.
 
-    float64 where the device has it, so that fp32 losses and counts up to 2^53 arrive exactly. On XLA the scalars are
-    kept as they are: an operation queued here would become part of the next step's graph and compile it anew.
+    float64 where the device has it, so that fp32 losses and counts up to 2^53 arrive exactly. On XLA the
+    scalars are kept as they are: an operation queued here would become part of the next step's graph and
+    compile it anew.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:

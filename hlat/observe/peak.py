@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, the denominator of model FLOP utilisation (MFU): stated by the vendor, else measured."""
+"""Peak FLOP/s of a device, which model FLOP utilisation (MFU) is measured against: stated, else measured."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 TFLOP/s, the first name that occurs in the device's name wins (so "H100 PCIe" stands before "H100").
+# Dense bf16 TFLOP/s; the first name that occurs in the device's name wins ("H100 PCIe" before "H100").
 # Vendors print the figure with 2:4 sparsity for some of these; the dense one is half of it.
 _BF16_TFLOPS: tuple[tuple[str, float], ...] = (
-    # AWS: trn1.32xlarge has 16 chips and 3,040 TFLOPS bf16 (trn1 architecture page), so 190 a chip of two NeuronCores.
+    # AWS, trn1 architecture page: 3,040 TFLOPS bf16 on 16 chips of two NeuronCores each.
     ("trn1", 95.0),
-    # AWS: Trainium2 has 667 TFLOPS bf16 dense a chip of eight NeuronCores (trn2 architecture page).
+    # AWS, trn2 architecture page: 667 TFLOPS bf16, dense, on a chip of eight NeuronCores.
     ("trn2", 667.0 / 8),
     ("H200", 989.0),  # NVIDIA H200 datasheet: 1,979 with sparsity (SXM)
     ("H100 PCIe", 756.0),  # NVIDIA H100 datasheet: 1,513 with sparsity
@@ -51,7 +51,7 @@ def stated_peak(name: str, dtype: torch.dtype) -> Peak | None:
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """Peak of one device for matrix products of `dtype`: stated for a known GPU, else measured once a process.
+    """Peak of one device for matrix products: stated for a known GPU, else measured once a process.
 
     Measuring takes under a second. None on devices whose eager matmul rate says nothing (XLA: every shape is
     compiled); their backend knows the name for `stated_peak`.
@@ -66,14 +66,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
 
 
 def measure(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] | None = None) -> float:
-    """The best FLOP/s of square matrix products over a few sizes (default: 512 to 2048 on a CPU, up to 4096 on a GPU)."""
+    """The best FLOP/s of square matrix products over `sizes` (default: 512 to 2048, on a GPU up to 4096)."""
     sizes = sizes or ((512, 1024, 2048) if device.type == "cpu" else (2048, 4096))
     return max(_rate(size, device, dtype, _MEASURE_SECONDS / len(sizes)) for size in sizes)
 
 
 @torch.no_grad()
 def _rate(size: int, device: torch.device, dtype: torch.dtype, budget: float) -> float:
-    """FLOP/s of size³ products: the best of as many repetitions as fit in `budget` seconds, at least two timed."""
+    """FLOP/s of size³ products: the best of as many repetitions as fit in `budget` seconds, at least two."""
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state must not move
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     b = torch.randn(size, size, device=device, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""What a progress display knows: smoothed values, the loss over the whole run, time left. No drawing, no I/O."""
+"""What a progress display knows: smoothed values, the loss over the whole run, time left. No drawing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Smooth:
 
 
 class Trace:
-    """A series of any length in constant memory: means of equally long stretches, at most `points` of them."""
+    """A series of any length in constant memory: means of equally long stretches, at most `points` many."""
 
     def __init__(self, points: int = 128) -> None:
         self._limit = 2 * (points // 2)

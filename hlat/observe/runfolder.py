@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, in one place that may be moved, copied and resumed.
 
-`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`; see docs/run-folder.md.
+`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`; see
+docs/run-folder.md.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RunFolder:
     def start(
         self, recipe_text: str, resolved_text: str, *, description: Mapping[str, Any] | None = None
     ) -> RunFolder:
-        """Create the folder, or continue in it, and hold its lock until `close`. Only the first rank calls this.
+        """Create the folder, or continue in it, and hold its lock until `close`. For the first rank only.
 
         Args:
             recipe_text: the user's recipe file, kept verbatim as recipe.yaml.
@@ -53,8 +54,8 @@ class RunFolder:
             description: this start's entry of environment.json (default: `environment.describe()`).
 
         A start in an existing folder replaces both recipes; a text that differs from the new one moves to
-        `logs/<name>-until-start-<n>.yaml`. Raises UserError when the folder cannot be written or another process
-        trains in it; then a folder that this call has created is gone again.
+        `logs/<name>-until-start-<n>.yaml`. Raises UserError when the folder cannot be written or another
+        process trains in it; then a folder that this call has created is gone again.
         """
         self.check()
         try:
@@ -76,7 +77,7 @@ class RunFolder:
         return self
 
     def starts(self) -> list[dict[str, Any]]:
-        """The entries of environment.json, one for each start, oldest first; empty when there is no readable file."""
+        """The entries of environment.json, one a start, oldest first; empty without a readable file."""
         try:
             starts = json.loads(self.environment.read_text())["starts"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -123,7 +124,9 @@ class RunFolder:
             self._created.insert(0, folder)
 
     def _error(self, what: str) -> UserError:
-        return UserError(f"cannot use the run folder: {what}", where=str(self.path), fix="choose another run.dir")
+        return UserError(
+            f"cannot use the run folder: {what}", where=str(self.path), fix="choose another run.dir"
+        )
 
 
 def _replace_text(path: Path, text: str, archive: Path, start: int) -> None:

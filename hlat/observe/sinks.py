@@ -1,8 +1,8 @@
 """Where metric rows go. `jsonl` is always there; `tensorboard` on request; other packages register their own.
 
-A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for a fresh
-one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and `close()`; a method
-`flush()`, if there is one, is called after each window.
+A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for
+a fresh one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and
+`close()`; a method `flush()`, if there is one, is called after each window.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Sink(Protocol):
     """A receiver of metric rows."""
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Take one row: `kind`, `step` and values as in metrics.jsonl; None stands for a value that is not finite."""
+        """Take one row: `kind`, `step` and values as in metrics.jsonl; None for what is not finite."""
 
     def close(self) -> None:
         """Write what is left and let go of files and connections."""
@@ -49,7 +49,8 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "track", "log.tensorboard") from error
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+        make: Any = SummaryWriter
+        self._writer = make(
             str(folder / "logs" / "tensorboard"), purge_step=after_step + 1 if after_step else None
         )
 
@@ -57,11 +58,11 @@ class TensorBoardSink:
         """Add the row's numbers; values that are None are left out."""
         for name, value in row.items():
             if name not in ("kind", "step") and isinstance(value, (bool, int, float)):
-                self._writer.add_scalar(f"{row['kind']}/{name}", float(value), row["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(f"{row['kind']}/{name}", float(value), row["step"])
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def open_sinks(names: Sequence[str], folder: Path, after_step: int = 0) -> list[Sink]:
@@ -73,7 +74,7 @@ def open_sinks(names: Sequence[str], folder: Path, after_step: int = 0) -> list[
     makers = [lookup("sink", name, where="log") for name in wanted]
     opened: list[Sink] = []
     try:
-        for make in makers:  # jsonl last: it drops rows, which must not happen when another sink cannot be made
+        for make in makers:  # jsonl last: it drops rows, which must not happen when another one fails
             opened.append(make(folder, after_step))
     except BaseException:
         for sink in opened:

@@ -146,3 +146,26 @@ def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -
                 if torch.is_tensor(value):
                     before = state.get(name, torch.zeros_like(value))
                     value.copy_(torch.where(keep.to(value.device), value, before))
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer's state exist before its first step, so that a checkpoint can be loaded into it.
+
+    An optimizer without `init_state` takes one step with zero gradients, which is then undone: parameters are put back and
+    state tensors zeroed, which is where every optimizer of `torch.optim` starts.
+    """
+    if hasattr(optimizer, "init_state"):
+        optimizer.init_state()
+        return
+    with torch.no_grad():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for p, was in zip(params, before, strict=True):
+            p.copy_(was)
+            p.grad = None
+            for value in optimizer.state[p].values():
+                if torch.is_tensor(value):
+                    value.zero_()

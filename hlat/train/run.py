@@ -16,7 +16,7 @@ from hlat.backend.precision import DTYPES, round_to
 from hlat.errors import UserError
 from hlat.model.decoder import Decoder
 from hlat.model.init import init_tensor
-from hlat.optim.base import guarded_step
+from hlat.optim.base import create_state, guarded_step
 from hlat.optim.groups import Group, Override, assign_groups
 from hlat.optim.schedule import Schedule, make_schedule
 from hlat.parallel.buckets import Bucket, BucketDtypes, build_buckets, publish, squared_norm
@@ -33,7 +33,7 @@ _PUBLISH_SALT = 104_729  # keeps the rounding of weights apart from that of mome
 
 @dataclass
 class Run:
-    """Everything one training step touches. `step` counts the updates done."""
+    """Everything one training step touches. `step` counts global batches taken, `updates` (int64, ()) those not skipped."""
 
     recipe: Recipe
     backend: Backend
@@ -47,6 +47,7 @@ class Run:
     schedule: Schedule
     guard: Any
     method: Any
+    updates: Tensor
     step: int = 0
 
     def next_batches(self) -> list[Batch]:
@@ -78,6 +79,7 @@ class Run:
         for bucket, shard in zip(self.buckets, shards, strict=True):
             bucket.master.grad = shard.to(bucket.master.dtype)
         guarded_step(self.optimizer, keep, clip)
+        self.updates.add_(keep)
         for bucket in self.buckets:
             bucket.master.grad = None
         self.publish()
@@ -87,17 +89,16 @@ class Run:
         rounding = self.recipe.precision.rounding
         if rounding == "nearest":
             return publish(self.buckets)
-        step = self.optimizer.state[self.buckets[0].master]["step"]
+        seed = self.recipe.run.seed + _PUBLISH_SALT
 
         def rounder(master: Tensor, dtype: torch.dtype) -> Tensor:
-            return round_to(master, dtype, rounding, seed=self.recipe.run.seed + _PUBLISH_SALT, step=step, offset=0)
+            return round_to(master, dtype, rounding, seed=seed, step=self.updates, offset=0)
 
         publish(self.buckets, rounder)
 
     def initialise(self) -> None:
         """Create the optimizer's state, which a checkpoint is loaded into."""
-        if hasattr(self.optimizer, "init_state"):
-            self.optimizer.init_state()
+        create_state(self.optimizer)
         self.publish()
 
 
@@ -140,6 +141,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         schedule=_schedule(recipe),
         guard=lookup("guard", recipe.guard.name)(**recipe.guard.options).to(backend.device),
         method=lookup("method", recipe.method.name)(**recipe.method.options),
+        updates=torch.zeros((), dtype=torch.int64, device=backend.device),
     )
     run.initialise()
     return run

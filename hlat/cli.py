@@ -1,0 +1,53 @@
+"""The `hlat` command: one verb, one module in `hlat.commands`, imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import hlat
+from hlat.errors import UserError
+
+VERBS = {
+    "train": "train a model from a recipe",
+    "recipes": "list, show, compare and check recipes",
+    "data": "train tokenizers, tokenize text, inspect tokenized folders",
+    "generate": "continue a prompt with a trained model",
+    "convert": "to and from Hugging Face, from GGUF",
+    "report": "draw one or several runs into an HTML file",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, or 2 for wrong input (one line on stderr)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="hlat", description="Trainium-first LLM pretraining.")
+    parser.add_argument("--version", action="version", version=f"hlat {hlat.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == verb:  # the other verbs' modules stay unimported
+            module = importlib.import_module(f"hlat.commands.{name}")
+            module.configure(sub)
+            sub.set_defaults(run=module.main)
+    try:
+        args = parser.parse_args(arguments)
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"hlat: error: {error.line()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("hlat: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

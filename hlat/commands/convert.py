@@ -1,0 +1,45 @@
+"""`hlat convert`: weights to and from Hugging Face, and from GGUF."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+_DTYPE = "bf16, fp16, fp32, or keep (as stored)"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the directions and their arguments."""
+    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf | from-hf | from-gguf")
+    to_hf = ways.add_parser("to-hf", help="a run or checkpoint to a folder for AutoModelForCausalLM")
+    to_hf.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="run folder (its newest checkpoint) or step folder"
+    )
+    to_hf.add_argument("--shard-size", default="5GB", help="most bytes in one file (default: 5GB)")
+    from_hf = ways.add_parser("from-hf", help="a Hugging Face Llama folder to a checkpoint")
+    from_hf.add_argument("source", metavar="DIR", help="folder with config.json and safetensors files")
+    from_gguf = ways.add_parser("from-gguf", help="a llama.cpp file of a Llama model to a checkpoint")
+    from_gguf.add_argument("source", metavar="FILE", help="the .gguf file; quantised tensors become fp32")
+    for way, default in ((to_hf, "bf16"), (from_hf, "keep"), (from_gguf, "keep")):
+        way.add_argument("out", metavar="OUT", help="folder to create")
+        way.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "keep"), default=default, help=_DTYPE)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert; warnings go to stderr. Raises UserError for a source that cannot be converted."""
+    from hlat.checkpoint.hf import from_hf, parse_size, to_hf
+
+    if args.way == "to-hf":
+        warnings = to_hf(args.source, args.out, args.dtype, parse_size(args.shard_size))
+    elif args.way == "from-hf":
+        warnings = from_hf(args.source, args.out, args.dtype)
+    else:
+        from hlat.checkpoint.gguf import from_gguf
+
+        warnings = from_gguf(args.source, args.out, args.dtype)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    files = [path for path in Path(args.out).rglob("*") if path.is_file()]
+    print(f"wrote {args.out}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
+    return 0

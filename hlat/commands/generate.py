@@ -1,0 +1,93 @@
+"""`hlat generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.checkpoint.weights import WeightSource
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="run folder, step folder or Hugging Face folder"
+    )
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the tokens that make up probability P"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="compute in (default: fp32)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the prompt and its continuation as it is made. Raises UserError for bad input."""
+    _check(args)
+    import torch
+
+    from hlat.checkpoint.hf_config import DTYPES
+    from hlat.checkpoint.hf_tokenizer import prompt_ids
+    from hlat.checkpoint.weights import load_model, open_weights, source_tokenizer
+    from hlat.evaluate.generate import generate, stream_text
+
+    source = open_weights(args.checkpoint)
+    tokenizer = source_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(
+            "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
+        )
+    if "huggingface" in source.meta and source.tokenizer is not None:
+        prompt = prompt_ids(source.tokenizer, args.prompt)
+    else:
+        prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(source, DTYPES[args.dtype], device)
+    new_ids = generate(
+        model,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=0.0 if args.greedy else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=stop_ids(source, tokenizer.eos_id),
+    )
+    print(args.prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, prompt, new_ids):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def stop_ids(source: WeightSource, eos_id: int | None) -> set[int]:
+    """End-of-text ids: the tokenizer's, and those that an imported model's files name."""
+    kept: dict[str, Any] = source.meta.get("huggingface", {})
+    named = [kept.get(part, {}).get("eos_token_id") for part in ("config", "generation_config")]
+    ids = {eos_id}
+    for value in named:
+        ids |= set(value) if isinstance(value, list) else {value}
+    return {index for index in ids if index is not None}
+
+
+def _check(args: argparse.Namespace) -> None:
+    bounds = (
+        ("--max-new-tokens", args.max_new_tokens >= 0, "write 0 or more"),
+        ("--temperature", args.temperature >= 0, "write 0 (greedy) or more"),
+        ("--top-k", args.top_k is None or args.top_k >= 1, "write 1 or more"),
+        ("--top-p", args.top_p is None or 0 < args.top_p <= 1, "write a number above 0, at most 1"),
+    )
+    for option, fine, fix in bounds:
+        if not fine:
+            value = getattr(args, option[2:].replace("-", "_"))
+            raise UserError(f"{value} is out of range", where=option, fix=fix)

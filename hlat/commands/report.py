@@ -1,0 +1,39 @@
+"""`hlat report RUN [RUN…] --out report.html`: curves and figures of one run or several in one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hlat.errors import UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (run.dir of a training run)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the report. Raises UserError for a missing or empty run and for a file that cannot be written."""
+    from hlat.observe.jsonl import replace_file
+    from hlat.observe.report import render
+    from hlat.observe.runs import load_runs
+    from hlat.observe.text import byte_size
+
+    runs = load_runs(args.runs)
+    content = render(runs).encode()
+    if args.out.is_dir():
+        raise UserError(
+            "is a folder", where=f"--out {args.out}", fix="give the name of a file, as report.html"
+        )
+    try:
+        replace_file(args.out, content)
+    except OSError as error:
+        raise UserError(f"cannot write the report ({error.strerror})", where=f"--out {args.out}") from error
+    print(f"{args.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {byte_size(len(content))}")
+    return 0

@@ -1,0 +1,68 @@
+"""What the model is fed: token ids, targets, and where documents begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hlat.data.mixture import number_documents
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """B rows of S tokens; every batch of a run has the same shapes.
+
+    Attributes:
+        ids: (B, S) int64.
+        targets: (B, S) int64, the next id; -100 where there is none to learn.
+        positions: (B, S) int64, counted from the document's first token in the row; None without a document
+            mask (0..S-1 is meant).
+        documents: (B, S) int32, the row's documents numbered from 0; None without a document mask.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device (the copy may still be under way on an accelerator)."""
+        moved = [
+            None if part is None else part.to(device, non_blocking=True)
+            for part in (self.ids, self.targets, self.positions, self.documents)
+        ]
+        assert moved[0] is not None and moved[1] is not None
+        return Batch(moved[0], moved[1], moved[2], moved[3])
+
+    def targets_count(self) -> Tensor:
+        """Number of targets that are not -100: int64 scalar, on the batch's device."""
+        return (self.targets != IGNORE).sum()
+
+
+def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool) -> Batch:
+    """A batch from rows of S + 1 consecutive stream tokens, int64 (B, S+1).
+
+    With the document mask a document's EOS is still a target, and the first token of the next document is
+    not: it would be predicted from another document.
+    """
+    ids, targets = rows_BT[:, :-1].copy(), rows_BT[:, 1:].copy()
+    if not document_mask:
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+    documents = number_documents(rows_BT, eos_id)
+    changes = documents[:, 1:] != documents[:, :-1]
+    targets[changes] = IGNORE
+    columns = np.arange(ids.shape[1], dtype=np.int64)
+    begins = np.zeros_like(ids)
+    begins[:, 1:] = np.where(changes[:, :-1], columns[1:], 0)
+    positions = columns - np.maximum.accumulate(begins, axis=1)
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions),
+        torch.from_numpy(documents[:, :-1].copy()),
+    )

@@ -1,0 +1,292 @@
+"""`open_data`: from the data section of a recipe to batches of any step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hlat.data.batch import Batch, make_batch
+from hlat.data.cache import tokenized, trained_tokenizer
+from hlat.data.holdout import HoldoutStream
+from hlat.data.mixture import SourceRows, TrainStream
+from hlat.data.packed import TokenFolder
+from hlat.data.sources import Source, resolve_source, tokenized_folder
+from hlat.data.tokenizer import Tokenizer, load_tokenizer
+from hlat.data.train_tokenizer import trained_vocab
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One entry of `data.sources`: exactly one of `path` and `dataset`."""
+
+    path: str | None = None
+    dataset: str | None = None
+    weight: float = 1.0
+    text_field: str = "text"
+
+
+class Data:
+    """Tokenized sources, opened. Holds no position: every method is a function of its arguments.
+
+    Args:
+        folders: one tokenized folder per source.
+        weights: one weight per source, any scale.
+        seed: seed of the training order.
+        rows: rows of the whole run, for the report.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[TokenFolder],
+        weights: Sequence[float],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        document_mask: bool,
+        seed: int,
+        rows: int = 0,
+        global_batch: int = 0,
+    ) -> None:
+        for folder in folders:
+            folder.check_tokenizer(tokenizer)
+        assert tokenizer.eos_id is not None
+        self.folders, self.tokenizer, self.vocab_size = list(folders), tokenizer, tokenizer.vocab_size
+        self._seq_len, self._mask, self._rows = seq_len, document_mask, rows
+        self._global_batch, self._eos = global_batch, tokenizer.eos_id
+        sources = [
+            SourceRows(folder.shards["train"], seq_len, seed, number, f"data.sources[{number}]")
+            for number, folder in enumerate(folders)
+        ]
+        self.train = TrainStream(sources, weights, self._eos, document_mask)
+        self.holdout = HoldoutStream(folders, tokenizer, seq_len, document_mask)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash (hex sha256) of what the rows hold: shards, tokenizer, weights, held-out fractions, seq_len, document_mask. Not the seed."""
+        content = {
+            "shards": [folder.content_hash() for folder in self.folders],
+            "tokenizer": self.tokenizer.identity,
+            "shares": self.train.quota.shares,
+            "holdout": [folder.holdout for folder in self.folders],
+            "seq_len": self._seq_len,
+            "document_mask": self._mask,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def batches(
+        self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
+        """The micro-batches of one rank in global step `step` (from 0).
+
+        The step's rows are step*G ... step*G + G-1, G = micro_batch * accumulate * world; rank r takes the
+        r-th of `world` equal runs of them. So the union over the ranks is the same for every `world`. Raises
+        ValueError when G is not the recipe's global batch.
+        """
+        per_rank = micro_batch * accumulate
+        if self._global_batch and per_rank * world != self._global_batch:
+            raise ValueError(
+                f"{micro_batch} x {accumulate} x {world} rows are not the global batch of {self._global_batch}"
+            )
+        first = step * per_rank * world + rank * per_rank
+        return [
+            make_batch(
+                np.stack([self.train.ids(row) for row in range(start, start + micro_batch)]),
+                self._eos,
+                self._mask,
+            )
+            for start in range(first, first + per_rank, micro_batch)
+        ]
+
+    def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        """The held-out text from its beginning, always the same: at most `count` batches of `batch_size` rows."""
+        return self.holdout.batches(batch_size, count)
+
+    def holdout_bytes(self, batch_size: int, count: int | None = None) -> int:
+        """Bytes of text whose tokens are the targets of `holdout_batches` with the same arguments (see holdout.py)."""
+        return self.holdout.text_bytes(batch_size, count)
+
+    def holdout_bytes_per_token(self, batch_size: int, count: int | None = None) -> float:
+        """Bytes of text per target: bits per byte = mean loss in nats / ln 2 / this. NaN when nothing is held out."""
+        targets = self.holdout.targets_in(batch_size, count)
+        return self.holdout_bytes(batch_size, count) / targets if targets else float("nan")
+
+    def holdout_text(self, batch_size: int, count: int | None = None) -> bytes:
+        """The text that `holdout_bytes` counts, to give to gzip or xz for comparison; exact for byte-level tokenizers."""
+        return self.holdout.text(batch_size, count)
+
+    def report(self) -> dict[str, Any]:
+        """Documents, tokens, shards, epochs of this run and everything dropped, per source, and the totals. JSON-able."""
+        rows = self.train.quota.counts(self._rows)
+        sources = [self._source_report(number, rows[number]) for number in range(len(self.folders))]
+        keys = ("documents", "tokens", "bytes", "shards", "holdout_documents", "holdout_tokens", "rows")
+        return {
+            "tokenizer": {
+                "spec": self.tokenizer.spec,
+                "vocab_size": self.vocab_size,
+                "identity": self.tokenizer.identity,
+            },
+            "fingerprint": self.fingerprint,
+            "sources": sources,
+            "totals": {key: sum(source[key] for source in sources) for key in keys},
+        }
+
+    def _source_report(self, number: int, rows: int) -> dict[str, Any]:
+        folder, source = self.folders[number], self.train.sources[number]
+        described = folder.manifest.get("sources", [])
+        return {
+            "source": ", ".join(entry["label"] for entry in described),
+            "folder": str(folder.folder),
+            "share": self.train.quota.shares[number] / self.train.quota.period,
+            "documents": folder.count("train", "documents"),
+            "tokens": source.tokens,
+            "bytes": folder.count("train", "bytes"),
+            "shards": len(folder.shards["train"]) + len(folder.shards["holdout"]),
+            "holdout_documents": folder.count("holdout", "documents"),
+            "holdout_tokens": folder.count("holdout"),
+            "rows": rows,
+            "epochs": rows / source.windows,
+            "tokens_dropped_per_epoch": source.dropped_per_epoch,
+            "documents_dropped": {
+                reason: entry["count"] for reason, entry in folder.manifest.get("dropped", {}).items()
+            },
+            "files_skipped": _merged([entry.get("skipped", {}) for entry in described]),
+        }
+
+    def report_lines(self) -> list[str]:
+        """The report as lines for a person."""
+        lines = []
+        for source in self.report()["sources"]:
+            lines.append(
+                f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens in {source['shards']} shards"
+                f" ({source['bytes'] / 1e6:,.1f} MB of text), held out {source['holdout_documents']:,} documents,"
+                f" {source['holdout_tokens']:,} tokens; this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
+                f" ({source['share']:.1%} of the mixture)"
+            )
+            lines += [
+                f"  dropped: {count:,} documents: {reason}"
+                for reason, count in source["documents_dropped"].items()
+            ]
+            lines += [f"  skipped: {count:,} x {reason}" for reason, count in source["files_skipped"].items()]
+            if source["tokens_dropped_per_epoch"]:
+                lines.append(
+                    f"  dropped: {source['tokens_dropped_per_epoch']:,} tokens per epoch, less than a row; others in every epoch"
+                )
+        return lines
+
+
+def _merged(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for entry in counts:
+        for reason, count in entry.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
+
+
+def prepare(
+    specs: Sequence[SourceSpec],
+    tokenizer: str,
+    holdout: float,
+    *,
+    max_vocab: int | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> tuple[list[TokenFolder], Tokenizer]:
+    """The tokenized folder of every source and their tokenizer; what is not there yet is built in the cache.
+
+    A source whose path holds a manifest.json is taken as it is. Raises UserError (see the module's parts),
+    also when the tokenizer has more than `max_vocab` ids.
+    """
+    ready = [tokenized_folder(spec.path) for spec in specs]
+    texts: list[Source | None] = [
+        None
+        if folder
+        else resolve_source(
+            path=spec.path, dataset=spec.dataset, text_field=spec.text_field, where=f"data.sources[{number}]"
+        )
+        for number, (spec, folder) in enumerate(zip(specs, ready, strict=True))
+    ]
+    loaded = _tokenizer(tokenizer, [text for text in texts if text], ready, holdout, max_vocab, quiet)
+    folders = []
+    for number, (text, folder) in enumerate(zip(texts, ready, strict=True)):
+        path = folder or (tokenized(text, loaded, holdout, workers, quiet) if text else Path())
+        folders.append(TokenFolder(path))
+        folders[-1].check_tokenizer(loaded)
+        if folders[-1].holdout != holdout:
+            raise UserError(
+                f"the folder was tokenized with holdout {folders[-1].holdout:g}, the recipe says {holdout:g}",
+                where=f"data.sources[{number}].path: {path}",
+                fix=f"set data.holdout to {folders[-1].holdout:g}, or tokenize again",
+            )
+    if holdout and not any(folder.count("holdout") for folder in folders):
+        raise UserError(
+            "the sources hold one document, which cannot be split",
+            where="data.holdout",
+            fix="give at least two documents (several files, or jsonl), or set data.holdout to 0",
+        )
+    return folders, loaded
+
+
+def _tokenizer(
+    spec: str,
+    texts: list[Source],
+    ready: list[Path | None],
+    holdout: float,
+    max_vocab: int | None,
+    quiet: bool,
+) -> Tokenizer:
+    vocab = trained_vocab(spec)
+    if vocab is None:
+        loaded = load_tokenizer(spec)
+        _check_vocab(loaded.vocab_size, max_vocab, spec)
+        return loaded
+    folder = next((folder for folder in ready if folder), None)
+    if folder:
+        raise UserError(
+            f"'{spec}' needs text, a source is tokenized already",
+            where="data.tokenizer",
+            fix=f"set data.tokenizer to '{folder}'",
+        )
+    _check_vocab(vocab, max_vocab, spec)
+    return trained_tokenizer(texts, vocab, holdout, quiet)
+
+
+def _check_vocab(size: int, limit: int | None, spec: str) -> None:
+    if limit is not None and size > limit:
+        raise UserError(
+            f"the tokenizer '{spec}' has {size:,} ids, model.vocab is {limit:,}",
+            where="model.vocab",
+            fix=f"set model.vocab to {size} or more",
+        )
+
+
+def open_data(recipe: Recipe, *, workers: int | None = None, quiet: bool = False) -> Data:
+    """The data of a recipe. Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
+
+    Raises UserError: missing or empty source, tokenizer and model or shards that do not fit, truncated shard,
+    full disk.
+    """
+    data = recipe.data
+    specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
+    folders, tokenizer = prepare(
+        specs, str(data.tokenizer), data.holdout, max_vocab=recipe.model.vocab, workers=workers, quiet=quiet
+    )
+    return Data(
+        folders,
+        [spec.weight for spec in specs],
+        tokenizer,
+        seq_len=data.seq_len,
+        document_mask=data.document_mask,
+        seed=recipe.run.seed,
+        rows=recipe.run.steps * data.global_batch,
+        global_batch=data.global_batch,
+    )

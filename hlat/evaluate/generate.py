@@ -1,0 +1,105 @@
+"""Text generation with a static key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.data.tokenizer import Tokenizer
+    from hlat.model.decoder import Decoder
+
+
+def sample(
+    logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """One id drawn from logits (V,), int64 (1,). Temperature 0 takes the most likely one.
+
+    top_k keeps the k most likely ids, top_p then the fewest of them whose probability reaches p.
+    """
+    logits = logits_V.float()
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probabilities = (logits / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True, stable=True)
+    ranked = probabilities[order]
+    if top_k is not None:
+        ranked[top_k:] = 0
+    if top_p is not None:
+        ranked = ranked / ranked.sum()
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+    return order[torch.multinomial(ranked, 1, generator=generator)]
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Ids that continue a prompt, one by one as they are made.
+
+    Ends after max_new_tokens, before the first id of `stop`, or where the model's max_seq_len is reached.
+
+    Args:
+        model: a whole model; it runs in its weights' dtype on their device.
+        prompt: at least one id.
+        temperature: 0 = greedy.
+        top_k, top_p: see `sample`.
+        seed: of the draws; the same seed gives the same text.
+        stop: end-of-text ids.
+
+    Raises UserError for a prompt that is empty or longer than the model's max_seq_len.
+    """
+    room = model.config.max_seq_len - len(prompt)
+    if not prompt:
+        raise UserError("the prompt has no tokens", where="--prompt", fix="write some text")
+    if room < 0:
+        what = f"the prompt has {len(prompt)} tokens, the model takes {model.config.max_seq_len}"
+        raise UserError(what, where="--prompt", fix="shorten it")
+    # The last position that is fed is the one before the last token made.
+    count = min(max_new_tokens, room)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    cache = model.new_cache(1, len(prompt) + max(count - 1, 0))
+    ids = torch.tensor([list(prompt)], device=device)
+    positions = torch.arange(len(prompt), device=device)[None]
+    for _ in range(count):
+        hidden = model.hidden(ids, positions, None, cache)[:, -1]
+        assert model.head is not None
+        chosen = sample(model.head(hidden)[0], generator, temperature, top_k, top_p)
+        token = int(chosen)
+        if token in stop:
+            return
+        yield token
+        ids, positions = chosen[None], positions[:, -1:] + 1
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], new_ids: Iterator[int]) -> Iterator[str]:
+    """Pieces of text as the ids come; together they are the decoded continuation.
+
+    A character whose bytes are spread over several ids appears with the last of them.
+    """
+    ids = list(prompt)
+    done = len(tokenizer.decode(ids))
+    text = ""
+    for token in new_ids:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        whole = len(text.rstrip("\ufffd"))
+        if whole > done:
+            yield text[done:whole]
+            done = whole
+    if len(text) > done:
+        yield text[done:]

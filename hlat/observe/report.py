@@ -1,0 +1,230 @@
+"""One HTML file about one run or several: summary, curves, recipe differences, environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from typing import Any
+
+import numpy as np
+
+import hlat
+from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
+from hlat.observe.page import page
+from hlat.observe.runs import Array, Run, differences, flatten, smooth
+from hlat.observe.text import duration, fixed, percent, rate, short
+
+_EMPTY = np.empty(0)
+_SMOOTHING = 50  # a curve is averaged over this fraction of its run
+
+
+def render(runs: Sequence[Run], made: datetime | None = None) -> str:
+    """The report as a complete HTML document that needs nothing else: no network, no other file.
+
+    Args:
+        runs: loaded by `runs.load_runs`; drawn over each other, in this order.
+        made: the time printed in its head (default: now).
+    """
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+    when = (made or datetime.now()).strftime("%Y-%m-%d %H:%M")
+    charts = make_charts(runs)
+    figures = "\n".join(
+        f"<figure><figcaption><b>{escape(chart.title)}</b>"
+        f'<span class="note">{escape(chart.note)}</span></figcaption>{draw(chart)}</figure>'
+        for chart in charts
+    )
+    body = "\n".join(
+        [
+            f"<header><h1>{escape(title)}</h1>",
+            f"<p>training report, {when}, hlat {hlat.__version__}</p></header>",
+            _legend(runs),
+            _summary(runs),
+            f'<div class="charts">{figures}</div>',
+            _recipes(runs),
+            _environment(runs),
+        ]
+    )
+    return page(title, body, {chart.key: data for chart in charts if (data := hover_data(chart))})
+
+
+def make_charts(runs: Sequence[Run]) -> list[Chart]:
+    """The five plots. The x axis counts steps, or tokens when the runs' steps are not equally large."""
+    sizes = [run.tokens_per_step for run in runs]
+    by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
+    x_title = "tokens" if by_tokens else "step"
+
+    def held_out_x(run: Run) -> Array:
+        return run.held_out["step"] * (run.tokens_per_step if by_tokens else 1)
+
+    loss = [_noisy(run, index, x_title, "loss") for index, run in enumerate(runs)]
+    held_out = [
+        _clean(run, index, held_out_x(run), run.held_out.get("bits_per_byte"), dots=True)
+        for index, run in enumerate(runs)
+    ]
+    speed = [_noisy(run, index, x_title, "tokens_per_second") for index, run in enumerate(runs)]
+    norms = [_noisy(run, index, x_title, "grad_norm", positive=True) for index, run in enumerate(runs)]
+    rates = [_clean(run, index, run.train[x_title], run.train.get("lr")) for index, run in enumerate(runs)]
+    loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
+    furthest = [_last(run.train[x_title]) for run in runs]
+    x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
+    return [
+        Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
+        Chart("held-out", "Held-out bits per byte", x_title, held_out, x_range=x_range),
+        Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
+        Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
+        Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),
+    ]
+
+
+def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Name of a figure -> its text for every run."""
+    figures: dict[str, Callable[[Run], str]] = {
+        "steps": _steps,
+        "tokens": lambda run: "-" if (tokens := _last(run.train["tokens"])) is None else short(tokens),
+        "training loss": lambda run: fixed(_mean(run.train["loss"][-_span(run) :])),
+        "held-out bits/byte": lambda run: fixed(_last(run.held_out.get("bits_per_byte", _EMPTY))),
+        "tokens per second": lambda run: rate(_median(run.train.get("tokens_per_second", _EMPTY))),
+        "MFU": lambda run: percent(_median(run.train.get("mfu", _EMPTY))),
+        "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
+        "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
+    }
+    return {name: [figure(run) for run in runs] for name, figure in figures.items()}
+
+
+def _noisy(run: Run, index: int, x_name: str, name: str, positive: bool = False) -> Series:
+    x, y = run.train[x_name], run.train.get(name, np.full(len(run.train["step"]), np.nan))
+    if positive:
+        y = np.where(y > 0, y, np.nan)
+    return Series(run.name, index % COLOURS, *decimate(x, smooth(y, _span(run))), *envelope(x, y))
+
+
+def _clean(run: Run, index: int, x: Array, y: Array | None, dots: bool = False) -> Series:
+    line_x, line_y = (_EMPTY, _EMPTY) if y is None else decimate(x, y)
+    return Series(run.name, index % COLOURS, line_x, line_y, dots=dots and len(line_x) <= 60)
+
+
+def _span(run: Run) -> int:
+    return max(5, len(run.train["step"]) // _SMOOTHING)
+
+
+def _spans(series: list[Series], ratio: float) -> bool:
+    values = np.concatenate([s.y for s in series]) if series else _EMPTY
+    return bool(len(values) and values.min() > 0 and values.max() / values.min() > ratio)
+
+
+def _note(log: bool) -> str:
+    return "smoothed; single steps faint" + ("; logarithmic" if log else "")
+
+
+def _last(values: Array) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else None
+
+
+def _mean(values: Array) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _median(values: Array) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def _steps(run: Run) -> str:
+    done = int(run.train["step"][-1])
+    return f"{done:,}" if run.planned_steps in (None, done) else f"{done:,} of {run.planned_steps:,}"
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return ""
+    chips = "".join(
+        f'<button type="button" aria-pressed="true" data-colour="{index % COLOURS}">'
+        f'<i style="--c:var(--s{index % COLOURS})"></i>{escape(run.name)}</button>'
+        for index, run in enumerate(runs)
+    )
+    return f'<nav class="legend" aria-label="runs">{chips}</nav>'
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    figures = summary_table(runs)
+    if len(runs) > 1:
+        return (
+            "<h2>Summary</h2>"
+            + _table(list(figures), list(zip(*figures.values(), strict=True)), runs)
+            + "<h2>Curves</h2>"
+        )
+    tiles = "".join(
+        f'<div class="tile"><b>{escape(values[0])}</b><span>{name}</span></div>'
+        for name, values in figures.items()
+    )
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[Run]) -> str:
+    """One line a run, one column a figure."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("run", *heads))
+    lines = "".join(
+        f'<tr><th><i style="--c:var(--s{index % COLOURS})"></i> {escape(run.name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for index, (run, row) in enumerate(zip(runs, rows, strict=True))
+    )
+    return f'<div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _by_key(table: Mapping[str, Sequence[Any]], runs: Sequence[Run]) -> str:
+    """One line a key, one column a run."""
+    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs) if len(runs) > 1 else ""
+    head = f"<thead><tr><th></th>{head}</tr></thead>" if head else ""
+    lines = "".join(
+        f"<tr><th>{escape(key)}</th>" + "".join(f"<td>{escape(_text(v))}</td>" for v in values) + "</tr>"
+        for key, values in table.items()
+    )
+    return f'<div class="sheet"><table>{head}<tbody>{lines}</tbody></table></div>'
+
+
+def _recipes(runs: Sequence[Run]) -> str:
+    parts = ["<h2>Recipe</h2>"]
+    if len(runs) > 1:
+        parts[0] = "<h2>Recipe differences</h2>"
+        own = [{k: v for k, v in run.recipe.items() if k not in ("run.name", "run.dir")} for run in runs]
+        different = differences(own)
+        parts.append(
+            _by_key(different, runs) if different else '<p class="none">The recipes are the same.</p>'
+        )
+    for run in runs:
+        lines = "\n".join(f"{key}: {_text(value)}" for key, value in run.recipe.items())
+        shown = (
+            f'<pre class="sheet">{escape(lines)}</pre>' if lines else '<p class="none">no resolved.yaml</p>'
+        )
+        parts.append(f"<details><summary>Resolved recipe of {escape(run.name)}</summary>{shown}</details>")
+    return "\n".join(parts)
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    facts = [_facts(run) for run in runs]
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    table = {key: [fact.get(key) for fact in facts] for key in keys}
+    shown = _by_key(table, runs) if table else '<p class="none">no environment.json in these runs</p>'
+    return f"<h2>Environment of the last start</h2>{shown}"
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    if not run.starts:
+        return {}
+    last = {key: value for key, value in run.starts[-1].items() if key not in ("versions", "variables")}
+    groups = [flatten(last), *(flatten(run.starts[-1].get(group)) for group in ("versions", "variables"))]
+    facts = {"starts": len(run.starts), **{key: value for group in groups for key, value in group.items()}}
+    return {key: value for key, value in facts.items() if value not in (None, [], "")}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)

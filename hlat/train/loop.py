@@ -1,0 +1,134 @@
+"""The training loop: steps, and around them metrics, evaluation, checkpoints and signals."""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hlat.checkpoint.store import CheckpointStore
+from hlat.observe.metrics import MetricBuffer
+from hlat.train import state
+from hlat.train.evaluate import evaluate
+from hlat.train.run import Run
+from hlat.train.step import train_step
+
+
+class Signals:
+    """Turns SIGTERM and the first Ctrl-C into "save and stop after this step"; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextmanager
+    def watch(self) -> Iterator[Signals]:
+        """Handle the signals inside; put the former handlers back after."""
+        former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+class Loop:
+    """Drives a run to its last step.
+
+    Args:
+        run: built, and restored if it continues.
+        metrics: receives every step's scalars.
+        store: receives checkpoints.
+        tokenizer_files: copied into each checkpoint.
+        on_checkpoint: told of the step just handed to the store.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        metrics: MetricBuffer,
+        store: CheckpointStore,
+        tokenizer_files: Any = None,
+        on_checkpoint: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.run, self.metrics, self.store = run, metrics, store
+        self.tokenizer_files, self.on_checkpoint = tokenizer_files, on_checkpoint
+        self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
+        self._saved: int | None = run.step or None
+        self._evaluated: int | None = None
+
+    def train(self) -> int | None:
+        """Train to the last step, evaluate and save. Returns the signal that stopped it early, or None."""
+        with Signals().watch() as signals, _manual_collection() as collector:
+            self.metrics.start()
+            while self.run.step < self.last_step and signals.received is None:
+                self.one_step()
+                collector()
+            self.metrics.flush()
+        if signals.received is None:
+            self.evaluate()
+        self.save(wait=True)
+        return signals.received
+
+    def one_step(self) -> None:
+        """One training step and whatever is due after it."""
+        run, recipe = self.run, self.run.recipe
+        rate = run.learning_rate()
+        values = train_step(run)
+        for row in self.metrics.add(run.step, values, {"lr": rate}):
+            run.guard.check(row.get("skips_in_a_row") or 0)
+        if recipe.eval.every and run.step % recipe.eval.every == 0 and run.step < self.last_step:
+            self.evaluate()
+        if run.step % recipe.checkpoint.every == 0:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Held-out loss at this step, once."""
+        if self._evaluated != self.run.step and self.run.data.has_holdout:
+            self._evaluated = self.run.step
+            with self.metrics.paused():
+                result = evaluate(self.run)
+            self.metrics.eval(self.run.step, result)
+
+    def save(self, wait: bool = False) -> None:
+        """Hand a checkpoint of this step to the store, once; `wait` until it is complete on the disk."""
+        run = self.run
+        if self._saved != run.step:
+            self._saved = run.step
+            with self.metrics.paused():  # rows first: a checkpoint never covers a step whose row a crash could lose
+                details = state.meta(run)
+                self.store.save(
+                    run.step, state.tensors(run), details, details["tokens"], tokenizer=self.tokenizer_files, wait=wait
+                )
+            self.on_checkpoint(run.step)
+        if wait:
+            self.store.wait()
+
+
+@contextmanager
+def _manual_collection(every: int = 1000) -> Iterator[Callable[[], None]]:
+    """Collect garbage between steps at a known time, not inside one: a pause on one rank stalls all of them."""
+    was_enabled, count = gc.isenabled(), 0
+
+    def collector() -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            gc.collect()
+            gc.freeze()  # what set-up made lives as long as the run
+            gc.disable()
+        elif count % every == 0:
+            gc.collect(1)
+
+    try:
+        yield collector
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

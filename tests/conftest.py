@@ -1,0 +1,95 @@
+"""Shared by all tests: a small recipe and a source of ragged synthetic batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from hlat.data.batch import Batch
+from hlat.recipe import Recipe, load
+from hlat.train.run import Run, build_run
+
+TINY = """
+run: {name: test, steps: 5, seed: 7}
+model: {layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 97, max_seq_len: 32}
+data: {sources: [{dataset: python-stdlib}], seq_len: 32, micro_batch: 8, global_batch: 8}
+precision: {compute: fp32}
+optim: {name: adamw, lr: 1e-3}
+schedule: {name: constant}
+compile: false
+"""
+
+
+class RaggedData:
+    """Rows of random ids cut into documents of random length; a batch is a pure function of the step."""
+
+    fingerprint = "ragged"
+
+    def __init__(self, recipe: Recipe, ignored: float = 0.3) -> None:
+        self.vocab, self.rows, self.length = recipe.model.vocab, recipe.data.global_batch, recipe.data.seq_len
+        self.document_mask, self.ignored = recipe.data.document_mask, ignored
+
+    def batches(self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        generator = torch.Generator().manual_seed(1000 + step)
+        shape = (self.rows, self.length)
+        ids = torch.randint(0, self.vocab, (self.rows, self.length + 1), generator=generator)
+        targets = ids[:, 1:].clone()
+        # Very uneven: some rows have hardly a target, so that a mean of means would be far off.
+        share = torch.rand(self.rows, 1, generator=generator) ** 4
+        targets[torch.rand(shape, generator=generator) < self.ignored + (1 - self.ignored) * share] = -100
+        starts = torch.rand(shape, generator=generator) < 0.15
+        starts[:, 0] = True
+        documents = starts.cumsum(1).int()
+        index = torch.arange(self.length).expand(shape)
+        positions = index - torch.where(starts, index, 0).cummax(1).values
+        ids = ids[:, :-1].contiguous()
+        per_rank = self.rows // world
+        out = []
+        for i in range(accumulate):
+            rows = slice(rank * per_rank + i * micro_batch, rank * per_rank + (i + 1) * micro_batch)
+            masks = (positions[rows], documents[rows]) if self.document_mask else (None, None)
+            out.append(Batch(ids[rows], targets[rows], *masks))
+        return out
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path) -> Callable[..., Recipe]:
+    """A function that loads the small recipe with overrides."""
+
+    def make(*overrides: str) -> Recipe:
+        path = tmp_path / "tiny-test.yaml"
+        path.write_text(TINY)
+        return load(path, overrides)
+
+    return make
+
+
+@pytest.fixture
+def tiny_run(tiny_recipe) -> Callable[..., Run]:
+    """A function that builds a run of the small recipe on synthetic data."""
+
+    def make(*overrides: str, compiled: bool = False) -> Run:
+        recipe = tiny_recipe(*overrides)
+        return build_run(recipe, RaggedData(recipe), compiled=compiled)
+
+    return make
+
+
+def train(run: Run, steps: int, each: Callable[[Run], None] = lambda run: None) -> list[tuple[float, float]]:
+    """Train some steps; (loss, gradient norm) of each."""
+    from hlat.train.step import train_step
+
+    out = []
+    for _ in range(steps):
+        values = train_step(run)
+        each(run)
+        out.append((float(values["loss"]), float(values["grad_norm"])))
+    return out
+
+
+@pytest.fixture
+def train_steps() -> Callable[..., Sequence[tuple[float, float]]]:
+    """`train` as a fixture, since test modules do not import each other."""
+    return train

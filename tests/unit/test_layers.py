@@ -1,0 +1,188 @@
+"""Rules about the source itself: which part may import which, what is imported lazily, what is never used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "hlat").rglob("*.py"))
+
+# From the ground up. A part imports itself and parts of lower rows, never others of its row or a higher one.
+# Plug-ins are found by the registry: `train` does not import `method`. Imports under TYPE_CHECKING are free.
+LAYERS = (
+    ("errors",),
+    ("registry", "section"),
+    ("model", "data", "observe", "backend"),
+    ("recipe", "optim", "objective"),
+    ("parallel",),
+    ("reduce", "checkpoint"),
+    ("evaluate",),
+    ("train", "method"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+LAZY = {
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "matplotlib",
+    "gguf",
+    "tensorboard",
+    "sentencepiece",
+    "lm_eval",
+}
+LAZY |= {"accelerate", "torch.utils.tensorboard", "torch._inductor"}
+NEURON = {"torch_xla", "torch_neuronx", "neuronx_distributed", "neuronxcc", "libneuronxla", "nki"}
+RUNS_TEXT = {"os.system", "os.popen", "eval", "exec", "yaml.unsafe_load"}
+NEVER = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+def part_of(module: str) -> str:
+    """'hlat.recipe_io' -> 'recipe', 'hlat.model.decoder' -> 'model', 'hlat' -> ''."""
+    names = module.split(".")
+    return names[1].split("_")[0] if len(names) > 1 and not names[1].startswith("__") else ".".join(names[1:])
+
+
+def imports(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[str, bool, int]]:
+    """(module, inside a function?, line) of every import that runs; those under TYPE_CHECKING do not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imports(ast.Module(node.orelse, []), lazy)
+        else:
+            inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(node, inside)
+
+
+def is_under(module: str, packages: set[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in packages)
+
+
+def import_problems(module: str, tree: ast.AST) -> Iterator[str]:
+    own = part_of(module)
+    for name, lazy, line in imports(tree):
+        where = f"{module}:{line}: {name}"
+        if name.split(".")[0] == "hlat":
+            other = part_of(name)
+            if other in LEVEL and other != own and LEVEL[other] >= LEVEL.get(own, 0):
+                yield f"{where}: '{own}' may not import '{other}'"
+        if is_under(name, LAZY) and not lazy:
+            yield f"{where}: belongs inside a function"
+        if is_under(name, NEURON) and not (module.startswith("hlat.backend.nxd") and lazy):
+            yield f"{where}: only hlat/backend/nxd, inside a function"
+        if is_under(name, NEVER):
+            yield f"{where}: runs code from files"
+
+
+def call_problems(module: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg}
+        where = f"{module}:{node.lineno}: {name}"
+        if name == "torch.load" and given.get("weights_only") != "True":
+            yield f"{where} without weights_only=True"
+        if name in ("yaml.load", "yaml.load_all") and "Safe" not in ast.unparse(node):
+            yield f"{where} without a safe loader"
+        if (
+            name in ("os.system", "os.popen", "eval", "exec", "yaml.unsafe_load")
+            or given.get("shell") == "True"
+        ):
+            yield f"{where}: runs text as code"
+        if given.get("trust_remote_code", "False") != "False":
+            yield f"{where} with trust_remote_code"
+
+
+def size_problems(module: str, source: str, tree: ast.AST) -> Iterator[str]:
+    if (lines := len(source.splitlines())) > LONGEST_FILE:
+        yield f"{module}: {lines} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                yield f"{module}:{node.lineno}: {node.name} has {length} lines"
+
+
+def problems(module: str, source: str) -> list[str]:
+    tree = ast.parse(source)
+    found = [
+        *import_problems(module, tree),
+        *call_problems(module, tree),
+        *size_problems(module, source, tree),
+    ]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_source_rules(file: Path) -> None:
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert part_of(module) in {"", *LEVEL}, "a new part of hlat/: give it a place in LAYERS"
+    assert problems(module, file.read_text(encoding="utf-8")) == []
+
+
+def test_test_files_are_short() -> None:
+    lengths = {
+        str(f): len(f.read_text(encoding="utf-8").splitlines()) for f in (ROOT / "tests").rglob("*.py")
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "part"),
+    [
+        ("hlat.model.decoder", "from hlat.train.run import Run", "may not import 'train'"),
+        ("hlat.data.loader", "def f():\n    import hlat.recipe", "may not import 'recipe'"),
+        ("hlat.model.decoder", "from hlat import data", "may not import 'data'"),
+        ("hlat.data.readers", "import pyarrow.parquet", "inside a function"),
+        ("hlat.observe.sinks", "from torch.utils.tensorboard import SummaryWriter", "inside a function"),
+        ("hlat.train.loop", "def f():\n    import torch_xla", "only hlat/backend/nxd"),
+        ("hlat.checkpoint.store", "def f():\n    from pickle import load", "runs code"),
+        ("hlat.checkpoint.store", "import torch\ntorch.load('x')", "weights_only"),
+        ("hlat.checkpoint.store", "import yaml\nyaml.load(text, Loader=yaml.Loader)", "safe loader"),
+        ("hlat.train.loop", "import subprocess\nsubprocess.run('ls', shell=True)", "runs text as code"),
+        ("hlat.checkpoint.hf", "load(x, trust_remote_code=True)", "trust_remote_code"),
+        ("hlat.train.loop", "def f():\n" + "    pass\n" * 60, "f has 61 lines"),
+        ("hlat.train.loop", "pass\n" * 401, "401 lines"),
+    ],
+)
+def test_rules_can_fail(module: str, source: str, part: str) -> None:
+    found = problems(module, source)
+    assert len(found) == 1 and part in found[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hlat.train.run import Run",
+        "def f():\n    import pyarrow",
+        "import torch\ntorch.load('x', weights_only=True)",
+        "from hlat.errors import UserError",
+        "from hlat import __version__",
+    ],
+)
+def test_rules_can_pass(source: str) -> None:
+    assert problems("hlat.data.readers", source) == []
+
+
+@pytest.mark.parametrize(
+    "statement", ["import hlat.recipe", "from hlat.cli import main; main(['recipes', 'list'])"]
+)
+def test_torch_is_not_imported(statement: str) -> None:
+    probe = f"{statement}\nimport sys; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

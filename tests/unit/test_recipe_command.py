@@ -1,0 +1,71 @@
+"""`hlat recipes`: list, show, diff, check, schema."""
+
+import argparse
+import json
+
+import pytest
+
+from hlat.commands import recipes
+from hlat.errors import UserError
+from hlat.recipe import load
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    recipes.configure(parser)
+    return recipes.main(parser.parse_args(words))
+
+
+def test_list_names_every_recipe_with_its_description(capsys):
+    assert run("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines][0] == "tiny"
+    assert any(line.startswith("pretrain/hlat-7b ") and "1.8 trillion tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize("flags", [(), ("--changed",)])
+@pytest.mark.parametrize("name", ["tiny", "hlat-70b"])
+def test_show_prints_a_recipe_that_loads_again(capsys, tmp_path, name, flags):
+    assert run("show", name, "optim.lr=0.25", "log.every=7", *flags) == 0
+    out = capsys.readouterr().out
+    (tmp_path / "copy.yaml").write_text(out)
+    assert load(tmp_path / "copy.yaml") == load(name, ["optim.lr=0.25", "log.every=7"])
+
+
+def test_show_counts(capsys):
+    run("show", "hlat-7b")
+    out = capsys.readouterr().out
+    assert "# 6,738,415,616 parameters\n# 4,194,304 tokens a step (1024 rows of 4096)\n" in out
+    run("show", "hlat-7b", "--changed")
+    assert "norm_eps" not in capsys.readouterr().out
+
+
+def test_diff(capsys):
+    assert run("diff", "hlat-7b", "hlat-70b") == 0
+    out = capsys.readouterr().out
+    assert "parallel.tp" in out
+    assert "8 -> 32" in out
+    assert "betas" not in out
+    run("diff", "tiny", "tiny")
+    assert capsys.readouterr().out == "the same recipe\n"
+
+
+def test_check_stops_at_the_first_bad_one(capsys, tmp_path):
+    assert run("check") == 0
+    assert capsys.readouterr().out.count("ok ") >= 5
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: {preset: tiny}\ndata: {sources: [{path: x}], seqlen: 3}\n")
+    with pytest.raises(
+        UserError, match=r"bad\.yaml:2: data\.seqlen: unknown key 'seqlen'; did you mean 'seq_len'\?"
+    ):
+        run("check", "tiny", str(bad), "1b")
+    assert "1b" not in capsys.readouterr().out
+
+
+def test_schema(capsys, tmp_path):
+    assert run("schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert run("schema", "--out", str(tmp_path / "s.json")) == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == schema
+    with pytest.raises(UserError, match="cannot be written"):
+        run("schema", "--out", str(tmp_path / "none" / "s.json"))
