@@ -8,6 +8,8 @@ other one:
   What all plug-ins of the kind share is inherited (optim: lr, weight_decay, decay, clip_norm, groups;
   schedule: warmup_steps, horizon_steps, floor).
 * `model.preset`: the base's other model fields are dropped.
+
+`run.name` and `run.dir` are never inherited, so that two recipes do not share a run folder by accident.
 """
 
 from __future__ import annotations
@@ -107,6 +109,8 @@ def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) ->
             names = " -> ".join(p.name for p in (*chain, target))
             raise UserError(f"base leads back to itself ({names})", where=at, fix="remove one base")
         merged = _read_chain(target, origins, chain)
+        if isinstance(merged.get("run"), dict):
+            merged["run"] = {key: value for key, value in merged["run"].items() if key not in ("name", "dir")}
     origins.update({key: f"{file}:{line}" for key, line in lines.items()})
     return merge(merged, values)
 

@@ -21,16 +21,16 @@ def recipe_schema() -> dict[str, Any]:
 
     Nothing is required: a preset or a `base` may supply it.
     """
-    schema = Recipe.model_json_schema(by_alias=True)
+    schema: dict[str, Any] = _canonical(Recipe.model_json_schema(by_alias=True))
     sections = schema["$defs"]
     for part in (schema, sections["ModelConfig"], sections["DataSection"]):
         part.pop("required", None)
     for section, key in _DERIVED:
         sections[section]["properties"][key].pop("default", None)
     what = "Recipe this one starts from: a path relative to this file, or the name of a shipped recipe."
-    for field in schema["properties"].values():
-        if "$ref" in field:
-            field.pop("default", None)  # the section's own keys have theirs
+    for key, field in schema["properties"].items():
+        if "$ref" in field:  # a section: its own description and its keys' defaults are enough
+            schema["properties"][key] = {"$ref": field["$ref"]}
     base = {"type": "string", "title": "Base", "description": what}
     schema["properties"] = {"base": base, **schema["properties"]}
     sections["ModelConfig"]["properties"]["preset"]["examples"] = list(PRESETS)
@@ -43,6 +43,22 @@ def recipe_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """The content of recipes/schema.json."""
     return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _canonical(value: Any) -> Any:
+    """The same schema whichever version of pydantic wrote it: they differ in how they spell some things."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, dict):
+        return value
+    result = {key: _canonical(item) for key, item in value.items()}
+    if len(result.get("allOf", [])) == 1:
+        result.update(result.pop("allOf")[0])
+    if "const" in result and result.get("enum") == [result["const"]]:
+        del result["enum"]
+    return dict(sorted(result.items())) if "type" in result or "$ref" in result else result
 
 
 def _add_plugins(kind: str, section: type[PluginSection], schema: dict[str, Any]) -> None:

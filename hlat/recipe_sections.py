@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 
 from hlat.section import (
     Fraction,
-    Int,
     NonNegative,
     NonNegativeFloat,
     PluginSection,
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     Text,
     near_multiple,
     problem,
@@ -33,7 +33,7 @@ class RunSection(Section):
     """Name of the run: letters, digits, dot, dash, underscore. Default: the recipe's file name."""
     dir: Text = "runs/run"
     """The run folder itself; it may be moved or copied and still resumes. Default: runs/<name>."""
-    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Seed of initialisation, data order, held-out split and stochastic rounding."""
     steps: Positive = 1000
     """Optimizer steps in the whole run."""

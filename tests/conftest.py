@@ -31,7 +31,9 @@ class RaggedData:
         self.vocab, self.rows, self.length = recipe.model.vocab, recipe.data.global_batch, recipe.data.seq_len
         self.document_mask, self.ignored = recipe.data.document_mask, ignored
 
-    def batches(self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    def batches(
+        self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
         generator = torch.Generator().manual_seed(1000 + step)
         shape = (self.rows, self.length)
         ids = torch.randint(0, self.vocab, (self.rows, self.length + 1), generator=generator)

@@ -26,7 +26,9 @@ class NativeBackend:
         self.rank, self.world = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
-                "this version of HLAT trains in one process", where="WORLD_SIZE", fix="start it with one process"
+                "this version of HLAT trains in one process",
+                where="WORLD_SIZE",
+                fix="start it with one process",
             )
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -46,7 +48,9 @@ class NativeBackend:
         """On where a compiler is found and the run is long enough to earn back the minute it takes."""
         if self.device.type == "cuda":
             return True, "CUDA device"
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        compiler = (
+            os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        )
         if not compiler:
             return False, "no C++ compiler found"
         if steps < COMPILE_PAYS_FROM:

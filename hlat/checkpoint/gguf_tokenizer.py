@@ -22,8 +22,9 @@ _LLAMA3 = (
 
 
 def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> str | None:
-    """Writes tokenizer.json and tokenizer_config.json. Returns None, or why this tokenizer cannot be
-    expressed (nothing is written then).
+    """Writes tokenizer.json and tokenizer_config.json into `folder`.
+
+    Returns None, or why this tokenizer cannot be expressed; nothing is written then.
 
     Args:
         values: the file's `tokenizer.*` metadata.
@@ -33,26 +34,21 @@ def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> s
         return "the file holds no vocabulary"
     kinds = kinds or [1] * len(tokens)
     model, split = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "default")
-    if model == "gpt2":
-        backend = _byte_level(values, tokens, kinds, split)
-        if backend is None:
-            return f"its way of splitting words ('{split}') is not known"
-        default_bos = False
-    elif model == "llama":
-        scores = values.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-        pieces = list(zip(tokens, scores, kinds, strict=True))
-        prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-        backend = to_tokenizers(SentencePieceModel(pieces, dummy_prefix=prefix))
-        default_bos = True
-    else:
+    if model not in ("gpt2", "llama"):
         return f"its tokenizer '{model}' is not supported"
+    try:
+        backend = (_byte_level if model == "gpt2" else _sentencepiece)(values, tokens, kinds, split)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        return f"its vocabulary is damaged ({error})"
+    if backend is None:
+        return f"its way of splitting words ('{split}') is not known"
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
     config |= {"clean_up_tokenization_spaces": False}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         index = values.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None and 0 <= index < len(tokens):
             config[f"{name}_token"] = tokens[index]
-    if values.get("tokenizer.ggml.add_bos_token", default_bos) and "bos_token" in config:
+    if values.get("tokenizer.ggml.add_bos_token", model == "llama") and "bos_token" in config:
         _add_bos(backend, config["bos_token"], tokens.index(config["bos_token"]))
     if values.get("tokenizer.chat_template"):
         config["chat_template"] = values["tokenizer.chat_template"]
@@ -61,6 +57,13 @@ def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> s
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     return None
+
+
+def _sentencepiece(values: dict[str, Any], tokens: list[str], kinds: list[int], split: str) -> Any:
+    scores = values.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    pieces = list(zip(tokens, scores, kinds, strict=True))
+    prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
+    return to_tokenizers(SentencePieceModel(pieces, dummy_prefix=prefix))
 
 
 def _byte_level(values: dict[str, Any], tokens: list[str], kinds: list[int], split: str) -> Any:
@@ -84,8 +87,9 @@ def _byte_level(values: dict[str, Any], tokens: list[str], kinds: list[int], spl
         return None
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in values.get("tokenizer.ggml.merges") or []]
-    # llama.cpp takes a word that is in the vocabulary whole, without its merges, only for this family.
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split == "llama-bpe"))  # type: ignore[arg-type]
+    # Only Llama 3 takes a word that is in the vocabulary whole, without its merges.
+    whole = split == "llama-bpe"
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole))  # type: ignore[arg-type]
     backend.pre_tokenizer = rules[split]
     backend.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]

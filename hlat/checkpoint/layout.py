@@ -122,7 +122,11 @@ class Index:
 
 def _entry(item: dict[str, Any]) -> Entry:
     chunks = [
-        Chunk(_sizes(c["offset"]), _sizes(c["shape"]), ChunkRecord(c["file"], operator.index(c["start"]), c["sha256"]))
+        Chunk(
+            _sizes(c["offset"]),
+            _sizes(c["shape"]),
+            ChunkRecord(c["file"], operator.index(c["start"]), c["sha256"]),
+        )
         for c in item["chunks"]
     ]
     return Entry(CODE_DTYPES[item["dtype"]], _sizes(item["shape"]), tuple(chunks))

@@ -45,11 +45,10 @@ def is_permanent(step: int, tokens: int, existing: Iterable[Entry], every: int |
 
 
 def expired(entries: Sequence[Entry], keep: int) -> list[Entry]:
-    """The checkpoints to delete, oldest first: neither permanent nor among the `keep` (>= 1) newest usable
-    rolling ones.
+    """The checkpoints to delete, oldest first: rolling ones with `keep` (>= 1) or more newer usable ones.
 
-    A rolling checkpoint that could not be read does not take up a place.
+    So the newest `keep` stay, and a damaged one neither takes a place nor goes before its turn.
     """
     rolling = sorted((entry for entry in entries if not entry.permanent), key=lambda entry: entry.sequence)
-    kept = {entry.sequence for entry in [entry for entry in rolling if entry.usable][-keep:]}
-    return [entry for entry in rolling if entry.sequence not in kept]
+    newer = [sum(other.usable for other in rolling[place + 1 :]) for place in range(len(rolling))]
+    return [entry for entry, count in zip(rolling, newer, strict=True) if count >= keep]

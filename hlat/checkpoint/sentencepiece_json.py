@@ -40,12 +40,21 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Parses a `.model` file (protocol buffers, message ModelProto of sentencepiece). Raises ValueError for
-    anything else."""
+    """Parses a `.model` file, which is the message ModelProto of sentencepiece's protocol buffers.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        return _parse(path.read_bytes())
+    except (KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError("not a SentencePiece model") from error
+
+
+def _parse(data: bytes) -> SentencePieceModel:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    for number, value in _fields(path.read_bytes()):
+    for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
@@ -54,6 +63,8 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
             trainer = dict(_fields(value))
         elif number == 3:
             normalizer = dict(_fields(value))
+    if not pieces:
+        raise ValueError("a SentencePiece model without pieces")
     return SentencePieceModel(
         pieces,
         algorithm=trainer.get(3, UNIGRAM),

@@ -129,6 +129,11 @@ class CheckpointStore:
             self._write(*arguments)
             self._report()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> None:
         """Wait until the last save is complete on the disk. Raises what `save` raises."""
         pending, self._pending = self._pending, None

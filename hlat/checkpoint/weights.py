@@ -3,7 +3,6 @@ file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,20 +102,16 @@ def source_tokenizer(source: WeightSource) -> Tokenizer | None:
 
 @torch.no_grad()
 def load_model(
-    source: WeightSource,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    change: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+    source: WeightSource, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
     """A model with these weights, filled tensor by tensor: peak memory is the model and one tensor.
 
     Args:
         dtype: of the model's weights, which is also what it computes in.
-        change: adjusts what does not touch the weights (the attention kernel, max_seq_len).
+        device: where the weights go.
     """
-    config = change(model_config(source))
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(model_config(source))
     model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(PREFIX + name))

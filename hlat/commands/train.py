@@ -22,8 +22,12 @@ _COMPRESS_UP_TO = 64 << 20  # bytes of held-out text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hlat train`."""
-    parser.add_argument("recipe", help="a recipe file, or the name of one that ships with HLAT (see `hlat recipes list`)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change, e.g. optim.lr=1e-3")
+    parser.add_argument(
+        "recipe", help="a recipe file, or the name of one that ships with HLAT (see `hlat recipes list`)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values to change, e.g. optim.lr=1e-3"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
     from hlat.recipe import load
-    from hlat.recipe_io import recipe_text
+    from hlat.recipe_io import find_recipe
     from hlat.train.run import refuse_unsupported
 
     recipe = load(args.recipe, args.overrides)
@@ -42,9 +46,9 @@ def main(args: argparse.Namespace) -> int:
     last = recipe.run.stop_at_step or recipe.run.steps
     console = Console(last, name=recipe.run.name)
     try:
-        data = open_data(recipe, warn=console.warn)
+        data = open_data(recipe)
         _check_resume(recipe, data, folder)
-        with folder.start(recipe_text(args.recipe), recipe.to_yaml()):
+        with folder.start(find_recipe(args.recipe).read_text(), recipe.to_yaml()):
             try:
                 return _train(recipe, data, folder, console)
             except BaseException:
@@ -56,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_resume(recipe: Recipe, data: Any, folder: Any) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
+    from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
     from hlat.train import state
 
@@ -67,7 +72,7 @@ def _check_resume(recipe: Recipe, data: Any, folder: Any) -> None:
                 fix="choose another run.dir, or run.resume=auto to continue",
             )
         return
-    newest, _ = newest_in(folder.checkpoints, verify=False)
+    newest, _ = newest_in(folder.checkpoints, False, Peers.meet())
     if newest is not None:
         state.check_same_run(recipe, data.fingerprint, newest.meta, str(folder.path))
 
@@ -108,7 +113,7 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
     loop = Loop(run, metrics, store, data.tokenizer.files(), console.checkpoint)
     try:
         stopped = loop.train()
-        console.close(_summary(run, folder, stopped))
+        console.close(_summary(run, folder, loop.held_out, stopped))
     finally:
         metrics.close()
         store.wait()
@@ -157,19 +162,28 @@ def _banner(
         device = f"cpu, {torch.get_num_threads()} threads"
     lines: list[str | tuple[str, str]] = [
         f"hlat train · {recipe.run.name}",
-        ("model", f"{model.layers} layers x {model.hidden}, {total:,} parameters" + (
-            f", {trained:,} of them trained" if trained != total else "")),
-        ("step", f"{data.global_batch} rows x {data.seq_len} = {recipe.tokens_per_step:,} tokens, "
-                 f"in {recipe.accumulate()} micro-batches of {data.micro_batch}"),
-        ("precision", f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
-                      f"rounding {precision.rounding}{note}"),
+        (
+            "model",
+            f"{model.layers} layers x {model.hidden}, {total:,} parameters"
+            + (f", {trained:,} of them trained" if trained != total else ""),
+        ),
+        (
+            "step",
+            f"{data.global_batch} rows x {data.seq_len} = {recipe.tokens_per_step:,} tokens, "
+            f"in {recipe.accumulate()} micro-batches of {data.micro_batch}",
+        ),
+        (
+            "precision",
+            f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
+            f"rounding {precision.rounding}{note}",
+        ),
         ("optimizer", _groups_text(run)),
         ("device", device),
         ("compile", compiled),
     ]
     if peak is not None:
         lines.append(("MFU", f"against {peak}"))
-    lines += [("data", line) for line in run.data.report_lines(recipe.run.steps)]
+    lines += [("data", line) for line in run.data.report_lines()]
     if checkpoint is not None:
         lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
     lines.append(("run folder", str(folder.path)))
@@ -181,26 +195,30 @@ def _groups_text(run: Run) -> str:
     counts: dict[Any, int] = {}
     for bucket in run.buckets:
         counts[bucket.group] = counts.get(bucket.group, 0) + len(bucket.specs)
-    groups = [f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()]
+    groups = [
+        f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
+    ]
     return f"{run.recipe.optim.name}: {'; '.join(groups)}"
 
 
-def _summary(run: Run, folder: Any, stopped: int | None) -> list[str | tuple[str, str]]:
+def _summary(
+    run: Run, folder: Any, held_out: dict[str, Any] | None, stopped: int | None
+) -> list[str | tuple[str, str]]:
     """The end of a run: held-out figures beside general compressors, a sample, where things are."""
-    from hlat.train.evaluate import compressors, evaluate, sample
+    from hlat.train.evaluate import compressors, sample
 
     if stopped is not None:
         return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
     lines: list[str | tuple[str, str]] = []
-    if run.data.has_holdout:
-        result = evaluate(run)
-        figures = f"{result['bits_per_byte']:.3f} bits per byte (loss {result['loss']:.3f} a token)"
+    if held_out is not None:
+        figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"
         lines.append(("held-out", figures))
-        if run.data.holdout_bytes <= _COMPRESS_UP_TO:
-            text = run.data.holdout_text()
+        if held_out["held_out_bytes"] <= _COMPRESS_UP_TO:
+            text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
-            lines.append(("", f"on the same text: {others}"))
+            lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
     if sum(p.numel() for p in run.model.parameters()) <= _SAMPLE_UP_TO:
-        lines.append(("sample", sample(run, _SAMPLE_TOKENS)))
+        text = sample(run, _SAMPLE_TOKENS).strip("\n")
+        lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
     lines.append(("run folder", str(Path(folder.path))))
     return lines

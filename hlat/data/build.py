@@ -39,7 +39,10 @@ from hlat.errors import UserError
 
 @dataclass
 class Built:
-    """What a build did: the folder, and the bytes of text and seconds spent now (0 when it was there already)."""
+    """What a build did.
+
+    The folder, and the bytes of text and seconds spent now (0 when it was there already).
+    """
 
     folder: Path
     bytes: int = 0
@@ -206,7 +209,10 @@ def _hashes(folder: Path, unit: dict[str, Any]) -> np.ndarray:
 
 
 def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> int:
-    """The held-out threshold, moved only when one side would be empty: then just so far that it gets the nearest document."""
+    """The held-out threshold, moved only when one side would be empty.
+
+    Then just so far that it gets the nearest document.
+    """
     counts = {
         split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values())
         for split in SPLITS
@@ -219,7 +225,7 @@ def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> in
     smallest = min(int(m.min()) for m in marks if len(m))
     largest = max(int(m.max()) for m in marks if len(m))
     if smallest == largest:
-        return 0  # one document (or copies of one): it is trained on, and the manifest shows that nothing is held out
+        return 0  # one document, or copies of one: trained on; the manifest shows that nothing is held out
     return smallest + 1 if not counts["holdout"] else largest
 
 

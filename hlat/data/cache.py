@@ -30,7 +30,10 @@ def cache_root() -> Path:
 
 
 def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: bool = False) -> Tokenizer:
-    """The byte-level BPE of this size for these sources, trained unless the cache has it. Raises UserError."""
+    """The byte-level BPE of this size for these sources, trained unless the cache has it.
+
+    Raises UserError.
+    """
     below = holdout_threshold(holdout)
     parts = [f"bpe 1 {vocab} {below}", *(identity(source) for source in sources)]
     folder = cache_root() / "tokenizers" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -70,7 +70,10 @@ class HoldoutStream:
         return int((self._table[:, 2] - self._table[:, 1]).sum())
 
     def batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """Up to `count` batches (all for None) of `batch_size` rows; the last one is filled with EOS that are no targets."""
+        """Up to `count` batches (all for None) of `batch_size` rows.
+
+        The last one is filled with EOS that are no targets.
+        """
         rows = -(-self._limit(batch_size, count) // self._seq_len)
         stream = self._tokens()
         buffer = np.array([self._eos], dtype=np.int64)
@@ -105,7 +108,10 @@ class HoldoutStream:
         return self._measure(self._limit(batch_size, count))[1]
 
     def text(self, batch_size: int, count: int | None = None) -> bytes:
-        """The text that `text_bytes` counts, decoded from the tokens: what to give gzip for a comparable figure."""
+        """The text that `text_bytes` counts, decoded from the tokens.
+
+        What to give gzip for a comparable figure.
+        """
         limit = self._limit(batch_size, count)
         return b"".join(self._tokenizer.decode_bytes(part) for part in self._scored(limit))
 
@@ -117,7 +123,7 @@ class HoldoutStream:
             yield self._shards[shard].tokens[start:end].astype(np.int64)
 
     def _scored(self, limit: int) -> Iterator[np.ndarray]:
-        """The tokens of each document that are targets and stand for text, within the first `limit` places of the stream."""
+        """Of each document the tokens that are targets and stand for text, in the first `limit` places."""
         for tokens in self._tokens():
             if limit <= 0:
                 return

@@ -72,7 +72,10 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Hash (hex sha256) of what the rows hold: shards, tokenizer, weights, held-out fractions, seq_len, document_mask. Not the seed."""
+        """Hash (hex sha256) of what the rows hold.
+
+        Shards, tokenizer, weights, held-out fractions, seq_len, document_mask. Not the seed.
+        """
         content = {
             "shards": [folder.content_hash() for folder in self.folders],
             "tokenizer": self.tokenizer.identity,
@@ -95,7 +98,7 @@ class Data:
         per_rank = micro_batch * accumulate
         if self._global_batch and per_rank * world != self._global_batch:
             raise ValueError(
-                f"{micro_batch} x {accumulate} x {world} rows are not the global batch of {self._global_batch}"
+                f"{micro_batch} x {accumulate} x {world} rows are not the global batch {self._global_batch}"
             )
         first = step * per_rank * world + rank * per_rank
         return [
@@ -108,24 +111,36 @@ class Data:
         ]
 
     def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """The held-out text from its beginning, always the same: at most `count` batches of `batch_size` rows."""
+        """The held-out text from its beginning, always the same.
+
+        At most `count` batches of `batch_size` rows.
+        """
         return self.holdout.batches(batch_size, count)
 
     def holdout_bytes(self, batch_size: int, count: int | None = None) -> int:
-        """Bytes of text whose tokens are the targets of `holdout_batches` with the same arguments (see holdout.py)."""
+        """Bytes of text whose tokens are the targets of `holdout_batches` with the same arguments."""
         return self.holdout.text_bytes(batch_size, count)
 
     def holdout_bytes_per_token(self, batch_size: int, count: int | None = None) -> float:
-        """Bytes of text per target: bits per byte = mean loss in nats / ln 2 / this. NaN when nothing is held out."""
+        """Bytes of text per target: bits per byte = mean loss in nats / ln 2 / this.
+
+        NaN when nothing is held out.
+        """
         targets = self.holdout.targets_in(batch_size, count)
         return self.holdout_bytes(batch_size, count) / targets if targets else float("nan")
 
     def holdout_text(self, batch_size: int, count: int | None = None) -> bytes:
-        """The text that `holdout_bytes` counts, to give to gzip or xz for comparison; exact for byte-level tokenizers."""
+        """The text that `holdout_bytes` counts, to give to gzip or xz for comparison.
+
+        Exact for byte-level tokenizers.
+        """
         return self.holdout.text(batch_size, count)
 
     def report(self) -> dict[str, Any]:
-        """Documents, tokens, shards, epochs of this run and everything dropped, per source, and the totals. JSON-able."""
+        """Documents, tokens, shards, epochs of this run and everything dropped, per source, and the totals.
+
+        JSON-able.
+        """
         rows = self.train.quota.counts(self._rows)
         sources = [self._source_report(number, rows[number]) for number in range(len(self.folders))]
         keys = ("documents", "tokens", "bytes", "shards", "holdout_documents", "holdout_tokens", "rows")
@@ -167,9 +182,10 @@ class Data:
         lines = []
         for source in self.report()["sources"]:
             lines.append(
-                f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens in {source['shards']} shards"
-                f" ({source['bytes'] / 1e6:,.1f} MB of text), held out {source['holdout_documents']:,} documents,"
-                f" {source['holdout_tokens']:,} tokens; this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
+                f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+                f" in {source['shards']} shards ({source['bytes'] / 1e6:,.1f} MB of text),"
+                f" held out {source['holdout_documents']:,} documents, {source['holdout_tokens']:,} tokens;"
+                f" this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
                 f" ({source['share']:.1%} of the mixture)"
             )
             lines += [
@@ -179,7 +195,8 @@ class Data:
             lines += [f"  skipped: {count:,} x {reason}" for reason, count in source["files_skipped"].items()]
             if source["tokens_dropped_per_epoch"]:
                 lines.append(
-                    f"  dropped: {source['tokens_dropped_per_epoch']:,} tokens per epoch, less than a row; others in every epoch"
+                    f"  dropped: {source['tokens_dropped_per_epoch']:,} tokens per epoch, less than a row;"
+                    " others in every epoch"
                 )
         return lines
 
@@ -270,7 +287,9 @@ def _check_vocab(size: int, limit: int | None, spec: str) -> None:
 
 
 def open_data(recipe: Recipe, *, workers: int | None = None, quiet: bool = False) -> Data:
-    """The data of a recipe. Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
+    """The data of a recipe.
+
+    Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
 
     Raises UserError: missing or empty source, tokenizer and model or shards that do not fit, truncated shard,
     full disk.

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -52,6 +52,9 @@ def locked_folder(folder: Path) -> Iterator[Path]:
 
 
 def _private(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):  # leave nothing under the shared name, unless another process has something there
+        (folder / ".lock").unlink()
+        folder.rmdir()
     own = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
     own.mkdir(exist_ok=True)
     try:
@@ -61,7 +64,10 @@ def _private(folder: Path) -> Iterator[Path]:
 
 
 def _is_same_file(handle: int, path: Path) -> bool:
-    """Whether the locked file is still the one under that path: its folder may have been renamed or removed while we waited."""
+    """Whether the locked file is still the one under that path.
+
+    Its folder may have been renamed or removed while we waited.
+    """
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:

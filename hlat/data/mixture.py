@@ -86,7 +86,10 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 def _by_deadline(shares: Sequence[int]) -> list[int]:
-    """One period of sources in which each stays within one row of its share (earliest deadline first, as in proportionate scheduling)."""
+    """One period of sources, each always less than one row from its share.
+
+    Earliest deadline first, as in proportionate-progress ("Pfair") scheduling of unit tasks on one processor.
+    """
     period = sum(shares)
     taken = [0] * len(shares)
     order = []
@@ -106,7 +109,10 @@ def _keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
 
 
 def permute(index: int, size: int, seed: int, source: int, epoch: int) -> int:
-    """The place of `index` in the epoch's permutation of range(size): a bijection for every (seed, source, epoch)."""
+    """The place of `index` in the epoch's permutation of range(size).
+
+    A bijection for every (seed, source, epoch).
+    """
     if not 0 <= index < size:
         raise ValueError(f"{index} is not in range({size})")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -174,7 +180,9 @@ class SourceRows:
 
 
 class TrainStream:
-    """All training rows in their global order. Nothing here changes: the state of a run is the index of its next row.
+    """All training rows in their global order.
+
+    Nothing here changes: the state of a run is the index of its next row.
 
     Args:
         sources: one `SourceRows` per source of the recipe.

@@ -43,7 +43,10 @@ def document_hash(text: bytes) -> int:
 
 
 def holdout_threshold(fraction: float) -> int:
-    """Documents whose hash is below this are held out: `fraction` of all, on average. Raises UserError outside [0, 1)."""
+    """Documents whose hash is below this are held out: `fraction` of all, on average.
+
+    Raises UserError outside [0, 1).
+    """
     if not 0 <= fraction < 1:
         raise UserError(
             f"holdout is {fraction}",
@@ -68,7 +71,9 @@ def write_unit(
     holdout_below: int,
     progress: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any]:
-    """Tokenize one work unit into `folder`; returns its statistics (also written, last, as `unit-NNNNN.json`).
+    """Tokenize one work unit into `folder`.
+
+    Returns its statistics (also written, last, as `unit-NNNNN.json`).
 
     `progress` is called with the bytes of text done since the last call. Raises UserError when the disk
     refuses.
@@ -120,7 +125,10 @@ def _batches(documents: Iterable[Document], dropped: dict[str, dict[str, Any]]) 
 
 
 class _ShardWriter:
-    """Appends documents to one shard under temporary names; `close` makes it durable and gives it its name."""
+    """Appends documents to one shard under temporary names.
+
+    `close` makes it durable and gives it its name.
+    """
 
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         self._stem, self._dtype = stem, dtype
@@ -228,7 +236,10 @@ class Shard:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """(documents, 3) uint64: end of the document in the shard (EOS included), bytes of its text, content hash."""
+        """(documents, 3) uint64.
+
+        End of the document in the shard (EOS included), bytes of its text, content hash.
+        """
         return np.memmap(self.documents_path, dtype="<u8", mode="r", shape=(self.documents, 3))
 
     def check_size(self) -> None:
@@ -297,7 +308,8 @@ class TokenFolder:
         """Raises UserError unless this tokenizer wrote the shards."""
         if tokenizer.identity != self.tokenizer_identity:
             raise UserError(
-                f"the shards were written with another tokenizer (vocabulary {self.vocab_size:,}) than '{tokenizer.spec}' "
+                f"the shards were written with another tokenizer (vocabulary {self.vocab_size:,})"
+                f" than '{tokenizer.spec}' "
                 f"(vocabulary {tokenizer.vocab_size:,})",
                 where=str(self.folder / MANIFEST),
                 fix=f"set data.tokenizer to '{self.folder}', or tokenize again",

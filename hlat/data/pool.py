@@ -119,6 +119,7 @@ def _collect(
             )
         else:
             raise RuntimeError(
-                f"a tokenizing process ended with status {answer['crashed']} (out of memory, if it was killed: try fewer --workers)"
+                f"a tokenizing process ended with status {answer['crashed']}"
+                " (out of memory, if it was killed: try fewer --workers)"
             )
     return done

@@ -1,4 +1,7 @@
-"""What is shown while text is tokenized: a bar on a terminal, one line at the end elsewhere; only in the first process of a run."""
+"""What is shown while text is tokenized: a bar on a terminal, one line at the end elsewhere.
+
+Only in the first process of a run.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """Receives progress in bytes; shows nothing before the first report, so that a hit in the cache stays silent."""
+    """Receives progress in bytes.
+
+    Shows nothing before the first report, so that a hit in the cache stays silent.
+    """
 
     def __init__(self, label: str, quiet: bool) -> None:
         self._label, self._quiet = label, quiet
@@ -33,9 +39,10 @@ class Bar:
         self.close()
         if not self._quiet and built.seconds:
             again = f", {built.reused_units} units kept from an interrupted run" if built.reused_units else ""
-            speed = built.bytes / 1e6 / max(built.seconds, 1e-9)
+            size = built.bytes / 1e6
+            speed = size / max(built.seconds, 1e-9)
             print(
-                f"{self._label}: {built.bytes / 1e6:,.1f} MB in {built.seconds:.1f} s ({speed:.1f} MB/s){again}",
+                f"{self._label}: {size:,.1f} MB in {built.seconds:.1f} s ({speed:.1f} MB/s){again}",
                 file=sys.stderr,
             )
 

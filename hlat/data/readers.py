@@ -105,7 +105,7 @@ def _value(name: str, value: Any, text_field: str) -> Document:
 
 
 def columnar_parts(file: InputFile, wanted: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, bytes) of the parts of a parquet file (row groups) or arrow file (rows), about `wanted` bytes each."""
+    """(start, stop, bytes) of the parts of a parquet file (row groups) or an arrow file (rows)."""
     if file.kind == "parquet":
         metadata = _parquet(file).metadata
         for group in range(metadata.num_row_groups):
@@ -161,7 +161,10 @@ def _parquet(file: InputFile) -> Any:
 
 
 def _arrow_table(file: InputFile) -> Any:
-    """The whole table over a memory map: nothing is copied until rows are read. Both IPC forms, file and stream."""
+    """The whole table over a memory map: nothing is copied until rows are read.
+
+    Both IPC forms, file and stream.
+    """
     try:
         import pyarrow
     except ImportError as error:

@@ -1,4 +1,6 @@
-"""Where documents come from: a source is resolved to an ordered list of files, its content identity and its work units.
+"""Where documents come from.
+
+A source is resolved to an ordered list of files, its content identity and its work units.
 
 Nothing here reads text; `readers.py` does. Everything is a function of the files alone (never of the number
 of workers), so the shards built from a source are the same on every machine.
@@ -29,7 +31,10 @@ UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a source: absolute path, name relative to the source's root (always with `/`), kind, size in bytes."""
+    """One file of a source.
+
+    Absolute path, name relative to the source's root (always with `/`), kind, size in bytes.
+    """
 
     path: str
     name: str
@@ -55,7 +60,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one file: all of it (`text`, `jsonl.gz`), bytes (`jsonl`), row groups (`parquet`) or rows (`arrow`), start <= i < stop."""
+    """A part of one file.
+
+    All of it (`text`, `jsonl.gz`), bytes (`jsonl`), row groups (`parquet`) or rows (`arrow`), start <= i <
+    stop.
+    """
 
     file: int
     start: int
@@ -118,15 +127,13 @@ def identity(source: Source) -> str:
     by_content = source.size <= HASH_CONTENT_LIMIT
     digest = hashlib.sha256(f"{'content' if by_content else 'stat'} {source.text_field}\n".encode())
     for file in source.files:
-        if by_content:
-            try:
-                mark = hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
-            except OSError as error:
-                raise UserError(
-                    f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it"
-                ) from error
-        else:
-            mark = str(os.stat(file.path).st_mtime_ns)
+        try:
+            content = Path(file.path).read_bytes() if by_content else b""
+            mark = hashlib.sha256(content).hexdigest() if by_content else str(os.stat(file.path).st_mtime_ns)
+        except OSError as error:
+            raise UserError(
+                f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it"
+            ) from error
         digest.update(f"{file.name}\0{file.kind}\0{file.size}\0{mark}\n".encode("utf-8", "surrogateescape"))
     source.known_identity = digest.hexdigest()
     return source.known_identity

@@ -97,7 +97,10 @@ class BytesTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. BOS and EOS are read from `tokenizer_config.json` beside it, else by usual names."""
+    """A `tokenizer.json` of the `tokenizers` library.
+
+    BOS and EOS are read from `tokenizer_config.json` beside it, else by usual names.
+    """
 
     def __init__(self, path: Path) -> None:
         config = path.with_name("tokenizer_config.json")
@@ -163,7 +166,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _byte_table(self) -> dict[int, bytes]:
-        """Bytes of each id. Byte-level vocabularies spell a byte as a printable character (the GPT-2 convention)."""
+        """Bytes of each id.
+
+        Byte-level vocabularies spell a byte as a printable character (the GPT-2 convention).
+        """
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
         spelled = {chr(byte): byte for byte in printable} | {
@@ -184,14 +190,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _splits_at_lines(self) -> bool:
-        """Whether encoding line blocks apart gives the ids of the whole; not so for tokenizers that put a space before a text."""
+        """Whether encoding line blocks apart gives the ids of the whole.
+
+        Not so for tokenizers that put a space before a text.
+        """
         probes = ["a b\n", "x = 1;\n", "  // y)\n", "7\n", "é\n"]
         starts = ["next line", "{", "7 of", "(a)", "#é", "'s"]
         return all(self.encode(a + b) == self.encode(a) + self.encode(b) for a in probes for b in starts)
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`. Decoding is exact only as far as the model's own normalisation keeps the text."""
+    """A SentencePiece `.model`.
+
+    Decoding is exact only as far as the model's own normalisation keeps the text.
+    """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         super().__init__(str(path), [path])
@@ -219,7 +231,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
-    """The tokenizer a recipe names: `bytes`, a `.model`, a `tokenizer.json`, a folder that holds one, or a tokenized folder.
+    """The tokenizer a recipe names.
+
+    `bytes`, a `.model`, a `tokenizer.json`, a folder that holds one, or a tokenized folder.
 
     `threads` limits SentencePiece; the `tokenizers` library reads TOKENIZERS_PARALLELISM from the
     environment. Raises UserError when there is none.
@@ -273,7 +287,7 @@ def _read(path: Path) -> bytes:
 
 
 def _config_tokens(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, which spells them as a string or as an object with `content`."""
+    """bos_token and eos_token of a tokenizer_config.json: strings there, or objects with `content`."""
     if not path.is_file():
         return {}
     try:
@@ -288,7 +302,7 @@ def _config_tokens(path: Path) -> dict[str, str]:
 
 
 def _line_parts(text: str) -> list[str]:
-    """The text cut into parts of at least SPLIT_ABOVE/4 characters, each cut after a line feed that stands between visible characters."""
+    """The text in parts of at least SPLIT_ABOVE/4 characters, cut at line feeds between visible ones."""
     parts, start, wanted = [], 0, SPLIT_ABOVE // 4
     while len(text) - start > wanted and (found := _LINE_END.search(text, start + wanted)):
         parts.append(text[start : found.end()])

@@ -21,7 +21,10 @@ _SPEC = re.compile(r"train:bpe-(\d+)")
 
 
 def trained_vocab(spec: str) -> int | None:
-    """The vocabulary size of a `train:bpe-4096` style spec, None for any other spec. Raises UserError for a malformed or too small one."""
+    """The vocabulary size of a `train:bpe-4096` style spec, None for any other spec.
+
+    Raises UserError for a malformed or too small one.
+    """
     if not str(spec).startswith("train:"):
         return None
     match = _SPEC.fullmatch(spec)
@@ -46,7 +49,10 @@ def check_vocab(size: int, where: str) -> int:
 
 
 def training_texts(sources: list[Source], holdout_threshold: int, limit: int = SAMPLE_BYTES) -> Iterator[str]:
-    """The documents to train on: never held-out ones; of large sources an even sample, chosen by content hash, of about `limit` bytes."""
+    """The documents to train on: never held-out ones.
+
+    Of large sources an even sample, chosen by content hash, of about `limit` bytes.
+    """
     share = limit / max(sum(source.size for source in sources), 1)
     chosen_below = int(min(share, 1.0) * (2**64 - holdout_threshold)) + holdout_threshold
     for source in sources:
@@ -60,7 +66,9 @@ def training_texts(sources: list[Source], holdout_threshold: int, limit: int = S
 
 
 def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
-    """Train a byte-level BPE and write `tokenizer.json` (and `tokenizer_config.json`) into the folder; returns the former's path.
+    """Train a byte-level BPE and write `tokenizer.json` (and `tokenizer_config.json`) into the folder.
+
+    Returns the former's path.
 
     Id 0 is `<|endoftext|>`, 1..256 the bytes, then the merges. Words are split by the GPT-2 pattern. The
     vocabulary is smaller than asked when the text has too few repeated pairs. Raises UserError when the

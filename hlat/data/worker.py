@@ -1,4 +1,7 @@
-"""One tokenizing process: `python -m hlat.data.worker FOLDER HOLDOUT_BELOW`, unit numbers on stdin, JSON lines on stdout."""
+"""One tokenizing process.
+
+`python -m hlat.data.worker FOLDER HOLDOUT_BELOW`, unit numbers on stdin, JSON lines on stdout.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ class Worker:
 
 
 def _requests() -> queue.SimpleQueue[int | None]:
-    """Unit numbers from stdin. When the parent dies while a unit is in work the process ends at once: another builder may take over."""
+    """Unit numbers from stdin.
+
+    When the parent dies while a unit is in work the process ends at once: another builder may take over.
+    """
     requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -69,7 +75,10 @@ def _requests() -> queue.SimpleQueue[int | None]:
 
 
 def main(folder: Path, holdout_below: int) -> int:
-    """Serve units until stdin closes. Exit status 0, or 2 after a UserError (sent to the parent as a line)."""
+    """Serve units until stdin closes.
+
+    Exit status 0, or 2 after a UserError (sent to the parent as a line).
+    """
 
     def send(message: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(message) + "\n")

@@ -63,14 +63,13 @@ def total_nats(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: i
 
 
 @torch.no_grad()
-def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float | None = None) -> Score:
+def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float = 0.0) -> Score:
     """The model's score on held-out batches.
 
     Args:
         model: a whole model (its head on this process).
         batches: each moved to the model's device here. Nothing is read back to the host before the last one.
-        text_bytes: UTF-8 bytes of the text the targets of all batches stand for; None adds up the batches' own
-            `text_bytes`.
+        text_bytes: UTF-8 bytes of the text all batches' targets stand for; with 0 only `loss` is defined.
 
     The model's training mode is kept as it is: the decoder has no dropout.
     """
@@ -79,15 +78,12 @@ def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float | 
     weight = model.head.weight
     nats: Tensor | None = None
     tokens: Tensor | None = None
-    counted = 0.0
     for batch in batches:
-        counted += 0.0 if text_bytes is not None else batch.text_bytes
         batch = batch.to(weight.device)
         hidden = model.hidden(batch.ids, batch.positions, batch.documents)
         part, count = total_nats(hidden, weight, batch.targets), (batch.targets != -100).sum()
         nats = part if nats is None else nats + part
         tokens = count if tokens is None else tokens + count
-    total_bytes = counted if text_bytes is None else text_bytes
     if nats is None or tokens is None:
-        return Score(0.0, 0, total_bytes)
-    return Score(float(nats), int(tokens), total_bytes)
+        return Score(0.0, 0, text_bytes)
+    return Score(float(nats), int(tokens), text_bytes)

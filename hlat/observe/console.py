@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from hlat.observe.text import duration, fixed, percent, rate, scientific
 Lines = Sequence[str | tuple[str, str]]
 _REFRESH_HZ = 2  # by rich's thread, half a millisecond each: 0.1 % of one core
 _MAX_WIDTH = 110
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
@@ -63,6 +65,11 @@ class Console:
         self.is_live = (
             self._rich.is_terminal and not self._rich.is_dumb_terminal and _draws_blocks(self._rich)
         )
+
+    def start(self, first_step: int, *, mfu_note: str = "") -> None:
+        """Set what is known once set-up is over, before `banner`; the time shown counts from here."""
+        self._mfu_note = mfu_note
+        self.progress.step, self.progress.started = first_step, self._clock()
 
     def banner(self, lines: Lines) -> None:
         """Print what was chosen and why (a pair is a name and its value, aligned) and start the display."""
@@ -126,11 +133,13 @@ class Console:
             if isinstance(line, str):
                 self._print(Text(line, style="bold"))
             else:
-                self._print(Text.assemble((f"{line[0]:<{width}}  ", "dim"), line[1]))
+                value = line[1].replace("\n", f"\n{' ' * (width + 2)}")
+                self._print(Text.assemble((f"{line[0]:<{width}}  ", "dim"), value))
 
     def _print(self, text: Text) -> None:
         if self._lost:
             return
+        text = _without_control(text)
         try:
             if self.is_live:
                 self._rich.print(text)
@@ -244,6 +253,15 @@ def _eval_text(row: Mapping[str, Any]) -> str:
     text = f"held-out at step {int(row['step']):,}: loss {fixed(row.get('loss'))}"
     bits = row.get("bits_per_byte")
     return text if bits is None else f"{text}, {fixed(bits)} bits per byte"
+
+
+def _without_control(text: Text) -> Text:
+    """The text without control characters: a generated sample or a file name must not steer the terminal."""
+    if _CONTROL.search(text.plain):
+        text.plain = _CONTROL.sub(
+            "\N{REPLACEMENT CHARACTER}", text.plain
+        )  # same length: styles stay in place
+    return text
 
 
 def _draws_blocks(console: RichConsole) -> bool:

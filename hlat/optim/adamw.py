@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
-from hlat.optim.base import Elementwise
+from hlat.optim.base import Decay, Elementwise
 from hlat.registry import register
 
 
@@ -32,8 +33,8 @@ class AdamW(Elementwise):
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        betas: tuple[Decay, Decay] = (0.9, 0.95),
+        eps: Annotated[float, Field(gt=0)] = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
         if not all(0.0 <= b < 1.0 for b in betas):
@@ -51,4 +52,7 @@ class AdamW(Elementwise):
         v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
         m_hat = m / (1 - beta1**step)
         denominator = (v / (1 - beta2**step)).sqrt() + group["eps"]
-        return p * (1 - lr * group["weight_decay"]) - lr * m_hat / denominator, {"exp_avg": m, "exp_avg_sq": v}
+        return p * (1 - lr * group["weight_decay"]) - lr * m_hat / denominator, {
+            "exp_avg": m,
+            "exp_avg_sq": v,
+        }

@@ -12,12 +12,15 @@ Any `torch.optim.Optimizer` works. HLAT's own derive from `Elementwise`, which a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hlat.backend.precision import round_to
+
+Decay = Annotated[float, Field(ge=0, lt=1)]  # checked when it comes from a recipe
 
 COMPILE_FROM = 1 << 16  # smaller tensors are not worth a compiled kernel
 CHUNK = 1 << 18  # elements an eager update works on at a time: temporaries stay in the cache
@@ -69,7 +72,11 @@ class Elementwise(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, keep: Tensor | None = None, clip: Tensor | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        keep: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> Any:
         """One update of every parameter that has a gradient. Returns what `closure` returns, as torch's optimizers do."""
         loss = None
@@ -120,8 +127,12 @@ class Elementwise(torch.optim.Optimizer):
         p, g, *slots = tensors
         state = {name: slot.float() for name, slot in zip(self.slots, slots, strict=True)}
         new_p, new_state = self.update(p.float(), g.float() * clip, state, options, lr, step)
-        for i, (old, new) in enumerate(zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)):
-            rounded = round_to(new, old.dtype, self.rounding, seed=self.seed + 7919 * i, step=step, offset=offset)
+        for i, (old, new) in enumerate(
+            zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)
+        ):
+            rounded = round_to(
+                new, old.dtype, self.rounding, seed=self.seed + 7919 * i, step=step, offset=offset
+            )
             old.copy_(torch.where(keep, rounded, old))
 
 
@@ -136,7 +147,9 @@ def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -
     with torch.no_grad():
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         old_params = [p.detach().clone() for p in params]
-        old_state = [{k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
+        old_state = [
+            {k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in params
+        ]
         for p in params:
             p.grad.mul_(clip)  # type: ignore[union-attr]
         optimizer.step()

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
 
 from hlat.registry import lookup, register
 
@@ -40,14 +43,16 @@ def clamped_cosine(progress: float, *, floor: float) -> float:
 
 
 @register("schedule", "wsd")
-def wsd(progress: float, *, floor: float, decay_fraction: float = 0.2) -> float:
+def wsd(progress: float, *, floor: float, decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2) -> float:
     """Warm-up, stable, decay (arXiv 2404.06395): 1, then a straight line to `floor` over the last `decay_fraction`."""
     if progress <= 1.0 - decay_fraction:
         return 1.0
     return 1.0 - (1.0 - floor) * (progress - (1.0 - decay_fraction)) / decay_fraction
 
 
-def make_schedule(name: str, *, warmup_steps: int, horizon_steps: int, floor: float, **options: float) -> Schedule:
+def make_schedule(
+    name: str, *, warmup_steps: int, horizon_steps: int, floor: float, **options: float
+) -> Schedule:
     """The factor of the peak learning rate at each step.
 
     Linear from 0 over `warmup_steps`, then the named curve over the rest of `horizon_steps`, then its last value.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hlat.optim.base import Elementwise
+from hlat.optim.base import Decay, Elementwise
 from hlat.registry import register
 
 
@@ -29,7 +29,7 @@ class SGD(Elementwise):
         params: Iterable[Any],
         lr: float | Tensor = 1e-2,
         *,
-        momentum: float = 0.9,
+        momentum: Decay = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
         if not 0.0 <= momentum < 1.0:

@@ -136,7 +136,9 @@ def build_buckets(
     return buckets
 
 
-def publish(buckets: Iterable[Bucket], rounder: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> None:
+def publish(
+    buckets: Iterable[Bucket], rounder: Callable[[Tensor, torch.dtype], Tensor] | None = None
+) -> None:
     """Round every master into the weights the model computes with."""
     for bucket in buckets:
         if bucket.master.data_ptr() != bucket.weights.data_ptr():

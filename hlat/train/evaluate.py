@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hlat.evaluate.perplexity import Score
 
 if TYPE_CHECKING:
     from hlat.train.run import Run
@@ -32,25 +33,40 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows.
     """
-    section, data = run.recipe.eval, run.data
+    data, size, count = run.data, run.recipe.data.micro_batch, run.recipe.eval.batches
     one = torch.ones((), device=run.backend.device)
     total = torch.zeros((), dtype=torch.float64, device=run.backend.device)
     tokens = torch.zeros((), dtype=torch.int64, device=run.backend.device)
-    text_bytes = 0.0
     with eval_mode(run.model):
-        for batch in data.holdout_batches(run.recipe.data.micro_batch, section.batches):
-            text_bytes += batch.text_bytes
+        for batch in data.holdout_batches(size, count):
             batch = batch.to(run.backend.device)
             total += run.objective.loss(run.model, batch, one).double()
             tokens += batch.targets_count()
             run.backend.mark_step()
-    nats, count = float(total), int(tokens)
+    score = Score(float(total), int(tokens), data.holdout_bytes(size, count))
     return {
-        "loss": nats / max(1, count),
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
-        "held_out_tokens": count,
-        "held_out_bytes": int(text_bytes),
+        "loss": score.loss,
+        "bits_per_byte": score.bits_per_byte,
+        "held_out_tokens": score.tokens,
+        "held_out_bytes": score.bytes,
     }
+
+
+def sample(run: Run, tokens: int) -> str:
+    """Text the model writes from the start of a document, at temperature 0.8; always the same for the same weights."""
+    from hlat.evaluate.generate import generate, stream_text
+    from hlat.model.decoder import Decoder
+
+    with torch.device("meta"):  # the same weights in a module that is not compiled for the training shapes
+        model = Decoder(run.recipe.model)
+    model.load_state_dict(run.model.state_dict(), assign=True)
+    model.rope.to_empty(device=run.backend.device)
+    tokenizer = run.data.tokenizer
+    prompt = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+    ids = generate(
+        model.eval(), prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id}
+    )
+    return "".join(stream_text(tokenizer, prompt, ids))
 
 
 def compressors(text: bytes) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hlat.errors import TrainingStopped
@@ -22,7 +25,13 @@ class SkipGuard:
         patience: stop the run after this many skips in a row.
     """
 
-    def __init__(self, *, window: int = 128, sigma: float = 6.0, patience: int = 100) -> None:
+    def __init__(
+        self,
+        *,
+        window: Annotated[int, Field(ge=2)] = 128,
+        sigma: Annotated[float, Field(ge=0)] = 6.0,
+        patience: Annotated[int, Field(ge=1)] = 100,
+    ) -> None:
         if window < 2 or sigma < 0 or patience < 1:
             raise ValueError("guard needs window >= 2, sigma >= 0, patience >= 1")
         self.window, self.sigma, self.patience = window, sigma, patience

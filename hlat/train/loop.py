@@ -46,7 +46,7 @@ class Loop:
         metrics: receives every step's scalars.
         store: receives checkpoints.
         tokenizer_files: copied into each checkpoint.
-        on_checkpoint: told of the step just handed to the store.
+        on_checkpoint: told of a checkpoint's step once it is complete.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class Loop:
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
         self._evaluated: int | None = None
+        self._saving: int | None = None
+        self.held_out: dict[str, Any] | None = None
 
     def train(self) -> int | None:
         """Train to the last step, evaluate and save. Returns the signal that stopped it early, or None."""
@@ -87,28 +89,42 @@ class Loop:
             self.evaluate()
         if run.step % recipe.checkpoint.every == 0:
             self.save()
+        self._note_saved()
 
     def evaluate(self) -> None:
         """Held-out loss at this step, once."""
-        if self._evaluated != self.run.step and self.run.data.has_holdout:
+        if self._evaluated != self.run.step and self.run.data.holdout.documents:
             self._evaluated = self.run.step
             with self.metrics.paused():
-                result = evaluate(self.run)
-            self.metrics.eval(self.run.step, result)
+                self.held_out = evaluate(self.run)
+            self.metrics.eval(self.run.step, self.held_out)
 
     def save(self, wait: bool = False) -> None:
         """Hand a checkpoint of this step to the store, once; `wait` until it is complete on the disk."""
         run = self.run
         if self._saved != run.step:
             self._saved = run.step
-            with self.metrics.paused():  # rows first: a checkpoint never covers a step whose row a crash could lose
+            with (
+                self.metrics.paused()
+            ):  # rows first: a checkpoint never covers a step whose row a crash could lose
                 details = state.meta(run)
                 self.store.save(
-                    run.step, state.tensors(run), details, details["tokens"], tokenizer=self.tokenizer_files, wait=wait
+                    run.step,
+                    state.tensors(run),
+                    details,
+                    details["tokens"],
+                    tokenizer=self.tokenizer_files,
+                    wait=wait,
                 )
-            self.on_checkpoint(run.step)
+            self._saving = run.step
         if wait:
             self.store.wait()
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        if self._saving is not None and not self.store.busy:
+            self.on_checkpoint(self._saving)
+            self._saving = None
 
 
 @contextmanager

@@ -184,7 +184,9 @@ def trained_groups(recipe: Recipe, model: nn.Module) -> dict[str, Group]:
                 where=f"train_only[{i}]",
                 fix=f"names look like {shapes[0][0]!r} and {shapes[1][0]!r}; wildcards are * and ?",
             )
-    trained = [s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)]
+    trained = [
+        s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)
+    ]
     optim = recipe.optim
     overrides = [Override(g.match, g.lr, g.weight_decay) for g in optim.groups]
     return assign_groups(

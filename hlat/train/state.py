@@ -69,7 +69,9 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
     if changes:
         key, old, new = changes[0]
         more = f" (and {len(changes) - 1} more changed keys)" if len(changes) > 1 else ""
-        raise UserError(f"{key} was {old!r} in the saved run and is {new!r} now{more}", where=where, fix=fresh)
+        raise UserError(
+            f"{key} was {old!r} in the saved run and is {new!r} now{more}", where=where, fix=fresh
+        )
     if saved.get("data_fingerprint") != data_fingerprint:
         raise UserError(
             "the data is not what the saved run was trained on (its text, order or tokenizer changed)",

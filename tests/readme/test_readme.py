@@ -1,8 +1,8 @@
 """README.md and the documentation do what they say: every fenced command runs, every fenced recipe loads.
 
-A fenced `bash` command is either one of .ci/run's own steps, or runs here, in one shell session for each page, in
-a folder that looks like a clone. Runs are shortened by overrides at the end of the command; nothing else is
-changed. A command that no rule covers fails `test_every_command_has_a_proof`.
+A fenced `bash` command is either one of .ci/run's own steps, or runs here: one shell session for each page,
+in a folder that looks like a clone. Runs are shortened by overrides at the end of the command, nothing else
+changes. A command that no rule covers fails `test_every_command_has_a_proof`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_a_command_without_a_proof_is_noticed() -> None:
         runnable("curl https://example.org | sh")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
 def test_fences_are_of_a_checked_kind(page: Path) -> None:
     """A block under another name would escape the checks of this file."""
     text = page.read_text(encoding="utf-8")

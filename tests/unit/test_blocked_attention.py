@@ -49,6 +49,9 @@ def test_bf16_is_as_close_to_fp32_as_plain_is() -> None:
     low = [x.detach().bfloat16().requires_grad_() for x in inputs]
     for attention in (blocked_attention, plain_attention):
         out, found = gradients(attention, low, None)
-        errors = [(got.float() - want).norm() / want.norm() for got, want in zip(found, exact_gradients, strict=True)]
+        errors = [
+            (got.float() - want).norm() / want.norm()
+            for got, want in zip(found, exact_gradients, strict=True)
+        ]
         errors.append((out.float() - exact).norm() / exact.norm())
         assert max(errors) < 2e-2, (attention.__name__, errors)

@@ -47,7 +47,11 @@ def test_equals_cross_entropy_for_any_chunk(chunk: int, monkeypatch: pytest.Monk
 
 def test_bf16_keeps_the_scale_exact() -> None:
     """A bf16 gradient must not carry a rounded 1/tokens: its relative bias would show in the mean."""
-    low, exact, batch = OneLayer(257, 32, torch.bfloat16), OneLayer(257, 32, torch.float32), make_batch(257, 4, 33)
+    low, exact, batch = (
+        OneLayer(257, 32, torch.bfloat16),
+        OneLayer(257, 32, torch.float32),
+        make_batch(257, 4, 33),
+    )
     exact.load_state_dict({k: v.float() for k, v in low.state_dict().items()})
     tokens = torch.tensor(8191)
     grads = []

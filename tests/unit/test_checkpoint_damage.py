@@ -181,7 +181,7 @@ def test_an_index_that_lies_is_refused(root: Path, change: Callable[[dict], None
         open_checkpoint(step)
 
 
-# -- what killed processes leave ---------------------------------------------------------------------------------------
+# -- what killed processes leave
 
 
 def leave(root: Path, kind: str, pid: int, host: str, age: float = 0.0) -> Path:

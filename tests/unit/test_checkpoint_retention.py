@@ -65,7 +65,10 @@ def test_rules(saves: list[tuple[int, int]], keep: int, every: int | None) -> No
         assert {(e.step, e.permanent) for e in entries} == {(s.step, s.permanent) for s in reference}
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 0, 1]), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 3))
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 0, 1]), st.integers(1, 4)), min_size=1, max_size=8),
+    st.integers(1, 3),
+)
 @settings(max_examples=15, deadline=None)
 def test_folder(saves: list[tuple[int, int]], keep: int) -> None:
     with TemporaryDirectory() as root:
@@ -100,9 +103,10 @@ def test_a_permanent_one_stays_when_the_setting_changes(tmp_path: Path) -> None:
     assert store.steps() == [1, 3]
 
 
-def test_an_unreadable_checkpoint_takes_no_place() -> None:
+def test_a_damaged_checkpoint_takes_no_place() -> None:
     entries = [Entry(10, 10, 1), Entry(20, 20, 2, usable=False), Entry(15, 15, 3)]
-    assert [entry.step for entry in expired(entries, keep=2)] == [20]
+    assert expired(entries, keep=2) == []
+    assert [entry.step for entry in expired([*entries, Entry(17, 17, 4)], keep=2)] == [10, 20]
 
 
 def test_a_damaged_newest_never_pushes_out_a_good_one(tmp_path: Path) -> None:
@@ -114,4 +118,6 @@ def test_a_damaged_newest_never_pushes_out_a_good_one(tmp_path: Path) -> None:
     found = store.newest()
     assert found is not None and found.step == 10
     store.save(15, {"a": torch.ones(9)}, {}, tokens=15)
-    assert store.steps() == [10, 15]
+    assert store.steps() == [10, 15, 20]
+    store.save(20, {"a": torch.ones(9)}, {}, tokens=20)
+    assert store.steps() == [15, 20]

@@ -19,7 +19,6 @@ from hlat.checkpoint import codec, folder, layout, stream
 from hlat.checkpoint.store import CheckpointStore, open_checkpoint, rng_from_json, rng_to_json, write_weights
 from hlat.errors import UserError
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -189,11 +188,11 @@ def test_nothing_is_created_before_the_first_save(tmp_path: Path) -> None:
     assert store.newest() is None and store.steps() == [] and not (tmp_path / "run").exists()
 
 
-# -- disk full, not writable -------------------------------------------------------------------------------------------
+# -- disk full, not writable
 
 
 def fails_once_then_works(store: CheckpointStore, root: Path, repair, what: str) -> None:
-    """A store with step 1 complete whose disk then fails: one error, step 1 intact, no litter, and it recovers."""
+    """Step 1 is complete, then the disk fails: one error, step 1 intact, no litter, and it recovers."""
     with pytest.raises(UserError, match=what) as caught:
         store.save(2, {"a": torch.ones(400_000)}, {}, tokens=0)
         store.wait()
@@ -282,7 +281,7 @@ def test_a_defect_in_the_background_stays_an_exception(
     assert not list(tmp_path.iterdir())
 
 
-# -- replacing, moving, finding ----------------------------------------------------------------------------------------
+# -- replacing, moving, finding
 
 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -302,6 +301,14 @@ def test_an_interrupted_replacement_loses_nothing(tmp_path: Path) -> None:
     mine = hidden.with_name(f".step-00000005.replaced-{os.getpid()}-{folder.socket.gethostname()}")
     hidden.rename(mine)
     assert store_at(tmp_path).steps() == [5] and os.listdir(tmp_path) == ["step-00000005"]
+
+
+def test_the_new_one_counts_while_the_old_one_is_still_there(tmp_path: Path) -> None:
+    for value, name in ((1.0, "old"), (2.0, "new")):
+        store_at(tmp_path / name).save(5, {"a": torch.full((3,), value)}, {}, tokens=10)
+    hidden = tmp_path / "new" / ".step-00000005.replaced-999999999-elsewhere"
+    (tmp_path / "old" / "step-00000005").rename(hidden)  # killed after the second rename
+    assert open_checkpoint(tmp_path / "new").read("a")[0] == 2.0
 
 
 def test_newest_is_the_one_saved_last(tmp_path: Path) -> None:
@@ -354,7 +361,7 @@ def test_rng_state_survives_json() -> None:
     assert torch.equal(torch.randn(5), wanted)
 
 
-# -- weights-only checkpoints ------------------------------------------------------------------------------------------
+# -- weights-only checkpoints
 
 
 def test_weights_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,15 @@ VOCAB = 61
 
 
 def config(**changes) -> ModelConfig:
-    shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": VOCAB, "max_seq_len": 64}
+    shape = {
+        "layers": 2,
+        "hidden": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn": 48,
+        "vocab": VOCAB,
+        "max_seq_len": 64,
+    }
     return ModelConfig(**{**shape, "init_std": 0.1, **changes})
 
 
@@ -105,7 +113,8 @@ def test_cache_equals_full_forward(attention: str) -> None:
     x = ids(2, 15)
     cache = model.new_cache(batch=2, length=20)
     parts = [
-        model(x[:, a:b], torch.arange(a, b).expand(2, -1), None, cache) for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))
+        model(x[:, a:b], torch.arange(a, b).expand(2, -1), None, cache)
+        for a, b in ((0, 6), (6, 7), (7, 11), (11, 15))
     ]
     assert (torch.cat(parts, 1) - model(x)).abs().max() < 1e-5
 
@@ -198,7 +207,11 @@ def test_every_tensor_can_be_made_alone() -> None:
     for name, parameter in half.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name).bfloat16())
     a = init_tensor(model.config, "layers.0.mlp.up.weight", (48, 32), 7)
-    for name, seed in (("layers.0.mlp.gate.weight", 7), ("layers.1.mlp.up.weight", 7), ("layers.0.mlp.up.weight", 8)):
+    for name, seed in (
+        ("layers.0.mlp.gate.weight", 7),
+        ("layers.1.mlp.up.weight", 7),
+        ("layers.0.mlp.up.weight", 8),
+    ):
         assert not torch.equal(a, init_tensor(model.config, name, (48, 32), seed))
 
 

@@ -23,7 +23,8 @@ def square_sum(config: ModelConfig, name: str) -> float:
 def test_expected_parameter_norm(preset: str) -> None:
     config = ModelConfig(preset=preset)
     square = sum(
-        math.prod(shape) * (init_std(config, name) or 1.0) ** 2 for name, shape in parameter_shapes(config).items()
+        math.prod(shape) * (init_std(config, name) or 1.0) ** 2
+        for name, shape in parameter_shapes(config).items()
     )
     assert math.sqrt(square) == pytest.approx(NORMS[preset], abs=1)
 
@@ -38,19 +39,25 @@ def test_parameter_norm_of_the_7b() -> None:
 
 @pytest.mark.slow
 def test_parameter_norm_of_the_70b() -> None:
-    """The embedding, the head and the first layer are drawn; the other 79 layers have the same shapes and deviations, and the
-    norm of a tensor of more than 8 million draws is known to 0.03 %."""
+    """The embedding, the head and the first layer are drawn; the other 79 layers repeat the first.
+
+    The norm of a tensor of more than 8 million draws is known to 0.03 %.
+    """
     config = ModelConfig(preset="hlat-70b")
-    drawn = [name for name in parameter_shapes(config) if not name.startswith("layers.") or name.startswith("layers.0.")]
+    drawn = [
+        name
+        for name in parameter_shapes(config)
+        if not name.startswith("layers.") or name.startswith("layers.0.")
+    ]
     square = sum(square_sum(config, name) * (config.layers if "layers.0." in name else 1) for name in drawn)
     assert math.sqrt(square) == pytest.approx(NORMS["hlat-70b"], abs=3)
 
 
 @pytest.mark.slow
 def test_initial_loss_of_the_7bs_width() -> None:
-    """ln V + h·std²/2: the final norm gives every state length √h, so a logit is normal with variance h·std².
+    """ln V + h·std²/2: the final norm gives a state the length √h, so logits have the variance h·std².
 
-    Four layers are enough, because the final norm takes their number out. Weights are bf16 to keep within 8 GB.
+    Four layers are enough, because the final norm takes their number out. bf16 weights stay within 8 GB.
     """
     config = ModelConfig(preset="hlat-7b", layers=4)
     with torch.device("meta"):

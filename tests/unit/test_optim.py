@@ -167,7 +167,10 @@ def test_decay_by_role_and_overrides() -> None:
     everything = assign_groups(SHAPES, lr=1e-3, weight_decay=0.1, decay="all")
     assert {g.weight_decay for g in everything.values()} == {0.1}
     chosen = assign_groups(
-        SHAPES, lr=1e-3, weight_decay=0.1, overrides=[Override("embed.*", lr=1e-2), Override("*", weight_decay=0.5)]
+        SHAPES,
+        lr=1e-3,
+        weight_decay=0.1,
+        overrides=[Override("embed.*", lr=1e-2), Override("*", weight_decay=0.5)],
     )
     assert chosen["embed.weight"] == Group(1e-2, 0.1)
     assert chosen["norm.weight"] == Group(1e-3, 0.5)

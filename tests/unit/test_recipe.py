@@ -1,4 +1,4 @@
-"""The recipe: defaults, resolution, errors in one line, identity."""
+"""The recipe: defaults, resolution, identity, and copies that load again."""
 
 import subprocess
 import sys
@@ -21,15 +21,6 @@ def file(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text(SHORT)
     return path
-
-
-def line(file, *overrides):
-    """The error line of a recipe, without the folder."""
-    with pytest.raises(UserError) as error:
-        load(file, overrides)
-    text = str(error.value)
-    assert "\n" not in text
-    return text.replace(f"{file.parent}/", "")
 
 
 def test_a_short_recipe_is_complete(file):
@@ -65,122 +56,6 @@ def test_frozen(file):
 def test_import_needs_no_torch():
     code = "import sys, hlat.recipe, hlat.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "optim.lr_rate=1",
-            "command line: optim.lr_rate: unknown key 'lr_rate' for 'adamw'; did you mean 'lr'?",
-        ),
-        ("run.stepss=1", "command line: run.stepss: unknown key 'stepss'; did you mean 'steps'?"),
-        ("lr=1", "command line: lr: unknown key 'lr'; did you mean 'optim.lr'?"),
-        ("modle.preset=tiny", "command line: modle: unknown key 'modle'; did you mean 'model'?"),
-        ("checkpoint.async_=false", "unknown key 'async_'; did you mean 'async'?"),
-        ("data.sources=[{pth: x}]", "data.sources[0].pth: unknown key 'pth'; did you mean 'path'?"),
-        ("optim.groups=[{mach: x}]", "optim.groups[0].mach: unknown key 'mach'; did you mean 'match'?"),
-        ("zoo=3", "zoo: unknown key 'zoo'; known: run, model, data"),
-        ("model.layer=3", "model.layer: unknown key 'layer'; did you mean 'layers'?"),
-        ("compile=yes", 'compile: expected auto or true or false, got "yes"; write true'),
-        ("compile=1", "compile: expected auto or true or false, got 1"),
-        ("parallel.dp=x", 'parallel.dp: expected auto or a whole number, got "x"'),
-        ("parallel.dp=0", "parallel.dp: must be at least 1, got 0"),
-        ("parallel=3", "parallel: expected a mapping of keys to values, got 3"),
-        ("run.steps='4'", 'run.steps: expected a whole number, got "4"; remove the quotes'),
-        ("run.steps=4.5", "run.steps: expected a whole number, got 4.5"),
-        ("run.steps=true", "run.steps: expected a whole number, got true"),
-        ("run.steps=0", "run.steps: must be at least 1, got 0"),
-        ("run.seed=-1", "run.seed: must be at least 0, got -1"),
-        ("run.name=a b", "run.name: must be letters, digits, dot, dash and underscore"),
-        ("run.name=../x", "run.name: must be letters"),
-        ("run.name=4", "run.name: expected a text, got 4; put it in quotes: '4'"),
-        ("run.dir=", "run.dir: expected a text, got null"),
-        (
-            "precision.compute=fp16",
-            "precision.compute: expected fp32 or bf16, got \"fp16\"; did you mean 'bf16'?",
-        ),
-        ("precision.master=null", "precision.master: expected fp32 or none, got null; write none"),
-        ("optim.clip_norm=none", 'expected a number or null, got "none"; write null'),
-        ("optim.lr=.nan", "optim.lr: must be a finite number"),
-        ("optim.lr=1e999", "optim.lr: must be a finite number"),
-        ("optim.lr=-1", "optim.lr: must be at least 0, got -1"),
-        ("data.holdout=1", "data.holdout: must be less than 1, got 1"),
-        ("data.sources=[]", "data.sources: must be a list with at least 1 entry, got []"),
-        ("data.sources=abc", 'data.sources: expected a list of mappings, got "abc"; put it in [ ]'),
-        (
-            "data.sources=[{path: a, dataset: b}]",
-            "data.sources[0]: a source has both path and dataset; give exactly one",
-        ),
-        (
-            "data.sources=[{weight: 2}]",
-            "data.sources[0]: a source has neither path nor dataset; give exactly one",
-        ),
-        ("data.sources=[{path: a, weight: 0}]", "data.sources[0].weight: must be greater than 0, got 0"),
-        ("data.sources.0.weight=3", "data.sources: one item of a list cannot be overridden; give it whole"),
-        ("train_only=[a, 3]", "train_only[1]: expected a text, got 3"),
-        ("train_only=abc", 'train_only: expected a list of texts, got "abc"; put it in [ ]'),
-        ("checkpoint.every=0", "checkpoint.every: must be at least 1, got 0"),
-        ("model.preset=tny", "model.preset: unknown preset 'tny'; did you mean 'tiny'?"),
-        ("model.preset=3", "model.preset: expected the name of a preset, got 3"),
-        ("model.hidden=255", "model.hidden: hidden 255 is not a multiple of heads 4; take hidden 256"),
-        ("model.kv_heads=3", "model.kv_heads: heads 4 is not a multiple of kv_heads 3; take kv_heads 2"),
-        (
-            "model.hidden=260",
-            "head size 65 (hidden / heads) is odd, and rotary positions need pairs; take hidden 256",
-        ),
-        ("data.global_batch=30", "global_batch 30 is not a multiple of micro_batch 8; take global_batch 32"),
-        (
-            "parallel.dp=3",
-            "short.yaml:2: data.global_batch: global_batch 32 is not a multiple of micro_batch 8 x dp 3;",
-        ),
-        ("data.seq_len=512", "seq_len 512 exceeds the model's max_seq_len 256; take seq_len 256, or raise"),
-        ("run.stop_at_step=2000", "stop_at_step 2000 is beyond steps 1000; take stop_at_step 1000 or less"),
-        (
-            "schedule.warmup_steps=2000",
-            "warmup_steps 2000 exceeds the schedule's 1000 steps; take warmup_steps 50",
-        ),
-        (
-            "precision={compute: fp32, rounding: stochastic}",
-            "precision.rounding: stochastic rounding has nothing",
-        ),
-        ("foo", "command line: 'foo' is not key=value; write for example optim.lr=1e-3"),
-        ("a..b=1", "command line: 'a..b=1' is not key=value"),
-        ("base=tiny", "command line: base cannot be overridden"),
-        ("train_only=[*.norm]", "put a value that starts with * or & in quotes"),
-        ("run={steps: 5, step: 3, nme: 1}", "unknown key 'step' (and 1 more error); did you mean 'steps'?"),
-        ("backend=cuda", 'backend: expected native or nxd, got "cuda"'),
-    ],
-)
-def test_one_clear_line(file, override, message):
-    assert message in line(file, override)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "data: {sources: [{path: x}]}\n",
-            "r.yaml: model: this section is missing; for example model: {preset: tiny}",
-        ),
-        ("model: {preset: tiny}\n", "r.yaml: data: this section is missing; give at least data.sources"),
-        ("model: {preset: tiny}\ndata: {}\n", "r.yaml:2: data.sources: this key is missing"),
-        (
-            "model:\n  layers: 2\ndata: {sources: [{path: x}]}\n",
-            "r.yaml:1: model: the model has no hidden, heads, ffn",
-        ),
-        ("model:\ndata: {sources: [{path: x}]}\n", "r.yaml:1: model: the model has no layers, hidden"),
-        (f"{SHORT}optim:\n  lr_rate: 1\n", "r.yaml:5: optim.lr_rate: unknown key 'lr_rate'"),
-        (f"{SHORT}optim.lr: 1\n", "unknown key 'optim.lr'; dotted keys are for the command line"),
-        (f"{SHORT}run:\n  steps: 5\nlog:\n", None),
-    ],
-)
-def test_files(tmp_path, text, message):
-    (tmp_path / "r.yaml").write_text(text)
-    if message is None:
-        assert load(tmp_path / "r.yaml").run.steps == 5
-    else:
-        assert message in line(tmp_path / "r.yaml")
 
 
 def test_without_a_preset_kv_heads_are_heads():
@@ -301,48 +176,6 @@ def test_from_dict_reports_where(file):
         Recipe.from_dict(values, where="checkpoint 7")
 
 
-KEYS = st.sampled_from(
-    [
-        "base",
-        "run",
-        "model",
-        "data",
-        "optim",
-        "schedule",
-        "guard",
-        "steps",
-        "preset",
-        "sources",
-        "groups",
-        "name",
-        "path",
-        "lr",
-        "betas",
-        "dp",
-        "seq_len",
-        "x",
-    ]
-)
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("tiny"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=10,
-)
-ROUGH = st.fixed_dictionaries({}, optional={name: ANYTHING for name in Recipe.model_fields})
-
-
-@settings(deadline=None)
-@given(ROUGH)
-def test_whatever_is_wrong_is_a_user_error(values):
-    good = {"model": {"preset": "tiny"}, "data": {"sources": [{"path": "x"}]}}
-    for candidate in (values, {**values, **good}, {**good, **values}):
-        try:
-            recipe = Recipe.from_dict(candidate)
-        except UserError:
-            continue
-        assert Recipe.from_dict(recipe.to_dict()) == recipe
-
-
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,12}\Z")
 FLOATS = st.floats(min_value=1e-12, max_value=1e12)
 FIELDS = st.fixed_dictionaries(
@@ -377,7 +210,12 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+)
 @given(values=FIELDS)
 def test_override_and_resolved_copy_round_trip(file, values):
     overrides = [f"{key}={dump_yaml({'v': value}).removeprefix('v:')}" for key, value in values.items()]

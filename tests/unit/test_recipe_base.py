@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat.errors import UserError
@@ -70,7 +70,8 @@ def test_a_chain_and_relative_paths(tmp_path):
 def test_a_shipped_recipe_as_base(tmp_path):
     recipe = load(write(tmp_path, top="base: hlat-7b\ndata: {document_mask: true}\n"))
     assert recipe.model.preset == "hlat-7b"
-    assert recipe.run.dir == "runs/hlat-7b"  # the base's own name; give run.name to change it
+    assert (recipe.run.name, recipe.run.dir) == ("top", "runs/top")  # not the base's own folder
+    assert recipe.run.seed == 12349
     assert recipe.data.document_mask
 
 
@@ -127,6 +128,7 @@ def leaves(tree, path=()):
             yield (*path, key), value
 
 
+@settings(deadline=None, derandomize=True)
 @given(MAPPINGS, MAPPINGS)
 def test_merge_laws(base, over):
     before = copy.deepcopy((base, over))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat.errors import UserError
@@ -125,6 +125,7 @@ def test_byte_order_mark_is_ignored(tmp_path):
     assert read_yaml(tmp_path / "r.yaml")[0] == {"a": 1}
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text() | st.text(alphabet="ab:-[]{}&*!|>'\"#\n ,?%@1.e\t"))
 def test_any_text_is_read_or_refused(text):
     try:
@@ -145,6 +146,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.dictionaries(TEXTS, VALUES, max_size=5))
 def test_dump_and_parse_are_inverse(values):
     again = parse(dump_yaml(values)) or {}

@@ -15,7 +15,15 @@ HLAT = {"warmup_steps": 2000, "horizon_steps": 500_000, "floor": 0.1}
 
 @pytest.mark.parametrize(
     ("step", "rate"),
-    [(0, 0.0), (1, 1.5e-7), (2000, 3e-4), (23_842, 2.986e-4), (100_000, 2.722e-4), (200_000, 1.9743e-4), (300_000, 1.044e-4)],
+    [
+        (0, 0.0),
+        (1, 1.5e-7),
+        (2000, 3e-4),
+        (23_842, 2.986e-4),
+        (100_000, 2.722e-4),
+        (200_000, 1.9743e-4),
+        (300_000, 1.044e-4),
+    ],
 )
 def test_hlat_7b_learning_rates(step: int, rate: float) -> None:
     found = 3e-4 * make_schedule("clamped_cosine", **HLAT)(step)

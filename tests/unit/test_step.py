@@ -33,7 +33,9 @@ def test_the_first_gradient_equals_autograd(tiny_run) -> None:
     total = torch.zeros(())
     for b in batches:
         logits = torch.func.functional_call(run.model, weights, (b.ids, b.positions, b.documents))
-        total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.targets.flatten(), reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), b.targets.flatten(), reduction="sum"
+        )
     wanted = torch.autograd.grad(total / tokens, list(weights.values()))
     assert set(found) == set(weights)
     for name, want in zip(weights, wanted, strict=True):
@@ -41,10 +43,14 @@ def test_the_first_gradient_equals_autograd(tiny_run) -> None:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recompute_changes_nothing_but_the_number_of_forwards(tiny_run, train_steps, mode, monkeypatch) -> None:
+def test_recompute_changes_nothing_but_the_number_of_forwards(
+    tiny_run, train_steps, mode, monkeypatch
+) -> None:
     calls = []
     attention = blocked_attention
-    monkeypatch.setattr("hlat.model.attention.blocked_attention", lambda *a: (calls.append(1), attention(*a))[1])
+    monkeypatch.setattr(
+        "hlat.model.attention.blocked_attention", lambda *a: (calls.append(1), attention(*a))[1]
+    )
     plain = train_steps(tiny_run(), 3)
     once = len(calls)
     calls.clear()
@@ -103,7 +109,9 @@ def test_squared_norm_keeps_its_digits_over_many_elements() -> None:
 
 
 def test_learning_rate_of_groups(tiny_run, train_steps) -> None:
-    run = tiny_run("schedule.name=linear", "schedule.warmup_steps=2", "optim.groups=[{match: embed.*, lr: 0.5}]")
+    run = tiny_run(
+        "schedule.name=linear", "schedule.warmup_steps=2", "optim.groups=[{match: embed.*, lr: 0.5}]"
+    )
     assert run.learning_rate() == 0.0
     train_steps(run, 2)
     rates = {}
@@ -116,15 +124,23 @@ def test_learning_rate_of_groups(tiny_run, train_steps) -> None:
 
 
 def test_precision_fields_are_what_is_stored(tiny_run, train_steps) -> None:
-    run = tiny_run("precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16, rounding: stochastic}")
+    run = tiny_run(
+        "precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16, rounding: stochastic}"
+    )
     losses = train_steps(run, 5)
     bucket = run.buckets[0]
     assert bucket.master.data_ptr() == bucket.weights.data_ptr()
-    assert {bucket.weights.dtype, bucket.grad.dtype, run.optimizer.state[bucket.master]["exp_avg"].dtype} == {torch.bfloat16}
+    assert {bucket.weights.dtype, bucket.grad.dtype, run.optimizer.state[bucket.master]["exp_avg"].dtype} == {
+        torch.bfloat16
+    }
     assert losses[-1][0] < losses[0][0] + 0.1
     run = tiny_run("precision.compute=bf16")
     bucket = run.buckets[0]
-    assert (bucket.weights.dtype, bucket.grad.dtype, bucket.master.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (bucket.weights.dtype, bucket.grad.dtype, bucket.master.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
 
 
 def test_bf16_masters_start_from_unrounded_values(tiny_run) -> None:
@@ -147,7 +163,12 @@ def test_compiled_steps_match_and_never_recompile(tiny_run, train_steps) -> None
 
 @pytest.mark.parametrize(
     ("override", "where"),
-    [("backend=nxd", "backend"), ("parallel.tp=2", "parallel.tp"), ("parallel.pp=2", "parallel.pp"), ("parallel.dp=2", "parallel.dp")],
+    [
+        ("backend=nxd", "backend"),
+        ("parallel.tp=2", "parallel.tp"),
+        ("parallel.pp=2", "parallel.pp"),
+        ("parallel.dp=2", "parallel.dp"),
+    ],
 )
 def test_what_is_not_there_yet_is_refused(tiny_run, override: str, where: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,192 @@
+"""Tokenizers, chat templates and BOS on their way through a conversion, read back by AutoTokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from hlat.checkpoint.hf import from_hf, to_hf
+from hlat.checkpoint.hf_tokenizer import prompt_ids
+from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece
+from hlat.checkpoint.store import open_checkpoint, write_weights
+from hlat.data.tokenizer import load_tokenizer
+from hlat.model.config import ModelConfig
+from hlat.model.init import init_tensor, parameter_shapes
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = ModelConfig(layers=1, hidden=8, heads=2, ffn=8, vocab=1000, max_seq_len=77)
+TEXTS = (*PROBES, "<s>not a special token?", "def f(x):\n    return x")
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+
+
+def checkpoint(path: Path, tokenizer: Path | None, meta: dict | None = None) -> None:
+    tensors = ((f"model/{n}", init_tensor(CONFIG, n, s, 0)) for n, s in parameter_shapes(CONFIG).items())
+    write_weights(path, tensors, {"model": CONFIG.model_dump(), **(meta or {})}, tokenizer)
+
+
+def byte_level(folder: Path, bos: bool = False) -> Path:
+    """A small tokenizer.json; with `bos` its post-processor puts <s> first, as Llama 3's does."""
+    folder.mkdir()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def hf_folder(path: Path, tokenizer: Path) -> None:
+    """A model as it would be published: weights, tokenizer, chat template, generation settings."""
+    made = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    made.bos_token_id, made.eos_token_id, made.pad_token_id = 0, [1, 5], 1
+    transformers.LlamaForCausalLM(made).save_pretrained(path)
+    (path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"},
+        "generation_config.json": {
+            "bos_token_id": 0,
+            "eos_token_id": [1, 5],
+            "temperature": 0.6,
+            "do_sample": True,
+        },
+    }
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    (path / "README.md").write_text("not the tokenizer's")
+
+
+def test_imported_files_come_back_unchanged(tmp_path: Path) -> None:
+    hf_folder(tmp_path / "hf", byte_level(tmp_path / "tokenizer", bos=True))
+    assert from_hf(tmp_path / "hf", tmp_path / "ours") == []
+    assert to_hf(tmp_path / "ours", tmp_path / "back") == []
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    assert not (tmp_path / "back/README.md").exists()
+    for name in ("config.json", "generation_config.json"):
+        old, new = (json.loads((tmp_path / d / name).read_text()) for d in ("hf", "back"))
+        keys = [k for k in old if k.endswith("_token_id") or k in ("temperature", "do_sample")]
+        assert {k: old[k] for k in keys} == {k: new[k] for k in keys}
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / d) for d in ("hf", "back"))
+    assert before("hello").input_ids == after("hello").input_ids
+    assert after("hello").input_ids[0] == after.bos_token_id == 0
+    chat = [{"role": "user", "content": "hi"}]
+    assert after.apply_chat_template(chat, tokenize=False) == "[user] hi\n"
+
+
+def test_prompts_of_imported_models_are_encoded_as_autotokenizer_does(tmp_path: Path) -> None:
+    for bos in (False, True):
+        path = tmp_path / f"hf{bos}"
+        hf_folder(path, byte_level(tmp_path / f"tokenizer{bos}", bos=bos))
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        for text in (*TEXTS, "chat</s>and on"):
+            assert prompt_ids(path, text) == theirs(text).input_ids
+
+
+def test_an_explicit_add_bos_token_decides(tmp_path: Path) -> None:
+    for bos in (False, True):
+        folder = byte_level(tmp_path / f"t{bos}", bos=bos)
+        for wanted in (False, True):
+            (folder / "tokenizer_config.json").write_text(
+                json.dumps({"bos_token": "<s>", "add_bos_token": wanted})
+            )
+            assert (prompt_ids(folder, "hello")[0] == 0) is wanted
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_trained_model_has_no_bos(tmp_path: Path, bos: bool) -> None:
+    folder = byte_level(tmp_path / "tokenizer", bos=bos)
+    checkpoint(tmp_path / "ours", folder)
+    to_hf(tmp_path / "ours", tmp_path / "hf")
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in PROBES:
+        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id) == (0, 1)
+    assert theirs.model_max_length == 77
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (0, 1)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.generation_config.eos_token_id == 1
+
+
+def test_bytes(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "ours", None, {"recipe": {"data": {"tokenizer": "bytes"}}})
+    assert to_hf(tmp_path / "ours", tmp_path / "hf") == []
+    ours, theirs = load_tokenizer("bytes"), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in PROBES:
+        assert theirs(text).input_ids == ours.encode(text) == list(text.encode())
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == ours.eos_id == 256
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("like_llama", [True, False])
+def test_sentencepiece(tmp_path: Path, kind: str, like_llama: bool) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text(Path(torch.nn.functional.__file__).read_text(encoding="utf-8")[:60000])
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=600,
+        model_type=kind,
+        byte_fallback=like_llama,
+        normalization_rule_name="identity" if like_llama else "nmt_nfkc",
+        remove_extra_whitespaces=not like_llama,
+        user_defined_symbols=[] if like_llama else ["<tool>"],
+        minloglevel=2,
+    )
+    model = read_sentencepiece(tmp_path / "small.model")
+    assert len(model.pieces) == 600 and model.byte_fallback == like_llama
+    checkpoint(tmp_path / "ours", tmp_path / "small.model")
+    assert to_hf(tmp_path / "ours", tmp_path / "hf") == []
+    ours, theirs = (
+        load_tokenizer(tmp_path / "small.model"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"),
+    )
+    for probe in (*PROBES, text.read_text()[:5000]):
+        ids = ours.encode(probe)
+        assert theirs(probe).input_ids == ids
+        if like_llama:
+            assert theirs.decode(ids) == ours.decode(ids) == probe
+    assert (theirs.bos_token, theirs.eos_token_id) == ("<s>", ours.eos_id)
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "small.model").read_bytes()
+
+
+def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "ours", None)
+    [warning] = to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert "no tokenizer" in warning
+    [warning] = from_hf(tmp_path / "hf", tmp_path / "back")
+    assert "no tokenizer" in warning
+    assert open_checkpoint(tmp_path / "back").tokenizer is None
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\x0a", b"\xff\xff\xff", b"plain text, no protocol buffer", b"\x0a\x7fab", b"\x0a\x00"]
+)
+def test_reading_something_else_as_sentencepiece(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "x.model").write_bytes(junk)
+    with pytest.raises(ValueError, match="SentencePiece"):
+        read_sentencepiece(tmp_path / "x.model")
