@@ -1,7 +1,7 @@
 """The one exception that means "the user can fix this".
 
-Every command turns a `UserError` into a single line on stderr and exit code 2. Anything else is a defect of HLAT and keeps
-its traceback.
+Every command turns a `UserError` into a single line on stderr and exit code 2. Anything else is a defect of
+HLAT and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class UserError(Exception):
 
 
 class TrainingStopped(UserError):
-    """The guard gave up: the run was healthy software on a sick loss. The last complete checkpoint is untouched."""
+    """The guard gave up: the run was healthy software on a sick loss. The last complete checkpoint is
+    untouched.
+    """
 
     exit_code = 3
 

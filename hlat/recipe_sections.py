@@ -34,7 +34,7 @@ class RunSection(Section):
     dir: Text = "runs/run"
     """The run folder itself; it may be moved or copied and still resumes. Default: runs/<name>."""
     seed: Seed = 0
-    """Seed of initialisation, data order, held-out split and stochastic rounding."""
+    """Seed of initialisation, data order and stochastic rounding."""
     steps: Positive = 1000
     """Optimizer steps in the whole run."""
     stop_at_step: Positive | None = None

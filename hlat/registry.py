@@ -1,8 +1,8 @@
 """Plug-ins by kind and name.
 
-A plug-in is a class or function registered under a kind (`optim`, `reduce`, `method`, `objective`, `guard`, `schedule`, `sink`) and
-a name. HLAT's own are imported on first look-up; another package adds its own through the entry point group
-`hlat.plugins`, whose entries name modules that call `register` when imported.
+A plug-in is a class or function registered under a kind (`optim`, `reduce`, `method`, `objective`, `guard`,
+`schedule`, `sink`) and a name. HLAT's own are imported on first look-up; another package adds its own through
+the entry point group `hlat.plugins`, whose entries name modules that call `register` when imported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ T = TypeVar("T")
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
-    """Decorator that files a class or function under (kind, name). Raises ValueError for an unknown kind or a taken name."""
+    """Decorator that files a class or function under (kind, name). Raises ValueError for an unknown kind or a
+    taken name.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown plug-in kind {kind!r}; known: {', '.join(KINDS)}")
 

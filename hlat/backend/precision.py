@@ -1,8 +1,8 @@
 """Rounding fp32 results into a stored dtype, to nearest or stochastically.
 
-Stochastic rounding adds 16 uniform bits to the fp32 pattern and truncates to bf16, which rounds up with a probability equal to the
-distance from the lower neighbour, so the expected value is the exact one. The bits are a hash of (seed, step, element index): no generator
-state to save, the same numbers after a resume.
+Stochastic rounding adds 16 uniform bits to the fp32 pattern and truncates to bf16, which rounds up with a
+probability equal to the distance from the lower neighbour, so the expected value is the exact one. The bits
+are a hash of (seed, step, element index): no generator state to save, the same numbers after a resume.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _MASK32 = 0xFFFFFFFF
 def hash_bits(count: int, *, seed: int, step: Tensor, offset: int, device: torch.device) -> Tensor:
     """`count` int32 values uniform in [0, 2^16), a pure function of (seed, step, offset + position).
 
-    Two rounds of multiply and xor-shift on 32-bit values held in int64, whose products cannot overflow (the multipliers are below 2^31).
+    Two rounds of multiply and xor-shift on 32-bit values held in int64, whose products cannot overflow (the
+    multipliers are below 2^31).
     """
     x = torch.arange(count, dtype=torch.int64, device=device) + offset
     key = (step.to(torch.int64) * 0x2545F491 + seed * 0x3C6EF372) & _MASK32

@@ -41,5 +41,5 @@ def main(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     files = [path for path in Path(args.out).rglob("*") if path.is_file()]
-    print(f"wrote {args.out}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
+    print(f"wrote {args.out}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
     return 0

@@ -95,6 +95,8 @@ def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], new_ids: Iterator[i
     done = len(tokenizer.decode(ids))
     text = ""
     for token in new_ids:
+        if token >= tokenizer.vocab_size:
+            continue  # the model's vocabulary may be padded beyond the tokenizer's
         ids.append(token)
         text = tokenizer.decode(ids)
         whole = len(text.rstrip("\ufffd"))

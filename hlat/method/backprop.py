@@ -26,7 +26,8 @@ class Backprop:
             tokens: int64 (): targets in the global batch.
 
         Returns:
-            `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`; device scalars.
+            `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`; device
+            scalars.
         """
         loss = run.backend.all_reduce(run.engine.forward_backward(batches, tokens))
         shards = run.reducer.reduce(run.buckets)

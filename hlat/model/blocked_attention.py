@@ -1,11 +1,13 @@
 """Causal attention on CPUs, in blocks of queries.
 
-A block of queries multiplies only the keys up to its own end, so nearly half of the products that a masked square would waste are never
-formed, and each block's scores stay in the cache. The backward pass is written out, from the stored probabilities, as in FlashAttention-2
-(arXiv 2307.08691, section 3.1): with D = rowsum(dO * O), dS = P * (dO V^T - D). On the CPUs we measured it takes a third of the
-time of PyTorch's fused CPU kernel (docs/benchmarks.md). It keeps the probabilities: S²/2 numbers a head, unless recompute drops them.
+A block of queries multiplies only the keys up to its own end, so nearly half of the products that a masked
+square would waste are never formed, and each block's scores stay in the cache. The backward pass is written
+out, from the stored probabilities, as in FlashAttention-2 (arXiv 2307.08691, section 3.1): with D = rowsum(dO
+* O), dS = P * (dO V^T - D). On the CPUs we measured it takes a third of the time of PyTorch's fused CPU
+kernel (docs/benchmarks.md). It keeps the probabilities: S²/2 numbers a head, unless recompute drops them.
 
-Shapes: B rows, S positions, G key/value heads, R query heads per key head, H = G·R, K head size, T keys a block sees.
+Shapes: B rows, S positions, G key/value heads, R query heads per key head, H = G·R, K head size, T keys a
+    block sees.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ class _Blocked(torch.autograd.Function):
 
 
 def _sum_of_prefixes(parts: list[Tensor], positions: int, wide: torch.dtype) -> Tensor:
-    """Sum of (B, G, T_i, K) parts that cover positions 0 … T_i, in `wide`. Returns (B, S, G, K) in their dtype."""
+    """Sum of (B, G, T_i, K) parts that cover positions 0 … T_i, in `wide`. Returns (B, S, G, K) in their
+    dtype.
+    """
     rows = []
     for i, (start, end) in enumerate(_blocks(positions)):
         total = parts[i][:, :, start:end].to(wide)

@@ -1,9 +1,11 @@
 """Next-token prediction: cross-entropy summed over the targets of a batch.
 
-The sum, not the mean: the training step divides by the global number of targets, so that packing, accumulation and layout change nothing.
+The sum, not the mean: the training step divides by the global number of targets, so that packing,
+accumulation and layout change nothing.
 
-Head and loss are one operation over chunks of tokens: of the logits only one chunk exists at a time, in fp32, and because the gradient of a
-cross-entropy is known with its value (softmax minus one-hot), it is taken in the same pass and no logits are kept for backward.
+Head and loss are one operation over chunks of tokens: of the logits only one chunk exists at a time, in fp32,
+and because the gradient of a cross-entropy is known with its value (softmax minus one-hot), it is taken in
+the same pass and no logits are kept for backward.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class CausalLM:
         self._kernel = torch.compile(softmax_gradient, dynamic=False)
 
     def loss(self, model: Decoder, batch: Batch, denominator: Tensor) -> Tensor:
-        """fp32 () sum over the targets of -log p, divided by `denominator` (); differentiable with respect to the model."""
+        """fp32 () sum over the targets of -log p, divided by `denominator` (); differentiable with respect to
+        the model.
+        """
         x_BSD = model.hidden(batch.ids, batch.positions, batch.documents)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         scale = 1.0 / denominator.to(torch.float32)
@@ -56,9 +60,11 @@ class CausalLM:
 
 
 def softmax_gradient(logits_TV: Tensor, targets_T: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of a chunk, summed and scaled, fp32 (), and its gradient with respect to the logits, (T, V) in their dtype.
+    """Cross-entropy of a chunk, summed and scaled, fp32 (), and its gradient with respect to the logits, (T,
+    V) in their dtype.
 
-    The scale enters here, in fp32, because a small factor applied to a bf16 gradient later would be rounded twice.
+    The scale enters here, in fp32, because a small factor applied to a bf16 gradient later would be rounded
+    twice.
     """
     z = logits_TV.float()
     top = z.amax(-1, keepdim=True)
@@ -75,7 +81,9 @@ def softmax_gradient(logits_TV: Tensor, targets_T: Tensor, scale: Tensor) -> tup
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross_entropy(x W^T, targets) without the logits of all tokens; gradients are formed in the forward pass."""
+    """Sum of cross_entropy(x W^T, targets) without the logits of all tokens; gradients are formed in the
+    forward pass.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with the decay scaled by the learning rate)."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; decay scaled by the learning rate)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """What HLAT asks of an optimizer, and the base class of the elementwise ones.
 
-Any `torch.optim.Optimizer` works. HLAT's own derive from `Elementwise`, which adds, without a copy of the parameters:
+Any `torch.optim.Optimizer` works. HLAT's own derive from `Elementwise`, which adds, without a copy of the
+parameters:
 
-* `keep`: a bool tensor () from the guard. False leaves parameters, moments and the step counter bitwise as they were: a select, so
-  a NaN in the rejected update cannot leak through.
+* `keep`: a bool tensor () from the guard. False leaves parameters, moments and the step counter bitwise as
+  they were: a select, so a NaN in the rejected update cannot leak through.
 * `clip`: the factor () of global-norm clipping, applied to the gradient on the way in.
-* low-precision storage: arithmetic is fp32 whatever the dtype of parameters and moments; results are rounded to nearest or
-  stochastically when they are written back.
+* low-precision storage: arithmetic is fp32 whatever the dtype of parameters and moments; results are rounded
+  to nearest or stochastically when they are written back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ CHUNK = 1 << 18  # elements an eager update works on at a time: temporaries stay
 class Elementwise(torch.optim.Optimizer):
     """An optimizer whose update of an element reads only that element's parameter, gradient and state.
 
-    A subclass names its state in `slots` and writes `update`, a pure function of tensors; everything else is here.
+    A subclass names its state in `slots` and writes `update`, a pure function of tensors; everything else is
+    here.
 
     Args:
         params: parameters or groups of them, of any shape and float dtype.
@@ -57,7 +59,7 @@ class Elementwise(torch.optim.Optimizer):
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """New parameter and slots; fp32 in, fp32 out, nothing changed in place. `step` () fp32 counts from 1."""
+        """New parameter and slots; fp32 in and out, nothing in place. `step` () fp32 counts from 1."""
         raise NotImplementedError
 
     def compile(self) -> None:
@@ -78,7 +80,9 @@ class Elementwise(torch.optim.Optimizer):
         keep: Tensor | None = None,
         clip: Tensor | None = None,
     ) -> Any:
-        """One update of every parameter that has a gradient. Returns what `closure` returns, as torch's optimizers do."""
+        """One update of every parameter that has a gradient. Returns what `closure` returns, as torch's
+        optimizers do.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -139,7 +143,8 @@ class Elementwise(torch.optim.Optimizer):
 def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -> None:
     """Step any optimizer so that `keep` () bool False changes nothing; `clip` () scales the gradients first.
 
-    An optimizer that does not know `keep` is stepped on and put back by a select, at the cost of one copy of its parameters and state.
+    An optimizer that does not know `keep` is stepped on and put back by a select, at the cost of one copy of
+    its parameters and state.
     """
     if isinstance(optimizer, Elementwise):
         optimizer.step(keep=keep, clip=clip)
@@ -164,8 +169,8 @@ def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -
 def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer's state exist before its first step, so that a checkpoint can be loaded into it.
 
-    An optimizer without `init_state` takes one step with zero gradients, which is then undone: parameters are put back and
-    state tensors zeroed, which is where every optimizer of `torch.optim` starts.
+    An optimizer without `init_state` takes one step with zero gradients, which is then undone: parameters are
+    put back and state tensors zeroed, which is where every optimizer of `torch.optim` starts.
     """
     if hasattr(optimizer, "init_state"):
         optimizer.init_state()

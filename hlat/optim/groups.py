@@ -1,7 +1,8 @@
 """Which learning rate and weight decay each parameter gets.
 
-The rule is by role: with `decay: matrices` every tensor of two or more dimensions (projections, embedding, head) is decayed and norm gains
-are not; `decay: all` decays everything, as HLAT's published runs did. `groups` then overrides by name, first match wins.
+The rule is by role: with `decay: matrices` every tensor of two or more dimensions (projections, embedding,
+head) is decayed and norm gains are not; `decay: all` decays everything, as HLAT's published runs did.
+`groups` then overrides by name, first match wins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Override:
-    """One entry of `optim.groups`: a name pattern (shell wildcards) and what it sets; None keeps the default."""
+    """An entry of `optim.groups`: a name pattern (shell wildcards) and what it sets; None: default."""
 
     match: str
     lr: float | None = None

@@ -1,4 +1,6 @@
-"""Stochastic gradient descent with momentum, as `torch.optim.SGD` defines it (no dampening, no Nesterov), decay decoupled."""
+"""Stochastic gradient descent with momentum, as `torch.optim.SGD` defines it (no dampening, no Nesterov),
+decay decoupled.
+"""
 
 from __future__ import annotations
 

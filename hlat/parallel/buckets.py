@@ -1,14 +1,15 @@
 """Flat buckets: the common currency of gradients, reducers and optimizers.
 
-Parameters that share an optimizer group and a shape class (matrices, vectors) lie one behind the other in a bucket. A bucket holds up to three
-flat tensors of equal length:
+Parameters that share an optimizer group and a shape class (matrices, vectors) lie one behind the other in a
+bucket. A bucket holds up to three flat tensors of equal length:
 
-    weights   what the model computes with (recipe: precision.compute); each parameter of the model is a view of it
-    grad      the sum of this step's gradients (precision.accumulate), filled by hooks as backward frees each parameter's own gradient
+    weights   what the model computes with (precision.compute); the model's parameters are views of it
+    grad      this step's gradients, summed (precision.accumulate); hooks fill it as backward goes
     master    what the optimizer moves (fp32; the weights themselves with precision.master none)
 
-Length is padded to `PAD`, so that a reduce-scatter over any power-of-two number of ranks up to it divides evenly; padding is zero and stays zero.
-Identity in a checkpoint is always parameter name + global slice, never an offset in here.
+Length is padded to `PAD`, so that a reduce-scatter over any power-of-two number of ranks up to it divides
+evenly; padding is zero and stays zero. Identity in a checkpoint is always parameter name + global slice,
+never an offset in here.
 """
 
 from __future__ import annotations
@@ -107,12 +108,14 @@ def build_buckets(
     device: torch.device,
     max_elements: int = MAX_ELEMENTS,
 ) -> list[Bucket]:
-    """Lay a model's trained parameters into buckets, fill them, and make each parameter a view of its bucket's weights.
+    """Lay a model's trained parameters into buckets, fill them, and make each parameter a view of its
+    bucket's weights.
 
     Args:
         model: its parameters may be on the meta device; those named in `groups` are replaced.
         groups: optimizer group of each parameter to train, by name. Others are left alone.
-        initial: the fp32 value of a parameter, called once for each, one at a time: peak memory is one parameter above the buckets.
+        initial: the fp32 value of a parameter, called once for each, one at a time: peak memory is one
+            parameter above the buckets.
         dtypes, device: storage.
         max_elements: where a bucket is closed.
     """
@@ -149,7 +152,8 @@ def publish(
 def squared_norm(flat: Tensor) -> Tensor:
     """Sum of squares of a 1-D tensor whose length is a multiple of PAD, fp32 ().
 
-    In two levels: rows of PAD elements, then the rows. A single running sum over 1e8 elements would lose digits.
+    In two levels: rows of PAD elements, then the rows. A single running sum over 1e8 elements would lose
+    digits.
     """
     rows = torch.linalg.vector_norm(flat.view(-1, PAD), dim=1, dtype=torch.float32)
     return rows.square().sum()
@@ -174,7 +178,7 @@ def _partition(
 def _adopt(model: nn.Module, bucket: Bucket) -> None:
     """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each."""
     by_name = {spec.name: spec for spec in bucket.specs}
-    shared = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    shared = dict(model.named_parameters(remove_duplicate=False))
     for name, spec in by_name.items():
         old = shared[name]
         new = nn.Parameter(spec.view(bucket.weights))

@@ -1,7 +1,8 @@
 """Activation recompute: trade a second forward of some modules for the memory of their inner activations.
 
-`selective` is HLAT's choice: core attention (whose scores grow with the square of the sequence) and the SwiGLU product, the two that are
-large to keep and cheap to redo. `full` redoes whole blocks. Wrapped modules keep their names.
+`selective` is HLAT's choice: core attention (whose scores grow with the square of the sequence) and the
+SwiGLU product, the two that are large to keep and cheap to redo. `full` redoes whole blocks. Wrapped modules
+keep their names.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from hlat.registry import register
 class Dense:
     """Sum each bucket over the ranks in `dtype`.
 
-    Gradients arrive already divided by the global number of target tokens, so that the sum is the gradient of the global mean.
+    Gradients arrive already divided by the global number of target tokens, so that the sum is the gradient of
+    the global mean.
 
     Args:
         dtype: dtype the sum travels in (recipe: precision.reduce).

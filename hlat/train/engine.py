@@ -35,7 +35,9 @@ class Engine:
         self.model, self.objective, self.buckets = model, objective, buckets
 
     def forward_backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
-        """Accumulate the gradient of sum(loss) / tokens over the micro-batches. Returns that loss, fp32 (), detached."""
+        """Accumulate the gradient of sum(loss) / tokens over the micro-batches. Returns that loss, fp32 (),
+        detached.
+        """
         for bucket in self.buckets:
             bucket.begin()
         total = torch.zeros((), device=tokens.device)

@@ -1,4 +1,6 @@
-"""Held-out evaluation inside a run, and what the end of a run shows: a sample, and what compressors make of the same text."""
+"""Held-out evaluation inside a run, and what the end of a run shows: a sample, and what compressors make of
+the same text.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Mean loss (nats a token) and bits per byte on the held-out documents, with the weights the model computes with.
+    """Mean loss (nats a token) and bits per byte on the held-out documents, with the weights the model
+    computes with.
 
     The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows.
     """
@@ -53,7 +56,9 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def sample(run: Run, tokens: int) -> str:
-    """Text the model writes from the start of a document, at temperature 0.8; always the same for the same weights."""
+    """Text the model writes from the start of a document, at temperature 0.8; always the same for the same
+    weights.
+    """
     from hlat.evaluate.generate import generate, stream_text
     from hlat.model.decoder import Decoder
 
@@ -62,7 +67,7 @@ def sample(run: Run, tokens: int) -> str:
     model.load_state_dict(run.model.state_dict(), assign=True)
     model.rope.to_empty(device=run.backend.device)
     tokenizer = run.data.tokenizer
-    prompt = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+    prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
     ids = generate(
         model.eval(), prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id}
     )

@@ -1,4 +1,6 @@
-"""Guards: which updates are skipped. Decided on the device, so that no step waits for the host, and alike on every rank."""
+"""Guards: which updates are skipped. Decided on the device, so that no step waits for the host, and alike on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from hlat.registry import register
 class SkipGuard:
     """Skip an update whose loss or gradient norm is not finite or far above the recent ones.
 
-    "Far" is `sigma` standard deviations above the mean of the last `window` steps, once half a window has been seen. Finite
-    outliers enter the window too, so a lasting change of level is accepted after a while.
+    "Far" is `sigma` standard deviations above the mean of the last `window` steps, once half a window has
+    been seen. Finite outliers enter the window too, so a lasting change of level is accepted after a while.
 
     Args:
         window: steps remembered.
@@ -47,7 +49,9 @@ class SkipGuard:
         return self
 
     def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """bool (): whether this step's update is to be applied. `loss` and `norm` are fp32 () and equal on all ranks."""
+        """bool (): whether this step's update is to be applied. `loss` and `norm` are fp32 () and equal on
+        all ranks.
+        """
         now = torch.stack([loss, norm]).detach().float()
         finite = torch.isfinite(now).all()
         keep = finite & ~self._is_spike(now) if self.sigma else finite
@@ -55,10 +59,12 @@ class SkipGuard:
         return keep
 
     def check(self, skips_in_a_row: float) -> None:
-        """Raise TrainingStopped when too many steps in a row were skipped (a value the host has fetched with the metrics)."""
+        """Raise TrainingStopped when too many steps in a row were skipped (a value the host has fetched with
+        the metrics).
+        """
         if skips_in_a_row >= self.patience:
             raise TrainingStopped(
-                f"{int(skips_in_a_row)} steps in a row were skipped: the loss or gradient norm is not finite or keeps spiking",
+                f"{int(skips_in_a_row)} steps in a row were skipped: loss or gradient norm not finite or spiking",
                 where="guard.patience",
                 fix="continue from an earlier checkpoint with a lower optim.lr or other data",
             )

@@ -17,7 +17,9 @@ from hlat.train.step import train_step
 
 
 class Signals:
-    """Turns SIGTERM and the first Ctrl-C into "save and stop after this step"; a second Ctrl-C interrupts at once."""
+    """Turns SIGTERM and the first Ctrl-C into "save and stop after this step"; a second Ctrl-C interrupts at
+    once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -129,7 +131,7 @@ class Loop:
 
 @contextmanager
 def _manual_collection(every: int = 1000) -> Iterator[Callable[[], None]]:
-    """Collect garbage between steps at a known time, not inside one: a pause on one rank stalls all of them."""
+    """Collect garbage between steps, at a known time: a pause inside one would stall all ranks."""
     was_enabled, count = gc.isenabled(), 0
 
     def collector() -> None:

@@ -33,7 +33,9 @@ _PUBLISH_SALT = 104_729  # keeps the rounding of weights apart from that of mome
 
 @dataclass
 class Run:
-    """Everything one training step touches. `step` counts global batches taken, `updates` (int64, ()) those not skipped."""
+    """Everything one training step touches. `step` counts global batches taken, `updates` (int64, ()) those
+    not skipped.
+    """
 
     recipe: Recipe
     backend: Backend
@@ -62,7 +64,9 @@ class Run:
         return float(self.recipe.optim.lr * self.schedule(self.step if step is None else step))
 
     def set_learning_rate(self) -> None:
-        """Write the next update's rate into each group, as a tensor: a changed number never reaches a compiled graph."""
+        """Write the next update's rate into each group, as a tensor: a changed number never reaches a
+        compiled graph.
+        """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(group["peak_lr"] * factor)
@@ -75,7 +79,9 @@ class Run:
         return norm, (self.recipe.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def update(self, shards: Sequence[Tensor], keep: Tensor, clip: Tensor) -> None:
-        """Step the optimizer on the master shards (nothing moves when `keep` is False) and publish the weights."""
+        """Step the optimizer on the master shards (nothing moves when `keep` is False) and publish the
+        weights.
+        """
         for bucket, shard in zip(self.buckets, shards, strict=True):
             bucket.master.grad = shard.to(bucket.master.dtype)
         guarded_step(self.optimizer, keep, clip)

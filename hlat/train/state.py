@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def tensors(run: Run) -> dict[str, Tensor]:
     """Every tensor of the run under its global name; views of the live storage, so a load writes into them.
 
-    `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar all parameters share.
+    `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
+    all parameters share.
     """
     named: dict[str, Tensor] = {}
     bucketed: set[str] = set()

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def train_step(run: Run) -> dict[str, Tensor]:
-    """Take one global batch through the run's method. Returns device scalars; nothing here reads a value on the host."""
+    """Take one global batch through the run's method. Returns device scalars; nothing here reads a value on
+    the host.
+    """
     batches = run.next_batches()
     tokens = run.backend.all_reduce(torch.stack([batch.targets_count() for batch in batches]).sum())
     run.set_learning_rate()

@@ -2,8 +2,8 @@
 
     python tests/bench/breakdown.py
 
-Prints each part timed alone at the step's shapes in the same process (best of several repetitions), the whole step, and the ratio of the step
-to the linear layers' products (forward, and both backward ones).
+Prints each part timed alone at the step's shapes in the same process (best of several repetitions), the whole
+step, and the ratio of the step to the linear layers' products (forward, and both backward ones).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def clock(call: Callable[[], object], repetitions: int = 9) -> float:
 
 
 def products(run) -> float:
-    """Seconds of all linear layers' products of a step: forward, gradient of the input, gradient of the weight."""
+    """Seconds of all linear layers' products of a step: forward, gradient of the input, gradient of the
+    weight.
+    """
     model, tokens = run.recipe.model, run.recipe.tokens_per_step
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     layer = [(model.hidden, query), (model.hidden, key), (model.hidden, key), (query, model.hidden)]

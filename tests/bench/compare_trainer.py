@@ -1,9 +1,11 @@
-"""Tokens per second of HLAT beside `transformers.Trainer`: same parameters, batches and optimizer, same two cores.
+"""Tokens per second of HLAT beside `transformers.Trainer`: same parameters, batches and optimizer, same two
+cores.
 
-    python tests/bench/compare_trainer.py                # five interleaved rounds of all three, medians and ratios
-    python tests/bench/compare_trainer.py --only hlat    # one of: hlat, trainer, trainer-compiled
+    python tests/bench/compare_trainer.py                # five interleaved rounds of all three, medians and
+    ratios python tests/bench/compare_trainer.py --only hlat    # one of: hlat, trainer, trainer-compiled
 
-Each measurement is a process of its own; step times exclude the first steps, whose total is reported as start-up (compilation).
+Each measurement is a process of its own; step times exclude the first steps, whose total is reported as
+start-up (compilation).
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def measure_hlat() -> dict[str, float]:
 
 
 def measure_trainer(compiled: bool) -> dict[str, float]:
-    """Step times of `transformers.Trainer` with bf16 autocast, SDPA and fused AdamW, from the same initial weights."""
+    """Step times of `transformers.Trainer` with bf16 autocast, SDPA and fused AdamW, from the same initial
+    weights.
+    """
     from model import build, rows
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -68,9 +72,9 @@ def measure_trainer(compiled: bool) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=8, max_steps=WARM_UP + STEPS, bf16=True, optim="adamw_torch_fused",
-            learning_rate=1e-3, lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1,
-            max_grad_norm=1.0, save_strategy="no", logging_steps=1000, report_to=[], torch_compile=compiled,
+            folder, per_device_train_batch_size=8, max_steps=WARM_UP + STEPS, bf16=True,
+            optim="adamw_torch_fused", torch_compile=compiled, learning_rate=1e-3, lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1,
+            max_grad_norm=1.0, save_strategy="no", logging_steps=1000, report_to=[],
             use_cpu=True, disable_tqdm=True, dataloader_num_workers=0,
         )  # fmt: skip
         trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=[Clock()])
@@ -130,8 +134,8 @@ def main() -> None:
             for h, r in zip(results["hlat"], results[kind], strict=True)
         ]
         print(
-            f"{kind:17} {statistics.median(speeds):9,.0f} tokens/s; HLAT / this: median {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{kind:17} {statistics.median(speeds):9,.0f} tokens/s; HLAT / this: "
+            f"median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 

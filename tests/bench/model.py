@@ -13,8 +13,10 @@ from hlat.train.run import Run, build_run
 
 RECIPE = """
 run: {name: bench, steps: 1000, seed: 1}
-model: {layers: 6, hidden: 384, heads: 6, kv_heads: 6, ffn: 1024, vocab: 8192, max_seq_len: 512, norm_eps: 1.0e-5}
-data: {sources: [{dataset: python-stdlib}], tokenizer: bytes, seq_len: 512, micro_batch: 8, global_batch: 8, document_mask: false}
+model: {layers: 6, hidden: 384, heads: 6, kv_heads: 6, ffn: 1024, vocab: 8192, max_seq_len: 512, norm_eps:
+    1.0e-5}
+data: {sources: [{dataset: python-stdlib}], tokenizer: bytes, seq_len: 512, micro_batch: 8, global_batch: 8,
+    document_mask: false}
 precision: {compute: bf16}
 optim: {name: adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
 schedule: {name: constant}

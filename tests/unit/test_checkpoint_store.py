@@ -1,4 +1,4 @@
-"""Saving and reading back, in one process: bits, isolation, errors, replacement, weights-only checkpoints."""
+"""Saving and reading back, in one process: bits, isolation, errors, replacement."""
 
 import errno
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hlat.checkpoint import codec, folder, layout, stream
-from hlat.checkpoint.store import CheckpointStore, open_checkpoint, rng_from_json, rng_to_json, write_weights
+from hlat.checkpoint import codec, folder, layout
+from hlat.checkpoint.store import CheckpointStore, open_checkpoint, rng_from_json, rng_to_json
 from hlat.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -92,12 +93,13 @@ def test_training_may_go_on_while_it_is_saved(tmp_path: Path, monkeypatch: pytes
     store.save(1, tensors, {}, tokens=0)
     for tensor in tensors.values():
         tensor.fill_(5.0)
-    assert store.steps() == [] and not (tmp_path / "step-00000001").exists()
+    assert store.steps() == [] and not (tmp_path / "step-00000001").exists() and store.busy
     go.set()
     store.save(
         2, tensors, {}, tokens=0
     )  # waits for the first one, and does not disturb it by reusing its memory
     store.wait()
+    assert not store.busy
     for step, value in ((1, 1.0), (2, 5.0)):
         assert all((open_checkpoint(tmp_path / f"step-{step:08d}").read(n) == value).all() for n in tensors)
 
@@ -113,6 +115,14 @@ def test_data_files_are_plain_safetensors(tmp_path: Path) -> None:
     store_at(tmp_path).save(1, tensors, {}, tokens=0)
     loaded = load_file(tmp_path / "step-00000001" / "data-00000.safetensors")
     assert loaded.keys() == tensors.keys() and all(same(loaded[n], t) for n, t in tensors.items())
+
+
+def test_stock_torch_reads_it(tmp_path: Path) -> None:
+    """A checkpoint of one process, through torch's own reader, without HLAT."""
+    store_at(tmp_path).save(1, {"a": torch.arange(12.0).view(3, 4)}, {}, tokens=0)
+    target = {"a": torch.zeros(3, 4)}
+    dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "step-00000001")))
+    assert torch.equal(target["a"], torch.arange(12.0).view(3, 4))
 
 
 def test_equal_states_give_equal_files(tmp_path: Path) -> None:
@@ -359,40 +369,3 @@ def test_rng_state_survives_json() -> None:
     torch.manual_seed(0)
     rng_from_json(saved)
     assert torch.equal(torch.randn(5), wanted)
-
-
-# -- weights-only checkpoints
-
-
-def test_weights_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PART_BYTES", 1000)
-    tensors = state()
-    alive = {"now": 0, "most": 0}
-
-    def produce():
-        for name, tensor in tensors.items():
-            alive["now"] += 1
-            alive["most"] = max(alive["most"], len(os.listdir(next(tmp_path.glob(".w.partial-*")))))
-            yield name, tensor
-
-    found = write_weights(tmp_path / "w", produce(), {"step": 9, "model": {"layers": 1}})
-    assert alive["most"] >= 2, "files are written while tensors still come"
-    assert os.listdir(tmp_path) == ["w"] and found.step == 9 and found.meta["model"] == {"layers": 1}
-    found.verify()
-    assert all(same(found.read(name), tensor) for name, tensor in tensors.items())
-
-
-def test_weights_leave_nothing_behind_when_they_fail(tmp_path: Path) -> None:
-    def produce():
-        yield "a", torch.ones(3)
-        raise RuntimeError("source broke")
-
-    with pytest.raises(RuntimeError, match="source broke"):
-        write_weights(tmp_path / "w", produce(), {})
-    with pytest.raises(ValueError, match="'a' comes twice"):
-        write_weights(tmp_path / "w", [("a", torch.ones(1)), ("a", torch.ones(1))], {})
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "precious").write_text("")
-    with pytest.raises(UserError, match="exists already"):
-        write_weights(tmp_path / "w", [], {})

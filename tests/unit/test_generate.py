@@ -115,6 +115,8 @@ def test_streamed_text_is_whole_characters() -> None:
     prompt, text = list(b"say: "), "héllo 🙂 ok"
     pieces = list(stream_text(tokenizer, prompt, iter(text.encode())))
     assert "".join(pieces) == text and "🙂" in pieces and not any("\ufffd" in piece for piece in pieces)
+    padded = stream_text(tokenizer, prompt, iter([65, 300, 66]))  # 300 is beyond the tokenizer's vocabulary
+    assert "".join(padded) == "AB"
     cut = list(stream_text(tokenizer, prompt, iter("🙂".encode()[:2])))
     assert "".join(cut) == "\ufffd"  # what is left at the end is shown as broken
 

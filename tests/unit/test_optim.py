@@ -136,7 +136,9 @@ def test_stochastic_rounding_keeps_non_finite_values_and_depends_on_step_and_pla
 
 
 def test_bf16_masters_learn_only_with_stochastic_rounding() -> None:
-    """A step of a tenth of bf16's spacing is lost by rounding to nearest and kept in the mean by the stochastic one."""
+    """A step of a tenth of bf16's spacing is lost by rounding to nearest and kept in the mean by the
+    stochastic one.
+    """
     means = {}
     for rounding in ("nearest", "stochastic"):
         p = torch.nn.Parameter(torch.full((2000,), 1.0, dtype=torch.bfloat16), requires_grad=False)

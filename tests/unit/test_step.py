@@ -125,7 +125,8 @@ def test_learning_rate_of_groups(tiny_run, train_steps) -> None:
 
 def test_precision_fields_are_what_is_stored(tiny_run, train_steps) -> None:
     run = tiny_run(
-        "precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16, rounding: stochastic}"
+        "precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16}",
+        "precision.rounding=stochastic",
     )
     losses = train_steps(run, 5)
     bucket = run.buckets[0]
