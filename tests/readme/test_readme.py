@@ -143,7 +143,7 @@ def test_the_plug_in_shown_works(tmp_path: Path) -> None:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone after `make train`: .venv, recipes and a (short) run in runs/tiny."""
     folder = tmp_path_factory.mktemp("read me")
