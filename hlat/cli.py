@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"hlat.commands.{name}")
             module.configure(sub)
             sub.set_defaults(run=module.main)
+    if not arguments:
+        parser.print_help()
+        return 2
     try:
         args = parser.parse_args(arguments)
         return int(args.run(args) or 0)

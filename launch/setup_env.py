@@ -293,7 +293,8 @@ def set_up(root: Path, extras: list[str], requested: str) -> None:
     version = "{}.{}".format(*sys.version_info)
     parent = {"python": sys.executable, "version": version, "prefix": sys.prefix, "root": str(root)}
     if environment.stale(parent):
-        print(f".venv was made with {environment.state['parent']}: making it anew with {sys.executable}")
+        was = environment.state["parent"]
+        print(f".venv was made with {was.get('python')} in {was.get('root')}: making it anew")
         shutil.rmtree(environment.path)
         environment = Environment(root)
     own = environment.own_torch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from hlat.checkpoint.hf_tokenizer import prompt_ids
     from hlat.checkpoint.weights import load_model, open_weights, source_tokenizer
     from hlat.evaluate.generate import generate, stream_text
+    from hlat.observe.text import printable
 
     source = open_weights(args.checkpoint)
     tokenizer = source_tokenizer(source)
@@ -64,8 +66,9 @@ def main(args: argparse.Namespace) -> int:
         stop=stop_ids(source, tokenizer.eos_id),
     )
     print(args.prompt, end="", flush=True)
+    shown = printable if sys.stdout.isatty() else str
     for piece in stream_text(tokenizer, prompt, new_ids):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
     return 0
 

@@ -205,6 +205,7 @@ def _summary(
     run: Run, folder: Any, held_out: dict[str, Any] | None, stopped: int | None
 ) -> list[str | tuple[str, str]]:
     """The end of a run: held-out figures beside general compressors, a sample, where things are."""
+    from hlat.observe.text import printable
     from hlat.train.evaluate import compressors, sample
 
     if stopped is not None:
@@ -218,7 +219,7 @@ def _summary(
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
     if sum(p.numel() for p in run.model.parameters()) <= _SAMPLE_UP_TO:
-        text = sample(run, _SAMPLE_TOKENS).strip("\n")
+        text = printable(sample(run, _SAMPLE_TOKENS)).strip("\n")
         lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
     lines.append(("run folder", str(Path(folder.path))))
     return lines

@@ -59,12 +59,10 @@ class SkipGuard:
         return keep
 
     def check(self, skips_in_a_row: float) -> None:
-        """Raise TrainingStopped when too many steps in a row were skipped (a value the host has fetched with
-        the metrics).
-        """
+        """Raise TrainingStopped after `patience` skips in a row (a value fetched with the metrics)."""
         if skips_in_a_row >= self.patience:
             raise TrainingStopped(
-                f"{int(skips_in_a_row)} steps in a row were skipped: loss or gradient norm not finite or spiking",
+                f"{int(skips_in_a_row)} steps in a row were skipped: loss or gradient norm not finite or far off",
                 where="guard.patience",
                 fix="continue from an earlier checkpoint with a lower optim.lr or other data",
             )

@@ -208,6 +208,8 @@ HERE = folder.socket.gethostname()
         (DEAD, "another-machine", 60, False),
         (DEAD, "another-machine", 3600, True),
     ],
+    # Names of their own: process numbers differ between the workers of a parallel test run.
+    ids=["dead", "living", "reused number", "left by us", "elsewhere, fresh", "elsewhere, old"],
 )
 @pytest.mark.parametrize("kind", ["partial", "deleted"])
 def test_leftovers_of_dead_processes_are_removed(

@@ -196,7 +196,7 @@ FIELDS = st.fixed_dictionaries(
         ),
         "optim.lr": FLOATS,
         "optim.eps": FLOATS,
-        "optim.betas": st.tuples(FLOATS, FLOATS).map(list),
+        "optim.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2).map(list),
         "optim.clip_norm": st.none() | FLOATS,
         "optim.groups": st.lists(
             st.fixed_dictionaries({"match": st.text(min_size=1, max_size=9), "lr": st.none() | FLOATS}),

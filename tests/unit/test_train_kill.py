@@ -21,7 +21,7 @@ EVERY, STEPS, KILLS = 5, 10_000, 20
 RECIPE = f"""
 run: {{name: killed, steps: {STEPS}, seed: 3}}
 model: {{layers: 2, hidden: 64, heads: 4, kv_heads: 2, ffn: 128, vocab: 320, max_seq_len: 64}}
-data: {{sources: [{{path: text}}], tokenizer: bytes, seq_len: 64, micro_batch: 4, global_batch: 4, holdout: 0.2}}
+data: {{sources: [{{path: text}}], tokenizer: bytes, micro_batch: 4, global_batch: 4, holdout: 0.2}}
 schedule: {{name: constant}}
 checkpoint: {{every: {EVERY}, keep: 2}}
 log: {{every: 3}}
