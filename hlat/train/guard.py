@@ -62,7 +62,7 @@ class SkipGuard:
         """Raise TrainingStopped after `patience` skips in a row (a value fetched with the metrics)."""
         if skips_in_a_row >= self.patience:
             raise TrainingStopped(
-                f"{int(skips_in_a_row)} steps in a row were skipped: loss or gradient norm not finite or far off",
+                f"{int(skips_in_a_row)} steps in a row were skipped: loss or norm not finite or far off",
                 where="guard.patience",
                 fix="continue from an earlier checkpoint with a lower optim.lr or other data",
             )

@@ -72,11 +72,25 @@ def measure_trainer(compiled: bool) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=8, max_steps=WARM_UP + STEPS, bf16=True,
-            optim="adamw_torch_fused", torch_compile=compiled, learning_rate=1e-3, weight_decay=0.1,
-            lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, save_strategy="no", logging_steps=1000, report_to=[],
-            use_cpu=True, disable_tqdm=True, dataloader_num_workers=0,
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=8,
+            max_steps=WARM_UP + STEPS,
+            bf16=True,
+            torch_compile=compiled,
+            optim="adamw_torch_fused",
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            save_strategy="no",
+            logging_steps=1000,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+        )
         trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=[Clock()])
         losses.append(trainer.train().training_loss)
     return summary(times, losses, run.recipe.tokens_per_step)
