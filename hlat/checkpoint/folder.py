@@ -147,10 +147,8 @@ def seal_folder(
     files[META] = write_bytes(partial / META, meta)
     if tokenizer:
         (partial / TOKENIZER).mkdir()
-        for source in tokenizer:
-            files[f"{TOKENIZER}/{source.name}"] = write_bytes(
-                partial / TOKENIZER / source.name, source.read_bytes()
-            )
+        for source, name in zip(tokenizer, stored_names(tokenizer), strict=True):
+            files[f"{TOKENIZER}/{name}"] = write_bytes(partial / TOKENIZER / name, source.read_bytes())
         sync_folder(partial / TOKENIZER)
     write_bytes(partial / MARKER, seal({"format": FORMAT, **marker, "files": files}))
     sync_folder(partial)
@@ -247,6 +245,16 @@ def tokenizer_files(tokenizer: Path | Sequence[Path] | None) -> list[Path]:
     if tokenizer.is_dir():
         return sorted(f for f in tokenizer.iterdir() if f.is_file() and f.suffix in TOKENIZER_SUFFIXES)
     return [tokenizer]
+
+
+def stored_names(files: Sequence[Path]) -> list[str]:
+    """Names of tokenizer files inside a checkpoint: their own, but a tokenizer.json under another name gets that
+    name, by which it is looked for. It is the first file of a tokenizer.
+    """
+    names = [file.name for file in files]
+    if files and files[0].suffix == ".json" and "tokenizer.json" not in names and "vocab.json" not in names:
+        names[0] = "tokenizer.json"
+    return names
 
 
 def verify_file(folder: Path, name: str, sha256: str) -> None:

@@ -84,7 +84,7 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
     from hlat.observe.peak import peak_flops
     from hlat.observe.sinks import open_sinks
     from hlat.train import state
-    from hlat.train.loop import Loop
+    from hlat.train.loop import GuardWatch, Loop
 
     backend, compiled, reason = _backend(recipe)
     run = _build(recipe, data, backend, compiled)
@@ -104,7 +104,7 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
     console.banner(_banner(run, folder, checkpoint, f"{'on' if compiled else 'off'} ({reason})", peak))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
     metrics = MetricBuffer(
-        [console, *sinks],
+        [console, *sinks, GuardWatch(run.guard)],
         every=recipe.log.every,
         tokens_per_step=recipe.tokens_per_step,
         flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),

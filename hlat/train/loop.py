@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,20 @@ class Signals:
                 signal.signal(number, handler)
 
 
+class GuardWatch:
+    """A metric sink that lets the guard stop the run. Give it last, so that other sinks have the row by then."""
+
+    def __init__(self, guard: Any) -> None:
+        self.guard = guard
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Show a training row's count of skips in a row to the guard. Raises TrainingStopped when it gives up."""
+        self.guard.check(row.get("skips_in_a_row") or 0)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class Loop:
     """Drives a run to its last step.
 
@@ -63,7 +77,6 @@ class Loop:
         self.tokenizer_files, self.on_checkpoint = tokenizer_files, on_checkpoint
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
-        self._evaluated: int | None = None
         self._saving: int | None = None
         self.held_out: dict[str, Any] | None = None
 
@@ -75,8 +88,8 @@ class Loop:
                 self.one_step()
                 collector()
             self.metrics.flush()
-        if signals.received is None:
-            self.evaluate()
+        if signals.received is None and self.held_out is None and self.run.data.holdout.documents:
+            self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
         self.save(wait=True)
         return signals.received
 
@@ -85,18 +98,17 @@ class Loop:
         run, recipe = self.run, self.run.recipe
         rate = run.learning_rate()
         values = train_step(run)
-        for row in self.metrics.add(run.step, values, {"lr": rate}):
-            run.guard.check(row.get("skips_in_a_row") or 0)
-        if recipe.eval.every and run.step % recipe.eval.every == 0 and run.step < self.last_step:
+        self.metrics.add(run.step, values, {"lr": rate})
+        self.held_out = None
+        if run.step == recipe.run.steps or (recipe.eval.every and run.step % recipe.eval.every == 0):
             self.evaluate()
         if run.step % recipe.checkpoint.every == 0:
             self.save()
         self._note_saved()
 
     def evaluate(self) -> None:
-        """Held-out loss at this step, once."""
-        if self._evaluated != self.run.step and self.run.data.holdout.documents:
-            self._evaluated = self.run.step
+        """Held-out loss at this step, if anything is held out. Before the checkpoint: its row survives a resume."""
+        if self.run.data.holdout.documents:
             with self.metrics.paused():
                 self.held_out = evaluate(self.run)
             self.metrics.eval(self.run.step, self.held_out)
@@ -106,9 +118,8 @@ class Loop:
         run = self.run
         if self._saved != run.step:
             self._saved = run.step
-            with (
-                self.metrics.paused()
-            ):  # rows first: a checkpoint never covers a step whose row a crash could lose
+            # Rows first: a checkpoint never covers a step whose row a crash could lose.
+            with self.metrics.paused():
                 details = state.meta(run)
                 self.store.save(
                     run.step,

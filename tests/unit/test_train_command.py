@@ -84,7 +84,7 @@ def test_six_steps_equal_three_and_three_bitwise(place: Path, precision: str) ->
     shutil.move("parts", moved)
     assert train(precision, f"run.dir={moved}", "log.every=1", "checkpoint.every=4") == 0
     assert [numbers(row) for row in rows("whole")] == [numbers(row) for row in rows(str(moved))]
-    assert rows("whole", "eval")[-1] == rows(str(moved), "eval")[-1]
+    assert rows("whole", "eval") == rows(str(moved), "eval")
     assert same_state("whole", str(moved))
     names = open_checkpoint("whole").names()
     assert {"model/embed.weight", "optim/exp_avg/embed.weight", "optim/step", "run/updates"} <= set(names)
@@ -132,6 +132,33 @@ def test_a_changed_recipe_or_text_is_refused_and_nothing_is_touched(place: Path,
     assert "the data is not what the saved run was trained on" in capsys.readouterr().err
     assert train("run.resume=never") == 2
     assert {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()} == before
+
+
+def test_a_tokenizer_under_another_name_travels_with_the_checkpoint(place: Path, capsys) -> None:
+    assert main(["data", "train-tokenizer", "text", "--vocab", "300", "--out", "made"]) == 0
+    shutil.move("made/tokenizer.json", "mine.json")
+    assert train("data.tokenizer=mine.json", "run.stop_at_step=2") == 0
+    Path("mine.json").unlink()
+    assert main(["generate", "runs/small", "--prompt", "alpha", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("alpha")
+
+
+def test_the_guard_stops_a_run_whose_windows_end_early(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint at every step ends each window of metrics before it is full."""
+    from hlat.objective.causal_lm import CausalLM
+
+    loss = CausalLM.loss
+    monkeypatch.setattr(CausalLM, "loss", lambda self, *a: loss(self, *a) * float("nan"))
+    assert train("guard.patience=2", "log.every=5", "checkpoint.every=1") == 3
+
+
+def test_evaluation_changes_nothing_in_training(place: Path) -> None:
+    assert train("run.dir=with", "eval.every=1") == 0
+    assert train("run.dir=without", "eval.every=0") == 0
+    assert [numbers(row) for row in rows("with")] == [numbers(row) for row in rows("without")]
+    assert [row["step"] for row in rows("without", "eval")] == [6]
+    assert [row["step"] for row in rows("with", "eval")] == [1, 2, 3, 4, 5, 6]
+    assert same_state("with", "without")
 
 
 def test_micro_batch_may_change_on_resume(place: Path) -> None:
