@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
-    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
-    from hlat.observe.peak import Peak
     from hlat.recipe import Recipe
-    from hlat.train.run import Run
-
-_SAMPLE_TOKENS = 120
-_SAMPLE_UP_TO = 300_000_000  # parameters; a larger model is sampled with `hlat generate`
-_COMPRESS_UP_TO = 64 << 20  # bytes of held-out text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,10 +76,12 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
     from hlat.observe.peak import peak_flops
     from hlat.observe.sinks import open_sinks
     from hlat.train import state
+    from hlat.train.describe import banner, summary
     from hlat.train.loop import GuardWatch, Loop
+    from hlat.train.run import build_run
 
     backend, compiled, reason = _backend(recipe)
-    run = _build(recipe, data, backend, compiled)
+    run = build_run(recipe, data, backend, compiled=compiled)
     section = recipe.checkpoint
     store = CheckpointStore(
         folder.checkpoints,
@@ -101,7 +95,7 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
         state.restore(run, checkpoint)
     peak = peak_flops(backend.device, next(run.model.parameters()).dtype)
     console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(_banner(run, folder, checkpoint, f"{'on' if compiled else 'off'} ({reason})", peak))
+    console.banner(banner(run, folder.path, checkpoint, f"{'on' if compiled else 'off'} ({reason})", peak))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
     metrics = MetricBuffer(
         [console, *sinks, GuardWatch(run.guard)],
@@ -113,7 +107,7 @@ def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
     loop = Loop(run, metrics, store, data.tokenizer.files(), console.checkpoint)
     try:
         stopped = loop.train()
-        console.close(_summary(run, folder, loop.held_out, stopped))
+        console.close(summary(run, folder.path, loop.held_out, stopped))
     finally:
         metrics.close()
         store.wait()
@@ -128,98 +122,3 @@ def _backend(recipe: Recipe) -> tuple[Any, bool, str]:
     if recipe.compile == "auto":
         return backend, *backend.compile_by_default(recipe.run.steps)
     return backend, bool(recipe.compile), f"recipe: compile={str(recipe.compile).lower()}"
-
-
-def _build(recipe: Recipe, data: Any, backend: Any, compiled: bool) -> Run:
-    from hlat.train.run import build_run
-
-    if data.vocab_size > recipe.model.vocab:
-        raise UserError(
-            f"the tokenizer has {data.vocab_size} tokens, the model's vocabulary {recipe.model.vocab}",
-            where="model.vocab",
-            fix=f"write model.vocab={-(-data.vocab_size // 64) * 64}, or take a smaller tokenizer",
-        )
-    return build_run(recipe, data, backend, compiled=compiled)
-
-
-def _banner(
-    run: Run, folder: Any, checkpoint: Checkpoint | None, compiled: str, peak: Peak | None
-) -> list[str | tuple[str, str]]:
-    """What was chosen and why."""
-    import torch
-
-    from hlat.backend.native import has_native_bf16
-
-    recipe, precision = run.recipe, run.recipe.precision
-    trained = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
-    total = sum(p.numel() for p in run.model.parameters())
-    model, data = recipe.model, recipe.data
-    note = ""
-    if precision.compute == "bf16" and not has_native_bf16(run.backend.device):
-        note = "; this CPU has no bf16 arithmetic, precision.compute=fp32 will be faster"
-    device = run.backend.device.type
-    if device == "cpu":
-        device = f"cpu, {torch.get_num_threads()} threads"
-    lines: list[str | tuple[str, str]] = [
-        f"hlat train · {recipe.run.name}",
-        (
-            "model",
-            f"{model.layers} layers x {model.hidden}, {total:,} parameters"
-            + (f", {trained:,} of them trained" if trained != total else ""),
-        ),
-        (
-            "step",
-            f"{data.global_batch} rows x {data.seq_len} = {recipe.tokens_per_step:,} tokens, "
-            f"in {recipe.accumulate()} micro-batches of {data.micro_batch}",
-        ),
-        (
-            "precision",
-            f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
-            f"rounding {precision.rounding}{note}",
-        ),
-        ("optimizer", _groups_text(run)),
-        ("device", device),
-        ("compile", compiled),
-    ]
-    if peak is not None:
-        lines.append(("MFU", f"against {peak}"))
-    lines += [("data", line) for line in run.data.report_lines()]
-    if checkpoint is not None:
-        lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
-    lines.append(("run folder", str(folder.path)))
-    return lines
-
-
-def _groups_text(run: Run) -> str:
-    """Name of the optimizer and what each of its groups holds."""
-    counts: dict[Any, int] = {}
-    for bucket in run.buckets:
-        counts[bucket.group] = counts.get(bucket.group, 0) + len(bucket.specs)
-    groups = [
-        f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
-    ]
-    return f"{run.recipe.optim.name}: {'; '.join(groups)}"
-
-
-def _summary(
-    run: Run, folder: Any, held_out: dict[str, Any] | None, stopped: int | None
-) -> list[str | tuple[str, str]]:
-    """The end of a run: held-out figures beside general compressors, a sample, where things are."""
-    from hlat.observe.text import printable
-    from hlat.train.evaluate import compressors, sample
-
-    if stopped is not None:
-        return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
-    lines: list[str | tuple[str, str]] = []
-    if held_out is not None:
-        figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"
-        lines.append(("held-out", figures))
-        if held_out["held_out_bytes"] <= _COMPRESS_UP_TO:
-            text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
-            others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
-            lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
-    if sum(p.numel() for p in run.model.parameters()) <= _SAMPLE_UP_TO:
-        text = printable(sample(run, _SAMPLE_TOKENS)).strip("\n")
-        lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
-    lines.append(("run folder", str(Path(folder.path))))
-    return lines

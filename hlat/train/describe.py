@@ -1,0 +1,101 @@
+"""What a run says of itself: what was chosen and why when it starts, what came of it when it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hlat.backend.native import has_native_bf16
+from hlat.observe.text import printable
+from hlat.train.evaluate import compressors, sample
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hlat.checkpoint.reader import Checkpoint
+    from hlat.observe.peak import Peak
+    from hlat.train.run import Run
+
+_SAMPLE_TOKENS = 120
+_SAMPLE_UP_TO = 300_000_000  # parameters; a larger model is sampled with `hlat generate`
+_COMPRESS_UP_TO = 64 << 20  # bytes of held-out text
+
+
+def banner(
+    run: Run, folder: Path, checkpoint: Checkpoint | None, compiled: str, peak: Peak | None
+) -> list[str | tuple[str, str]]:
+    """What was chosen and why."""
+    recipe, precision = run.recipe, run.recipe.precision
+    data, parts = recipe.data, recipe.accumulate()
+    note = ""
+    if precision.compute == "bf16" and not has_native_bf16(run.backend.device):
+        note = "; this CPU has no bf16 arithmetic, precision.compute=fp32 will be faster"
+    device = run.backend.device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    lines: list[str | tuple[str, str]] = [
+        f"hlat train · {recipe.run.name}",
+        ("model", _model_text(run)),
+        (
+            "step",
+            f"{data.global_batch} rows x {data.seq_len} = {recipe.tokens_per_step:,} tokens, "
+            f"in {parts} micro-batch{'es' * (parts > 1)} of {data.micro_batch}",
+        ),
+        (
+            "precision",
+            f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
+            f"rounding {precision.rounding}{note}",
+        ),
+        ("optimizer", _groups_text(run)),
+        ("device", f"{device}{threads}"),
+        ("compile", compiled),
+    ]
+    if peak is not None:
+        lines.append(("MFU", f"against {peak}"))
+    if recipe.parallel.zero1 or recipe.parallel.sequence:
+        lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
+    lines += [("data", line) for line in run.data.report_lines()]
+    if checkpoint is not None:
+        lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
+    lines.append(("run folder", str(folder)))
+    return lines
+
+
+def _model_text(run: Run) -> str:
+    model = run.recipe.model
+    trained = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
+    total = sum(p.numel() for p in run.model.parameters())
+    part = f", {trained:,} of them trained" if trained != total else ""
+    return f"{model.layers} layers x {model.hidden}, {total:,} parameters{part}"
+
+
+def _groups_text(run: Run) -> str:
+    """Name of the optimizer and what each of its groups holds."""
+    counts: dict[Any, int] = {}
+    for bucket in run.buckets:
+        counts[bucket.group] = counts.get(bucket.group, 0) + len(bucket.specs)
+    groups = [
+        f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
+    ]
+    return f"{run.recipe.optim.name}: {'; '.join(groups)}"
+
+
+def summary(
+    run: Run, folder: Path, held_out: dict[str, Any] | None, stopped: int | None
+) -> list[str | tuple[str, str]]:
+    """The end of a run: held-out figures beside general compressors, a sample, where things are."""
+    if stopped is not None:
+        return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
+    lines: list[str | tuple[str, str]] = []
+    if held_out is not None:
+        figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"
+        lines.append(("held-out", figures))
+        if held_out["held_out_bytes"] <= _COMPRESS_UP_TO:
+            text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
+            others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
+            lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
+    if sum(p.numel() for p in run.model.parameters()) <= _SAMPLE_UP_TO:
+        text = printable(sample(run, _SAMPLE_TOKENS)).strip("\n")
+        lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
+    lines.append(("run folder", str(folder)))
+    return lines
