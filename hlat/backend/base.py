@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Backend(Protocol):
@@ -26,6 +26,10 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has finished everything it was given."""
+        ...
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Choose among equivalent ways of computing that the model offers. Names and values stay."""
         ...
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:

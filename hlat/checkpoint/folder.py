@@ -248,8 +248,8 @@ def tokenizer_files(tokenizer: Path | Sequence[Path] | None) -> list[Path]:
 
 
 def stored_names(files: Sequence[Path]) -> list[str]:
-    """Names of tokenizer files inside a checkpoint: their own, but a tokenizer.json under another name gets that
-    name, by which it is looked for. It is the first file of a tokenizer.
+    """Names of tokenizer files inside a checkpoint: their own, but a tokenizer.json under another name gets
+    that name, by which it is looked for. It is the first file of a tokenizer.
     """
     names = [file.name for file in files]
     if files and files[0].suffix == ".json" and "tokenizer.json" not in names and "vocab.json" not in names:

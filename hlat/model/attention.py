@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlat.model.blocked_attention import MAX_POSITIONS, blocked_attention
+from hlat.model.joint import project
 from hlat.model.rope import rotate
 
 
@@ -151,6 +152,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(hidden, kv_heads * head_dim, bias=False)
         self.o = nn.Linear(heads * head_dim, hidden, bias=False)
         self.core = CoreAttention(kind)
+        self.joint = False  # one product for q, k and v: see `hlat.model.joint`
 
     def forward(
         self,
@@ -162,7 +164,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, S, D) -> (B, S, D). `rope` = cos and sin from `Rope`; with a cache, `slots_S` says where the
         new keys go."""
-        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+        q, k, v = project(x_BSD, (self.q, self.k, self.v), self.joint)
         # From q, not from x: under sequence parallelism x is a part of the sequence, q is all of it.
         B, S = q.shape[0], q.shape[1]
         q = rotate(q.view(B, S, -1, self.head_dim), *rope)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hlat.model.joint import project
+
 
 class GatedProduct(nn.Module):
     """silu(gate) * up. A module of its own, without weights, so that selective recompute can wrap it."""
@@ -23,7 +25,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(hidden, ffn, bias=False)
         self.down = nn.Linear(ffn, hidden, bias=False)
         self.product = GatedProduct()
+        self.joint = False  # one product for gate and up: see `hlat.model.joint`
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        return self.down(self.product(self.gate(x_BSD), self.up(x_BSD)))
+        return self.down(self.product(*project(x_BSD, (self.gate, self.up), self.joint)))

@@ -41,13 +41,13 @@ class Signals:
 
 
 class GuardWatch:
-    """A metric sink that lets the guard stop the run. Give it last, so that other sinks have the row by then."""
+    """A metric sink that lets the guard stop the run. Give it last: other sinks have the row by then."""
 
     def __init__(self, guard: Any) -> None:
         self.guard = guard
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Show a training row's count of skips in a row to the guard. Raises TrainingStopped when it gives up."""
+        """Show a row's count of skips in a row to the guard. Raises TrainingStopped when it gives up."""
         self.guard.check(row.get("skips_in_a_row") or 0)
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class Loop:
 
     def train(self) -> int | None:
         """Train to the last step, evaluate and save. Returns the signal that stopped it early, or None."""
-        with Signals().watch() as signals, _manual_collection() as collector:
+        with Signals().watch() as signals, manual_collection() as collector:
             self.metrics.start()
             while self.run.step < self.last_step and signals.received is None:
                 self.one_step()
@@ -107,7 +107,7 @@ class Loop:
         self._note_saved()
 
     def evaluate(self) -> None:
-        """Held-out loss at this step, if anything is held out. Before the checkpoint: its row survives a resume."""
+        """Held-out loss at this step. Comes before the checkpoint, so that its row survives a resume."""
         if self.run.data.holdout.documents:
             with self.metrics.paused():
                 self.held_out = evaluate(self.run)
@@ -141,7 +141,7 @@ class Loop:
 
 
 @contextmanager
-def _manual_collection(every: int = 1000) -> Iterator[Callable[[], None]]:
+def manual_collection(every: int = 1000) -> Iterator[Callable[[], None]]:
     """Collect garbage between steps, at a known time: a pause inside one would stall all ranks."""
     was_enabled, count = gc.isenabled(), 0
 

@@ -127,6 +127,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         device=backend.device,
     )
     _materialise_rest(recipe, model, backend.device)
+    backend.prepare_model(model)
     apply_recompute(model, recipe.parallel.recompute)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     optimizer = _optimizer(recipe, buckets, backend.device)
@@ -253,6 +254,8 @@ def _compile(model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer)
     """Compile block by block (all blocks share one graph), the loss kernel and the optimizer's update."""
     for block in model.layers.values():  # type: ignore[operator,union-attr]
         block.compile(dynamic=False)
+    if model.norm is not None:
+        model.norm.compile(dynamic=False)  # type: ignore[operator,union-attr]
     for part in (objective, optimizer):
         if hasattr(part, "compile"):
             part.compile()

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from model import build
+from model import build, recipe
 
+from hlat.data import open_data
 from hlat.model.attention import CoreAttention
 from hlat.objective.causal_lm import CHUNK_ELEMENTS, softmax_gradient
 from hlat.optim.base import guarded_step
@@ -113,6 +114,14 @@ def optimizer(run) -> float:
     return clock(call)
 
 
+def loader(run) -> float:
+    """Seconds to read a step's batches from the tokenized standard library."""
+    data = open_data(recipe("data.tokenizer=train:bpe-8192"), quiet=True)
+    rows = run.recipe.data.global_batch
+    steps = iter(range(1000))
+    return clock(lambda: data.batches(next(steps), rows, 1), 50)
+
+
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(2)
@@ -125,6 +134,7 @@ def main() -> None:
         "loss and its gradient": loss_kernel(run),
         "norms": norms(run),
         "gradient norm, optimizer, publish": optimizer(run),
+        "data loader": loader(run),
     }
     step = clock(lambda: train_step(run)["loss"].item(), 15)
     parts["the rest (rotation, SwiGLU, residuals, gradient sums)"] = step - sum(parts.values())

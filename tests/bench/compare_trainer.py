@@ -28,14 +28,17 @@ def measure_hlat() -> dict[str, float]:
     """Step times of HLAT with its default `compile: auto`."""
     from model import build
 
+    from hlat.train.loop import manual_collection
     from hlat.train.step import train_step
 
     run = build(compiled=True)
     times, losses = [], []
-    for _ in range(WARM_UP + STEPS):
-        start = time.perf_counter()
-        losses.append(float(train_step(run)["loss"]))
-        times.append(time.perf_counter() - start)
+    with manual_collection() as collector:  # as the training loop does
+        for _ in range(WARM_UP + STEPS):
+            start = time.perf_counter()
+            losses.append(float(train_step(run)["loss"]))
+            collector()
+            times.append(time.perf_counter() - start)
     return summary(times, losses, run.recipe.tokens_per_step)
 
 
@@ -43,20 +46,24 @@ def measure_trainer(compiled: bool) -> dict[str, float]:
     """Step times of `transformers.Trainer` with bf16 autocast, SDPA and fused AdamW, from the same initial
     weights.
     """
-    from model import build, rows
+    from model import recipe, rows
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    run = build("precision.compute=fp32", compiled=False)
-    model, data = to_llama(run), rows(run.recipe)
+    chosen = recipe()
+    model, data = to_llama(chosen), rows(chosen)
     times: list[float] = []
     losses: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
+        """From the end of a step to the end of the next: loading and book-keeping count, as for HLAT."""
+
+        def on_train_begin(self, *args, **kwargs):
+            self.last = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            times.append(time.perf_counter() - self.start)
+            now = time.perf_counter()
+            times.append(now - self.last)
+            self.last = now
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args, **kwargs):
@@ -93,23 +100,25 @@ def measure_trainer(compiled: bool) -> dict[str, float]:
         )
         trainer = InOrder(model, arguments, train_dataset=Rows(), callbacks=[Clock()])
         losses.append(trainer.train().training_loss)
-    return summary(times, losses, run.recipe.tokens_per_step)
+    return summary(times, losses, chosen.tokens_per_step)
 
 
-def to_llama(run):
-    """The run's weights in `transformers`' Llama."""
+def to_llama(chosen):
+    """The recipe's initial weights in `transformers`' Llama. HLAT's backend stays untouched here."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    m = run.recipe.model
+    from hlat.checkpoint.hf_config import hf_name
+    from hlat.model.init import init_tensor, parameter_shapes
+
+    m = chosen.model
     config = LlamaConfig(
         vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.ffn, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, max_position_embeddings=m.max_seq_len,
         rms_norm_eps=m.norm_eps, tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    from hlat.checkpoint.hf_config import hf_name
-
-    state = {hf_name(name): p.detach().clone() for name, p in run.model.named_parameters()}
+    shapes = parameter_shapes(m)
+    state = {hf_name(name): init_tensor(m, name, shape, chosen.run.seed) for name, shape in shapes.items()}
     model.load_state_dict(state)
     return model
 

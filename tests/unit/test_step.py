@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from hlat.backend.native import NativeBackend, compile_trouble
 from hlat.errors import UserError
 from hlat.model.blocked_attention import blocked_attention
 from hlat.parallel.buckets import PAD, squared_norm
@@ -175,3 +176,26 @@ def test_what_is_not_there_yet_is_refused(tiny_run, override: str, where: str) -
     with pytest.raises(UserError) as caught:
         tiny_run(override, "data.micro_batch=4")
     assert caught.value.where == where
+
+
+def test_a_tool_chain_that_cannot_compile_is_named_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = NativeBackend()
+    assert compile_trouble() == ""
+    assert backend.compile_by_default(99)[0] is False
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("C++ compile error\nld: error: cannot find -lgomp")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    on, reason = backend.compile_by_default(1000)
+    assert on is False and "does not work here: RuntimeError" in reason and "error" in reason
+
+
+def test_joint_products_change_nothing(tiny_run, train_steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = tiny_run()
+    assert joint.model.layers["0"].attention.joint and joint.model.layers["0"].mlp.joint
+    monkeypatch.setattr(NativeBackend, "prepare_model", lambda self, model: None)
+    single = tiny_run()
+    assert not single.model.layers["0"].mlp.joint
+    for (loss, norm), (other, other_norm) in zip(train_steps(joint, 3), train_steps(single, 3), strict=True):
+        assert loss == pytest.approx(other, abs=2e-6) and norm == pytest.approx(other_norm, rel=1e-5)
