@@ -90,7 +90,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, where the C library is glibc.
 
     By default it returns large blocks to the kernel, which then clears and maps every page again at the next
-    allocation: a million page faults in twenty steps of the benchmark model, 6 % of their time. Peak memory
+    allocation: a million page faults in 24 steps of the benchmark model, 6 % of their time. Peak memory
     is the same.
     """
     with contextlib.suppress(OSError, AttributeError):

@@ -1,6 +1,6 @@
 """Several linear layers of one input as one product.
 
-A CPU's matrix units work better on one wide product than on three narrow ones (4 % of a step of the
+A CPU's matrix units work better on one wide product than on three narrow ones (3 % of a step of the
 benchmark model). The price is a copy of the weights for each call, which a CPU does not notice and an
 accelerator would; so a backend decides, and one that splits the layers over ranks leaves them alone.
 """

@@ -222,7 +222,7 @@ WRONG = {
     "tokenizer too large": (["model.vocab=100"], "model.vocab"),
     "unwritable run folder": (["run.dir=small.yaml/run"], "small.yaml"),
     "unknown optimizer": (["optim.name=adamv"], "adamw"),
-    "tensorboard sink": (["run.dir=/proc/hlat"], "/proc"),
+    "run folder nobody can make": (["run.dir=/proc/hlat"], "/proc"),
     "backend": (["backend=nxd"], "backend"),
     "pattern": (["train_only=[nothing.*]"], "train_only[0]"),
 }
