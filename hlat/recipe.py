@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from hlat.errors import UserError
+from hlat.mesh import Layout, check_layout
 from hlat.model.config import ModelConfig
 from hlat.recipe_sections import (
     CheckpointSection,
@@ -112,6 +113,7 @@ class Recipe(Section):
             fix = f"take seq_len {longest}, or raise model.max_seq_len"
             what = "seq_len {a} exceeds the model's max_seq_len {b}"
             raise problem(what, "data.seq_len", fix, a=seq_len, b=longest)
+        check_layout(self.model, seq_len, self.parallel)
         if isinstance(self.parallel.dp, int):
             self._accumulate(self.parallel.dp)
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
@@ -156,6 +158,13 @@ class Recipe(Section):
         fix = f"start {need} processes, or change the layout"
         processes = f"{world} process{'es' * (world != 1)}"
         raise UserError(f"{layout} does not fit {processes}", where="parallel", fix=fix)
+
+    def layout(self, world: int = 1) -> Layout:
+        """How `world` ranks are laid out. Raises UserError when the layout does not fit them."""
+        section = self.parallel
+        dp, tp = self.dp(world), section.tp
+        sequence, zero1 = section.sequence and tp > 1, section.zero1 and dp > 1
+        return Layout(dp, section.pp, tp, sequence, zero1, section.stages)
 
     def accumulate(self, world: int = 1) -> int:
         """Micro-batches of one step on each rank: global_batch / (micro_batch x dp).

@@ -120,6 +120,18 @@ class ParallelSection(Section):
     """Shard optimizer state and master weights over the data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute in backward: nothing, core attention and the SwiGLU product, or whole layers."""
+    schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    stages: Positive = 1
+    """Slices of the model on each pipeline rank; 2 and more for the interleaved schedule."""
+    cuts: tuple[Text, ...] = ()
+    """First layer of each pipeline stage but the first, as layers.8; empty: stages of equal work."""
+    timeout: Positive = 600
+    """Seconds that ranks wait for each other after the first step before the run ends with a report."""
+    first_timeout: Positive = 3600
+    """The same until the first step is done: reading data and compiling take longer."""
+    verify_every: NonNegative = 0
+    """Compare the weights of the replicas every so many steps, and stop if they differ; 0: never."""
 
 
 class PrecisionSection(Section):

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hlat.backend.groups import Groups
+from hlat.mesh import Layout, Place
+
 
 class Backend(Protocol):
     """One process's view of the machines a run uses."""
@@ -15,9 +18,12 @@ class Backend(Protocol):
     device: torch.device
     rank: int
     world: int
+    layout: Layout
+    place: Place
+    groups: Groups
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks, in place where possible; returns the sum."""
+        """Sum over all ranks, in place where possible; returns the sum."""
         ...
 
     def mark_step(self) -> None:

@@ -29,9 +29,9 @@ class Backprop:
             `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`; device
             scalars.
         """
-        loss = run.backend.all_reduce(run.engine.forward_backward(batches, tokens))
-        shards = run.reducer.reduce(run.buckets)
-        norm, clip = run.clip(shards)
+        loss = run.engine.forward_backward(batches, tokens)
+        shards = run.reduce()
+        loss, norm, clip = run.agree(loss, shards)
         keep = run.guard(loss, norm)
         run.update(shards, keep, clip)
         return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.guard.metrics()}

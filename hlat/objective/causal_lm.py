@@ -5,23 +5,27 @@ accumulation and layout change nothing.
 
 Head and loss are one operation over chunks of tokens: of the logits only one chunk exists at a time, in fp32,
 and because the gradient of a cross-entropy is known with its value (softmax minus one-hot), it is taken in
-the same pass and no logits are kept for backward.
+the same pass and no logits are kept for backward. When the rows of the head are spread over tensor-parallel
+ranks, each works on its part of the logits; only a maximum and two sums a token are exchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hlat.backend.collectives import VocabShard, all_reduce
 from hlat.registry import register
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
 
 IGNORE = -100
+Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB of fp32, 32 MiB of bf16
 
 
@@ -40,22 +44,30 @@ class CausalLM:
     """Summed next-token cross-entropy of a decoder."""
 
     def __init__(self) -> None:
-        self._kernel: Callable[..., tuple[Tensor, Tensor]] = softmax_gradient
+        self._whole: Kernel = softmax_gradient
+        self._part: Callable[..., tuple[Tensor, Tensor]] = part_softmax_gradient
 
     def compile(self) -> None:
         """Fuse the softmax, its gradient and the loss of a chunk into one kernel."""
-        self._kernel = torch.compile(softmax_gradient, dynamic=False)
+        self._whole = torch.compile(softmax_gradient, dynamic=False)
+        self._part = torch.compile(part_softmax_gradient, dynamic=False)
 
     def loss(self, model: Decoder, batch: Batch, denominator: Tensor) -> Tensor:
         """fp32 () sum over the targets of -log p, divided by `denominator` (); differentiable with respect to
-        the model.
+        the model. On tensor-parallel ranks every one gets the whole loss.
         """
         x_BSD = model.hidden(batch.ids, batch.positions, batch.documents)
+        shard: VocabShard | None = getattr(model.head, "shard", None)
+        kernel, rows = self._whole, model.head.weight.shape[0]
+        if shard is not None:
+            x_BSD, rows = shard.region.enter(x_BSD), shard.rows
+            kernel = partial(self._part, start=shard.start, group=shard.region.group)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         scale = 1.0 / denominator.to(torch.float32)
+        size = chunk_size(x_TD.shape[0], rows)
         differentiate = torch.is_grad_enabled()
         return LinearCrossEntropy.apply(  # type: ignore[no-any-return]
-            x_TD, model.head.weight, batch.targets.reshape(-1), scale, self._kernel, differentiate
+            x_TD, model.head.weight, batch.targets.reshape(-1), scale, kernel, size, differentiate
         )
 
 
@@ -80,6 +92,35 @@ def softmax_gradient(logits_TV: Tensor, targets_T: Tensor, scale: Tensor) -> tup
     return loss, gradient.to(logits_TV.dtype)
 
 
+def part_softmax_gradient(
+    logits_Tv: Tensor, targets_T: Tensor, scale: Tensor, *, start: int, group: str
+) -> tuple[Tensor, Tensor]:
+    """`softmax_gradient` of logits whose columns are spread over ranks: (T, v) are columns `start` and on.
+    The loss is that of the whole softmax, the gradient that of this rank's columns.
+    """
+    z = logits_Tv.float()
+    top = all_reduce(z.amax(-1), group, "max")[:, None]
+    exp = (z - top).exp()
+    counted = targets_T != IGNORE
+    index = targets_T[:, None] - start
+    held = (index >= 0) & (index < z.shape[-1])
+    target = z.gather(-1, index.clamp(0, z.shape[-1] - 1)) * held
+    total, target = all_reduce(torch.stack([exp.sum(-1, keepdim=True), target]), group).unbind(0)
+    loss = -((target - top - total.log())[:, 0] * counted).sum() * scale
+    columns = torch.arange(z.shape[-1], device=z.device)
+    one_hot = columns[None, :] == index
+    gradient = (exp / total - one_hot.to(torch.float32)) * (counted * scale)[:, None]
+    return loss, gradient.to(logits_Tv.dtype)
+
+
+def chunk_size(tokens: int, vocab: int) -> int:
+    """Tokens whose logits exist at a time: equal chunks, so that one compiled kernel serves them all."""
+    chunks = max(1, -(-tokens * vocab // CHUNK_ELEMENTS))
+    while tokens % chunks:
+        chunks += 1
+    return tokens // chunks
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross_entropy(x W^T, targets) without the logits of all tokens; gradients are formed in the
     forward pass.
@@ -92,15 +133,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         targets_T: Tensor,
         scale: Tensor,
-        kernel: Callable[..., tuple[Tensor, Tensor]],
+        kernel: Kernel,
+        size: int,
         differentiate: bool,
     ) -> Tensor:
-        """x (T, D) and weight (V, D) of one dtype, targets int64 (T), scale fp32 (). Returns fp32 ()."""
-        tokens, vocab = x_TD.shape[0], weight_VD.shape[0]
-        chunks = max(1, -(-tokens * vocab // CHUNK_ELEMENTS))
-        while tokens % chunks:  # equal chunks, so that one compiled kernel serves them all
-            chunks += 1
-        size = tokens // chunks
+        """x (T, D) and weight (V, D) of one dtype, targets int64 (T), scale fp32 (), `size` tokens a chunk.
+        Returns fp32 ().
+        """
+        tokens = x_TD.shape[0]
+        chunks = tokens // size
         loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         dx = torch.empty_like(x_TD) if differentiate else None
         dw: Tensor | None = None
@@ -116,10 +157,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:  # type: ignore[override]
         """The gradients that forward made, times the gradient of the result (1 in training)."""
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), (dw * grad).to(dx.dtype), None, None, None, None
+        return dx * grad.to(dx.dtype), (dw * grad).to(dx.dtype), None, None, None, None, None
 
 
 def _add(total: Tensor | None, part: Tensor, parts: int) -> Tensor:

@@ -108,13 +108,14 @@ class Elementwise(torch.optim.Optimizer):
         lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         step = state["step"] + 1
         tensors = [p.detach().view(-1), p.grad.view(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
-        options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+        options = {k: v for k, v in group.items() if k not in ("params", "lr", "first")}
+        first = group.get("first", 0)  # where a shard begins: its elements round as in the whole
         if self._compiled is not None and p.numel() >= COMPILE_FROM:
-            self._compiled(tensors, 0, options, lr, step, keep, clip)
+            self._compiled(tensors, first, options, lr, step, keep, clip)
         else:
             for start in range(0, p.numel(), CHUNK):
                 chunk = [t[start : start + CHUNK] for t in tensors]
-                self._apply(chunk, start, options, lr, step, keep, clip)
+                self._apply(chunk, first + start, options, lr, step, keep, clip)
         state["step"].copy_(torch.where(keep, step, state["step"]))
 
     def _apply(

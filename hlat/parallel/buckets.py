@@ -1,15 +1,15 @@
 """Flat buckets: the common currency of gradients, reducers and optimizers.
 
-Parameters that share an optimizer group and a shape class (matrices, vectors) lie one behind the other in a
-bucket. A bucket holds up to three flat tensors of equal length:
+Parameters that share an optimizer group, a shape class (matrices, vectors) and a kind of replication lie one
+behind the other in a bucket. A bucket holds up to three flat tensors:
 
     weights   what the model computes with (precision.compute); the model's parameters are views of it
     grad      this step's gradients, summed (precision.accumulate); hooks fill it as backward goes
-    master    what the optimizer moves (fp32; the weights themselves with precision.master none)
+    master    what the optimizer moves (fp32; the weights themselves with precision.master none): as long as
+              the others, or with ZeRO-1 this replica's share of them, elements [first, last)
 
-Length is padded to `PAD`, so that a reduce-scatter over any power-of-two number of ranks up to it divides
-evenly; padding is zero and stays zero. Identity in a checkpoint is always parameter name + global slice,
-never an offset in here.
+Length is padded so that it divides evenly over the replicas and each share into runs of `PAD`; padding is
+zero and stays zero. Identity in a checkpoint is always parameter name + global slice, never an offset here.
 """
 
 from __future__ import annotations
@@ -22,72 +22,123 @@ import torch
 from torch import Tensor, nn
 
 from hlat.optim.groups import Group
+from hlat.parallel.plan import Part
 
 PAD = 1024
-MAX_ELEMENTS = 1 << 27  # a bucket is closed here, so that its collective can overlap the rest of backward
+MAX_ELEMENTS = 1 << 27  # a bucket is closed here
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter's place: global name and shape, and its run of elements in the bucket."""
+    """One parameter's place.
+
+    name: global name, by which checkpoints know it.
+    part: which rectangle of the whole parameter this rank holds.
+    offset: first element in the bucket; the rectangle lies there row by row.
+    path: its name inside this rank's model, which differs for a tied embedding on the last pipeline stage.
+    """
 
     name: str
-    shape: torch.Size
+    part: Part
     offset: int
+    path: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of this rank's part."""
+        return torch.Size(self.part.size)
 
     @property
     def numel(self) -> int:
-        """Elements of the parameter."""
+        """Elements of this rank's part."""
         return self.shape.numel()
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's part of a flat bucket tensor, in its own shape."""
+        """The parameter's elements in a flat bucket tensor, in their own shape."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
 
 
 @dataclass
 class Bucket:
-    """A homogeneous run of parameters; see the module text. Tensors are 1-D of `length` elements."""
+    """A homogeneous run of parameters; see the module text.
+
+    weights, grad: 1-D, `length` elements. master: 1-D, elements [first, last) of the bucket.
+    primary, sum_over: as in `Part`, the same for all parameters of the bucket.
+    on_ready: told once a step, when the last gradient of the step has arrived, often while backward goes on.
+    """
 
     group: Group
     specs: list[ParamSpec]
     weights: Tensor
     grad: Tensor
     master: nn.Parameter
+    first: int = 0
+    on_ready: Callable[[Bucket], None] | None = None
     _fresh: set[str] = field(default_factory=set)
+    _awaited: int = 0
 
     @property
     def length(self) -> int:
         """Elements, padding included."""
         return self.weights.numel()
 
-    def begin(self) -> None:
-        """Start a step: the next gradient of each parameter replaces the old sum."""
-        self._fresh = {spec.name for spec in self.specs}
+    @property
+    def last(self) -> int:
+        """End of this replica's share."""
+        return self.first + self.master.numel()
+
+    @property
+    def copies(self) -> int:
+        """Ranks of a replica that hold these same elements."""
+        return self.specs[0].part.copies
+
+    @property
+    def primary(self) -> bool:
+        """Whether this rank's copy is the one that counts in norms and goes to checkpoints."""
+        return self.specs[0].part.primary
+
+    @property
+    def sum_over(self) -> str:
+        """Group over which the copies' gradients are partial sums; "" for none."""
+        return self.specs[0].part.sum_over
+
+    def begin(self, micro_batches: int = 1) -> None:
+        """Start a step of so many backward passes: the next gradient of each parameter replaces the old
+        sum.
+        """
+        self._fresh = {spec.path for spec in self.specs}
+        self._awaited = micro_batches * len(self.specs)
 
     def accumulate(self, spec: ParamSpec, parameter: Tensor) -> None:
         """Hook: take a parameter's fresh gradient into the flat sum and free it."""
         if parameter.grad is None:
             return
         view = spec.view(self.grad)
-        if spec.name in self._fresh:
-            self._fresh.discard(spec.name)
+        if spec.path in self._fresh:
+            self._fresh.discard(spec.path)
             view.copy_(parameter.grad)
         else:
             view.add_(parameter.grad)
         parameter.grad = None
+        self._awaited -= 1
+        if self._awaited == 0 and self.on_ready is not None:
+            self.on_ready(self)
 
     def finish(self) -> None:
-        """End of backward: a parameter that took no part in it has gradient zero."""
+        """End of the last backward: a parameter that took no part in any has gradient zero."""
         for spec in self.specs:
-            if spec.name in self._fresh:
+            if spec.path in self._fresh:
                 spec.view(self.grad).zero_()
         self._fresh.clear()
 
-    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name and view of each parameter in a flat tensor of this bucket's length."""
+    def runs(self) -> Iterator[tuple[ParamSpec, slice, int]]:
+        """The parameters in this replica's share: each one's spec, where in `master` (and in the optimizer's
+        state) its elements are, and how many elements of the parameter come before them.
+        """
         for spec in self.specs:
-            yield spec.name, spec.view(flat)
+            start, stop = max(spec.offset, self.first), min(spec.offset + spec.numel, self.last)
+            if start < stop:
+                yield spec, slice(start - self.first, stop - self.first), start - spec.offset
 
 
 @dataclass(frozen=True)
@@ -99,54 +150,79 @@ class BucketDtypes:
     master: torch.dtype | None
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of `count` equal shares of every bucket this rank's optimizer keeps; one share without ZeRO-1."""
+
+    index: int = 0
+    count: int = 1
+
+
 def build_buckets(
     model: nn.Module,
-    groups: dict[str, Group],
-    initial: Callable[[str, torch.Size], Tensor],
+    parameters: dict[str, tuple[str, Part, Group]],
+    initial: Callable[[str, Part], Tensor],
     *,
     dtypes: BucketDtypes,
     device: torch.device,
+    share: Share = Share(),
     max_elements: int = MAX_ELEMENTS,
 ) -> list[Bucket]:
     """Lay a model's trained parameters into buckets, fill them, and make each parameter a view of its
     bucket's weights.
 
     Args:
-        model: its parameters may be on the meta device; those named in `groups` are replaced.
-        groups: optimizer group of each parameter to train, by name. Others are left alone.
-        initial: the fp32 value of a parameter, called once for each, one at a time: peak memory is one
+        model: its parameters may be on the meta device and whole; those in `parameters` are replaced by this
+            rank's parts. Others are left alone.
+        parameters: path in the model -> global name, part, optimizer group.
+        initial: the fp32 value of a part, called once for each, one at a time: peak memory is one whole
             parameter above the buckets.
         dtypes, device: storage.
+        share: this rank's share of masters and optimizer state.
         max_elements: where a bucket is closed.
     """
-    parameters = {name: p for name, p in model.named_parameters() if name in groups}
     buckets = []
-    for names in _partition(parameters, groups, max_elements):
+    for paths in _partition(parameters, max_elements):
         specs, offset = [], 0
-        for name in names:
-            specs.append(ParamSpec(name, parameters[name].shape, offset))
-            offset += parameters[name].numel()
-        length = -(-offset // PAD) * PAD
+        for path in paths:
+            name, part, group = parameters[path]
+            specs.append(ParamSpec(name, part, offset, path))
+            offset += specs[-1].numel
+        step = PAD * share.count
+        length = -(-offset // step) * step
         weights = torch.zeros(length, dtype=dtypes.weights, device=device)
-        master = weights if dtypes.master is None else torch.zeros(length, dtype=dtypes.master, device=device)
-        for spec in specs:
-            spec.view(master).copy_(initial(spec.name, spec.shape))
+        first, size = share.index * length // share.count, length // share.count
+        own = weights[first : first + size]
+        master = own if dtypes.master is None else torch.zeros(size, dtype=dtypes.master, device=device)
         grad = torch.zeros(length, dtype=dtypes.grad, device=device)
-        bucket = Bucket(groups[names[0]], specs, weights, grad, nn.Parameter(master, requires_grad=False))
+        bucket = Bucket(group, specs, weights, grad, nn.Parameter(master, requires_grad=False), first)
+        _fill(bucket, initial, dtypes.master is not None)
         _adopt(model, bucket)
         buckets.append(bucket)
-    publish(buckets)
     return buckets
 
 
-def publish(
-    buckets: Iterable[Bucket], rounder: Callable[[Tensor, torch.dtype], Tensor] | None = None
+def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor], has_master: bool) -> None:
+    """Initial values: the weights rounded from them, the masters exactly."""
+    share = {spec.path: (where, skip) for spec, where, skip in bucket.runs()}
+    for spec in bucket.specs:
+        value = initial(spec.name, spec.part).to(bucket.weights.device)
+        spec.view(bucket.weights).copy_(value)
+        if has_master and spec.path in share:
+            where, skip = share[spec.path]
+            run = value.reshape(-1)[skip : skip + where.stop - where.start]
+            bucket.master.data[where].copy_(run)
+
+
+def round_masters(
+    buckets: Iterable[Bucket], rounder: Callable[[Bucket, torch.dtype], Tensor] | None = None
 ) -> None:
-    """Round every master into the weights the model computes with."""
+    """Round every master into the weights the model computes with; only this replica's share of them."""
     for bucket in buckets:
-        if bucket.master.data_ptr() != bucket.weights.data_ptr():
-            new = bucket.master if rounder is None else rounder(bucket.master, bucket.weights.dtype)
-            bucket.weights.copy_(new)
+        own = bucket.weights[bucket.first : bucket.last]
+        if bucket.master.data_ptr() != own.data_ptr():
+            new = bucket.master if rounder is None else rounder(bucket, bucket.weights.dtype)
+            own.copy_(new)
 
 
 def squared_norm(flat: Tensor) -> Tensor:
@@ -159,34 +235,42 @@ def squared_norm(flat: Tensor) -> Tensor:
     return rows.square().sum()
 
 
-def _partition(
-    parameters: dict[str, nn.Parameter], groups: dict[str, Group], max_elements: int
-) -> Iterator[list[str]]:
-    """Names of each bucket, in the model's order; equal group and equal shape class go together."""
-    open_buckets: dict[tuple[Group, bool], list[str]] = {}
-    sizes: dict[tuple[Group, bool], int] = {}
-    for name, parameter in parameters.items():
-        key = (groups[name], parameter.ndim > 1)
-        if key in open_buckets and sizes[key] + parameter.numel() > max_elements:
+def _partition(parameters: dict[str, tuple[str, Part, Group]], max_elements: int) -> Iterator[list[str]]:
+    """Paths of each bucket, in the model's order; what differs in group, shape class or replication is kept
+    apart, and so is an embedding that two pipeline stages share: its buckets must be alike on both.
+    """
+    open_buckets: dict[tuple[object, ...], list[str]] = {}
+    sizes: dict[tuple[object, ...], int] = {}
+    for path, (_, part, group) in parameters.items():
+        elements = torch.Size(part.size).numel()
+        key = (group, len(part.shape) > 1, part.copies, part.primary, part.sum_over)
+        if key in open_buckets and sizes[key] + elements > max_elements:
             yield open_buckets.pop(key)
             sizes.pop(key)
-        open_buckets.setdefault(key, []).append(name)
-        sizes[key] = sizes.get(key, 0) + parameter.numel()
+        open_buckets.setdefault(key, []).append(path)
+        sizes[key] = sizes.get(key, 0) + elements
     yield from open_buckets.values()
 
 
 def _adopt(model: nn.Module, bucket: Bucket) -> None:
     """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each."""
-    by_name = {spec.name: spec for spec in bucket.specs}
     shared = dict(model.named_parameters(remove_duplicate=False))
-    for name, spec in by_name.items():
-        old = shared[name]
+    for spec in bucket.specs:
+        old = shared[spec.path]
         new = nn.Parameter(spec.view(bucket.weights))
         for alias, parameter in shared.items():  # a tied head is the same parameter under a second name
             if parameter is old:
-                owner, _, leaf = alias.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, new)
+                set_parameter(model, alias, new)
         new.register_post_accumulate_grad_hook(partial(_hook, bucket, spec))
+
+
+def set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Put a parameter, perhaps a part of the old one, in its place in a model."""
+    owner, _, leaf = path.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, parameter)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = parameter.shape
 
 
 def _hook(bucket: Bucket, spec: ParamSpec, parameter: Tensor) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hlat.backend.native import has_native_bf16
+from hlat.mesh import Layout
+from hlat.model.init import parameter_shapes
 from hlat.observe.text import printable
 from hlat.train.evaluate import compressors, sample
+from hlat.train.run import trained_groups
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +33,7 @@ def banner(
 ) -> list[str | tuple[str, str]]:
     """What was chosen and why."""
     recipe, precision = run.recipe, run.recipe.precision
-    data, parts = recipe.data, recipe.accumulate()
+    data, parts, layout = recipe.data, recipe.accumulate(run.backend.world), run.backend.layout
     note = ""
     if precision.compute == "bf16" and not has_native_bf16(run.backend.device):
         note = "; this CPU has no bf16 arithmetic, precision.compute=fp32 will be faster"
@@ -52,38 +58,69 @@ def banner(
     ]
     if peak is not None:
         lines.append(("MFU", f"against {peak}"))
-    if recipe.parallel.zero1 or recipe.parallel.sequence:
+    if layout.world > 1:
+        lines.append(("layout", f"{layout}; {_held_text(run)}"))
+    elif recipe.parallel.zero1 or recipe.parallel.sequence:
         lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
     lines += [("data", line) for line in run.data.report_lines()]
     if checkpoint is not None:
         lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
+        saved = checkpoint.meta.get("layout", str(Layout()))
+        if saved != str(layout):
+            lines.append(("layout", f"saved as {saved}; continues as {layout}"))
     lines.append(("run folder", str(folder)))
     return lines
 
 
+def _sizes(run: Run) -> dict[str, int]:
+    """Elements of every parameter of the whole model, whatever this rank holds of it."""
+    return {name: math.prod(shape) for name, shape in parameter_shapes(run.recipe.model).items()}
+
+
 def _model_text(run: Run) -> str:
-    model = run.recipe.model
-    trained = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
-    total = sum(p.numel() for p in run.model.parameters())
+    model, sizes = run.recipe.model, _sizes(run)
+    total, trained = sum(sizes.values()), sum(sizes[name] for name in trained_groups(run.recipe))
     part = f", {trained:,} of them trained" if trained != total else ""
     return f"{model.layers} layers x {model.hidden}, {total:,} parameters{part}"
 
 
 def _groups_text(run: Run) -> str:
-    """Name of the optimizer and what each of its groups holds."""
-    counts: dict[Any, int] = {}
-    for bucket in run.buckets:
-        counts[bucket.group] = counts.get(bucket.group, 0) + len(bucket.specs)
+    """Name of the optimizer and what each of its groups holds in the whole model."""
+    counts = Counter(trained_groups(run.recipe).values())
     groups = [
         f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
     ]
     return f"{run.recipe.optim.name}: {'; '.join(groups)}"
 
 
+def _held_text(run: Run) -> str:
+    """What this rank holds in memory for good, padding included."""
+    frozen = [value for value, _ in run.frozen.values()]
+    parameters = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
+    masters: list[Tensor] = []
+    states: list[Tensor] = []
+    for bucket in run.buckets:
+        states += [v for v in run.optimizer.state[bucket.master].values() if torch.is_tensor(v)]
+        if bucket.master.untyped_storage().data_ptr() != bucket.weights.untyped_storage().data_ptr():
+            masters.append(bucket.master)
+    held: dict[str, list[Tensor]] = {
+        "weights": [bucket.weights for bucket in run.buckets] + frozen,
+        "gradients": [bucket.grad for bucket in run.buckets],
+        "masters": masters,
+        "optimizer state": states,
+    }
+    sizes = ", ".join(f"{what} {sum(t.nbytes for t in ts) / 1e6:,.1f} MB" for what, ts in held.items() if ts)
+    count = parameters + sum(value.numel() for value in frozen)
+    return f"rank {run.backend.rank} of {run.backend.world} holds {count:,} parameters: {sizes}"
+
+
 def summary(
     run: Run, folder: Path, held_out: dict[str, Any] | None, stopped: int | None
 ) -> list[str | tuple[str, str]]:
-    """The end of a run: held-out figures beside general compressors, a sample, where things are."""
+    """The end of a run: held-out figures beside general compressors, a sample, where things are.
+
+    One rank calls it, after the last checkpoint is complete: the sample is made from that.
+    """
     if stopped is not None:
         return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
     lines: list[str | tuple[str, str]] = []
@@ -94,8 +131,8 @@ def summary(
             text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
-    if sum(p.numel() for p in run.model.parameters()) <= _SAMPLE_UP_TO:
-        text = printable(sample(run, _SAMPLE_TOKENS)).strip("\n")
+    if sum(_sizes(run).values()) <= _SAMPLE_UP_TO:
+        text = printable(sample(run, folder, _SAMPLE_TOKENS)).strip("\n")
         lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
     lines.append(("run folder", str(folder)))
     return lines

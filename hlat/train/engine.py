@@ -23,7 +23,7 @@ class Objective(Protocol):
 
 
 class Engine:
-    """Runs a model that lives whole in this process.
+    """Runs a model whose layers are all in this process, each of them whole or this rank's shard of it.
 
     Args:
         model: its parameters are views of the buckets' weights.
@@ -35,11 +35,17 @@ class Engine:
         self.model, self.objective, self.buckets = model, objective, buckets
 
     def forward_backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
-        """Accumulate the gradient of sum(loss) / tokens over the micro-batches. Returns that loss, fp32 (),
-        detached.
+        """Accumulate the gradient of sum(loss) / tokens over the micro-batches.
+
+        Args:
+            batches: this rank's micro-batches, on its device.
+            tokens: () the denominator, on the device.
+
+        Returns:
+            That loss, fp32 (), detached; this rank's batches only. Tensor-parallel ranks all return the same.
         """
         for bucket in self.buckets:
-            bucket.begin()
+            bucket.begin(len(batches))
         total = torch.zeros((), device=tokens.device)
         for batch in batches:
             loss = self.objective.loss(self.model, batch, tokens)
@@ -47,4 +53,12 @@ class Engine:
             total = total + loss.detach()
         for bucket in self.buckets:
             bucket.finish()
+        return total
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
+        """The loss that `forward_backward` returns, without gradients and without touching the buckets."""
+        total = torch.zeros((), device=tokens.device)
+        for batch in batches:
+            total = total + self.objective.loss(self.model, batch, tokens)
         return total

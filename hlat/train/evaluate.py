@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hlat.backend.precision import DTYPES
 from hlat.evaluate.perplexity import Score
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hlat.train.run import Run
 
 
@@ -32,20 +35,28 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Mean loss (nats a token) and bits per byte on the held-out documents, with the weights the model
-    computes with.
+    computes with. Every rank calls it and gets the same numbers.
 
-    The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows.
+    The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows. The replicas take
+    them in turn; one without a batch in the last round waits for the others.
     """
     data, size, count = run.data, run.recipe.data.micro_batch, run.recipe.eval.batches
-    one = torch.ones((), device=run.backend.device)
-    total = torch.zeros((), dtype=torch.float64, device=run.backend.device)
-    tokens = torch.zeros((), dtype=torch.int64, device=run.backend.device)
+    device, layout, place = run.backend.device, run.backend.layout, run.backend.place
+    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    one = torch.ones((), device=device)
+    total = torch.zeros((), dtype=wide, device=device)
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
     with eval_mode(run.model):
-        for batch in data.holdout_batches(size, count):
-            batch = batch.to(run.backend.device)
-            total += run.objective.loss(run.model, batch, one).double()
+        for number, batch in enumerate(data.holdout_batches(size, count)):
+            if number % layout.dp != place.dp:
+                continue
+            batch = batch.to(device)
+            total += run.engine.forward([batch], one).to(wide)
             tokens += batch.targets_count()
             run.backend.mark_step()
+    # The loss is there once for each tensor-parallel rank of the last stage, the batch on every rank.
+    total, tokens = total * (place.tp == 0), tokens * (place.tp == place.pp == 0)
+    total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)
     score = Score(float(total), int(tokens), data.holdout_bytes(size, count))
     return {
         "loss": score.loss,
@@ -55,22 +66,25 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
 
 
-def sample(run: Run, tokens: int) -> str:
+def sample(run: Run, checkpoint: Path, tokens: int) -> str:
     """Text the model writes from the start of a document, at temperature 0.8; always the same for the same
     weights.
-    """
-    from hlat.evaluate.generate import generate, stream_text
-    from hlat.model.decoder import Decoder
 
-    with torch.device("meta"):  # the same weights in a module that is not compiled for the training shapes
-        model = Decoder(run.recipe.model)
-    model.load_state_dict(run.model.state_dict(), assign=True)
-    model.rope.to_empty(device=run.backend.device)
+    Args:
+        run: gives the tokenizer, the format to compute in and the device. Its own weights are not used: one
+            rank may hold only parts of them.
+        checkpoint: a step folder, or the run folder for its newest one. Only the caller reads it.
+        tokens: at most so many.
+    """
+    from hlat.checkpoint.reader import open_checkpoint
+    from hlat.checkpoint.weights import load_model
+    from hlat.evaluate.generate import generate, stream_text
+
+    dtype = DTYPES[run.recipe.precision.compute]
+    model = load_model(open_checkpoint(checkpoint), dtype, run.backend.device)
     tokenizer = run.data.tokenizer
     prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
-    ids = generate(
-        model.eval(), prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id}
-    )
+    ids = generate(model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id})
     return "".join(stream_text(tokenizer, prompt, ids))
 
 

@@ -15,15 +15,20 @@ from hlat.backend.native import NativeBackend
 from hlat.backend.precision import DTYPES, round_to
 from hlat.errors import UserError
 from hlat.model.decoder import Decoder
-from hlat.model.init import init_tensor
+from hlat.model.init import parameter_shapes
 from hlat.optim.base import create_state, guarded_step
 from hlat.optim.groups import Group, Override, assign_groups
 from hlat.optim.schedule import Schedule, make_schedule
-from hlat.parallel.buckets import Bucket, BucketDtypes, build_buckets, publish, squared_norm
+from hlat.parallel.buckets import Bucket, round_masters, squared_norm
+from hlat.parallel.pipeline import StagePart, prune, rank_parts
+from hlat.parallel.plan import Part
 from hlat.parallel.recompute import apply_recompute
+from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
 from hlat.registry import lookup
 from hlat.train.engine import Engine
+from hlat.train.pipeline_engine import PipelineEngine
+from hlat.train.weights import build_weights
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
@@ -33,8 +38,11 @@ _PUBLISH_SALT = 104_729  # keeps the rounding of weights apart from that of mome
 
 @dataclass
 class Run:
-    """Everything one training step touches. `step` counts global batches taken, `updates` (int64, ()) those
-    not skipped.
+    """Everything one training step touches, as one rank sees it.
+
+    `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
+    trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
+    those not skipped.
     """
 
     recipe: Recipe
@@ -42,7 +50,7 @@ class Run:
     model: nn.Module
     data: Any
     buckets: list[Bucket]
-    engine: Engine
+    engine: Engine | PipelineEngine
     objective: Any
     reducer: Any
     optimizer: torch.optim.Optimizer
@@ -50,14 +58,22 @@ class Run:
     guard: Any
     method: Any
     updates: Tensor
+    frozen: dict[str, tuple[Tensor, Part]]
     step: int = 0
 
     def next_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch, on the device."""
-        data = self.recipe.data
-        rows = self.recipe.accumulate(self.backend.world)
-        batches = self.data.batches(self.step, data.micro_batch, rows, self.backend.rank, self.backend.world)
-        return [batch.to(self.backend.device) for batch in batches]
+        """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a
+        replica.
+        """
+        data, backend = self.recipe.data, self.backend
+        rows = self.recipe.accumulate(backend.world)
+        batches = self.data.batches(self.step, data.micro_batch, rows, backend.place.dp, backend.layout.dp)
+        return [batch.to(backend.device) for batch in batches]
+
+    def count_targets(self, batches: Sequence[Batch]) -> Tensor:
+        """Targets in the global batch, int64 (); at least 1."""
+        own = torch.stack([batch.targets_count() for batch in batches]).sum()
+        return self.backend.groups.dp.all_reduce(own).clamp(min=1)
 
     def learning_rate(self, step: int | None = None) -> float:
         """Peak times schedule for the update after `step` updates (default: the next one)."""
@@ -71,12 +87,43 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(group["peak_lr"] * factor)
 
-    def clip(self, shards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Global gradient norm and the factor that brings it down to `optim.clip_norm`; both fp32 ()."""
-        norm = self.backend.all_reduce(torch.stack([squared_norm(shard) for shard in shards]).sum()).sqrt()
+    def reduce(self) -> list[Tensor]:
+        """The gradient of the global batch: this rank's share of each bucket, 1-D.
+
+        The reducer sums over the replicas. What the ranks of one replica hold in common and each saw a part
+        of (norms under sequence parallelism, shared key/value heads, an embedding tied across stages) is
+        summed after that, in fp32.
+        """
+        shards = self.reducer.reduce(self.buckets)
+        waiting = []
+        for i, bucket in enumerate(self.buckets):
+            if bucket.sum_over:
+                shards[i] = shards[i].float()
+                waiting.append(self.backend.groups.named(bucket.sum_over).start_all_reduce(shards[i]))
+        for pending in waiting:
+            pending.wait()
+        return shards
+
+    def agree(self, loss: Tensor, shards: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of the global batch, gradient norm, and the factor that brings the norm down to
+        `optim.clip_norm`; fp32 (), the same on every rank.
+
+        One exchange of two numbers: what several ranks hold alike is counted by one of them. A value that is
+        not finite anywhere makes the sum so everywhere, and every rank skips the update.
+        """
+        layout, place = self.backend.layout, self.backend.place
+        zero = torch.zeros((), device=self.backend.device)
+        squares = [
+            squared_norm(shard)
+            for bucket, shard in zip(self.buckets, shards, strict=True)
+            if bucket.primary and (layout.zero1 or place.dp == 0)
+        ]
+        parts = [loss if place.tp == 0 else zero, torch.stack(squares).sum() if squares else zero]
+        loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
+        norm = square.sqrt()
         if self.recipe.optim.clip_norm is None:
-            return norm, torch.ones_like(norm)
-        return norm, (self.recipe.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            return loss, norm, torch.ones_like(norm)
+        return loss, norm, (self.recipe.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def update(self, shards: Sequence[Tensor], keep: Tensor, clip: Tensor) -> None:
         """Step the optimizer on the master shards (nothing moves when `keep` is False) and publish the
@@ -91,16 +138,24 @@ class Run:
         self.publish()
 
     def publish(self) -> None:
-        """Round the masters into the weights the model computes with."""
+        """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
+        them.
+        """
         rounding = self.recipe.precision.rounding
-        if rounding == "nearest":
-            return publish(self.buckets)
         seed = self.recipe.run.seed + _PUBLISH_SALT
 
-        def rounder(master: Tensor, dtype: torch.dtype) -> Tensor:
-            return round_to(master, dtype, rounding, seed=seed, step=self.updates, offset=0)
+        def rounder(bucket: Bucket, dtype: torch.dtype) -> Tensor:
+            step, first = self.updates, bucket.first
+            return round_to(bucket.master, dtype, rounding, seed=seed, step=step, offset=first)
 
-        publish(self.buckets, rounder)
+        round_masters(self.buckets, None if rounding == "nearest" else rounder)
+        if self.backend.layout.zero1:
+            waiting = []
+            for bucket in self.buckets:
+                own = bucket.weights[bucket.first : bucket.last].clone()
+                waiting.append(self.backend.groups.dp.start_all_gather(bucket.weights, own))
+            for pending in waiting:
+                pending.wait()
 
     def initialise(self) -> None:
         """Create the optimizer's state, which a checkpoint is loaded into."""
@@ -116,42 +171,70 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     """
     refuse_unsupported(recipe)
     backend = backend or NativeBackend()
+    layout = recipe.layout(backend.world)
+    if layout != backend.layout:
+        raise ValueError(f"the recipe says {layout}, the backend was made for {backend.layout}")
     with torch.device("meta"):
         model = Decoder(recipe.model)
-    groups = trained_groups(recipe, model)
-    buckets = build_buckets(
-        model,
-        groups,
-        lambda name, shape: init_tensor(recipe.model, name, shape, recipe.run.seed),
-        dtypes=_dtypes(recipe),
-        device=backend.device,
-    )
-    _materialise_rest(recipe, model, backend.device)
+    parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
+    prune(model, parts)
+    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend)
     backend.prepare_model(model)
+    shard_model(model, backend.groups.tp, layout.sequence)
     apply_recompute(model, recipe.parallel.recompute)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     optimizer = _optimizer(recipe, buckets, backend.device)
     if compiled:
         _compile(model, objective, optimizer)
+    reducer = lookup("reduce", recipe.reduce.name)(
+        DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
+    )
+    for bucket in buckets:
+        bucket.on_ready = getattr(reducer, "start", None)
     run = Run(
         recipe=recipe,
         backend=backend,
         model=model,
         data=data,
         buckets=buckets,
-        engine=Engine(model, objective, buckets),
+        engine=_engine(recipe, backend, model, parts, objective, buckets),
         objective=objective,
-        reducer=lookup("reduce", recipe.reduce.name)(
-            DTYPES[recipe.precision.reduce], backend.all_reduce, **recipe.reduce.options
-        ),
+        reducer=reducer,
         optimizer=optimizer,
         schedule=_schedule(recipe),
         guard=lookup("guard", recipe.guard.name)(**recipe.guard.options).to(backend.device),
         method=lookup("method", recipe.method.name)(**recipe.method.options),
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
+        frozen=frozen,
     )
     run.initialise()
     return run
+
+
+def _engine(
+    recipe: Recipe,
+    backend: Backend,
+    model: Decoder,
+    parts: Sequence[StagePart],
+    objective: Any,
+    buckets: list[Bucket],
+) -> Engine | PipelineEngine:
+    if backend.layout.pp == 1:
+        return Engine(model, objective, buckets)
+    return PipelineEngine(
+        model,
+        parts,
+        objective,
+        buckets,
+        schedule=recipe.parallel.schedule,
+        micro_batches=recipe.accumulate(backend.world),
+        group=backend.groups.pp,
+        layout=backend.layout,
+        rows=recipe.data.micro_batch,
+        seq_len=recipe.data.seq_len,
+        dtype=DTYPES[recipe.precision.compute],
+        device=backend.device,
+    )
 
 
 def refuse_unsupported(recipe: Recipe) -> None:
@@ -160,16 +243,8 @@ def refuse_unsupported(recipe: Recipe) -> None:
         raise UserError(
             f"backend {recipe.backend!r} is not in this version of HLAT",
             where="backend",
-            fix="write backend=native (and parallel.tp=1 parallel.pp=1) to train on this machine",
+            fix="write backend=native to train with plain PyTorch",
         )
-    parallel = recipe.parallel
-    for key, value in (("tp", parallel.tp), ("pp", parallel.pp), ("dp", parallel.dp)):
-        if value not in (1, "auto"):
-            raise UserError(
-                f"{key}={value} needs more than one process, which this version of HLAT does not have",
-                where=f"parallel.{key}",
-                fix=f"write parallel.{key}=1",
-            )
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:
@@ -180,9 +255,9 @@ def refuse_unsupported(recipe: Recipe) -> None:
             )
 
 
-def trained_groups(recipe: Recipe, model: nn.Module) -> dict[str, Group]:
-    """Optimizer group of each parameter that is trained, by name."""
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+def trained_groups(recipe: Recipe) -> dict[str, Group]:
+    """Optimizer group of each parameter of the whole model that is trained, by global name."""
+    shapes = list(parameter_shapes(recipe.model).items())
     patterns = recipe.train_only
     for i, pattern in enumerate(patterns):
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in shapes):
@@ -201,26 +276,6 @@ def trained_groups(recipe: Recipe, model: nn.Module) -> dict[str, Group]:
     )
 
 
-def _dtypes(recipe: Recipe) -> BucketDtypes:
-    precision = recipe.precision
-    master = None if precision.master == "none" or precision.compute == "fp32" else torch.float32
-    return BucketDtypes(DTYPES[precision.compute], DTYPES[precision.accumulate], master)
-
-
-def _materialise_rest(recipe: Recipe, model: nn.Module, device: torch.device) -> None:
-    """Give parameters outside the buckets (frozen ones) their values, and buffers their device."""
-    dtype = DTYPES[recipe.precision.compute]
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            value = init_tensor(recipe.model, name, parameter.shape, recipe.run.seed)
-            owner, _, leaf = name.rpartition(".")
-            frozen = nn.Parameter(value.to(device, dtype), requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, frozen)
-    if isinstance(model, Decoder):
-        model.tie()
-        model.rope.to_empty(device=device)
-
-
 def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) -> torch.optim.Optimizer:
     section = recipe.optim
     groups = [
@@ -229,6 +284,7 @@ def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) 
             "lr": torch.zeros((), device=device),
             "peak_lr": bucket.group.lr,
             "weight_decay": bucket.group.weight_decay,
+            "first": bucket.first,
         }
         for bucket in buckets
     ]

@@ -9,42 +9,81 @@ from torch import Tensor
 
 import hlat
 from hlat.checkpoint.codec import rng_from_json, rng_to_json
+from hlat.checkpoint.piece import piece
 from hlat.errors import UserError
 from hlat.recipe import identity_diff
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hlat.checkpoint.reader import Checkpoint
+    from hlat.parallel.buckets import Bucket
     from hlat.recipe import Recipe
     from hlat.train.run import Run
 
 
+class Turns:
+    """Which replica writes each tensor that all of them hold: the one that has the fewest bytes to write so
+    far. All replicas ask in the same order and so agree without a message.
+
+    Left to `torch.distributed.checkpoint`, every replica would first copy everything (the copy that a save in
+    the background writes from), because duplicates are found only when the plans of all ranks meet.
+    """
+
+    def __init__(self, replicas: int, own: int) -> None:
+        self.bytes, self.own = [0] * replicas, own
+
+    def mine(self, nbytes: int) -> bool:
+        """Whether this replica writes the next tensor, of so many bytes."""
+        writer = self.bytes.index(min(self.bytes))
+        self.bytes[writer] += nbytes
+        return writer == self.own
+
+
 def tensors(run: Run) -> dict[str, Tensor]:
-    """Every tensor of the run under its global name; views of the live storage, so a load writes into them.
+    """What this rank holds of the run's tensors, under their global names: views of the live storage, so a
+    load writes into them.
 
     `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
-    all parameters share.
+    all parameters share. Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
+    one rank writes each element; whoever else holds it only loads it.
     """
     named: dict[str, Tensor] = {}
-    bucketed: set[str] = set()
+    turns = Turns(run.backend.layout.dp, run.backend.place.dp)
     for bucket in run.buckets:
-        for name, view in bucket.named_views(bucket.master.detach()):
-            named[f"model/{name}"] = view
-            bucketed.add(name)
+        named.update(_named_parts("model", bucket, bucket.master.detach(), turns))
         for slot, value in run.optimizer.state[bucket.master].items():
             if not torch.is_tensor(value):
                 continue
             if value.dim() == 0:
                 named.setdefault(f"optim/{slot}", value)
             else:
-                named.update((f"optim/{slot}/{name}", view) for name, view in bucket.named_views(value))
-    for name, parameter in run.model.named_parameters():
-        if name not in bucketed:
-            named[f"model/{name}"] = parameter.detach()
-    for part, owner in (("guard", run.guard), ("reduce", run.reducer), ("method", run.method)):
+                named.update(_named_parts(f"optim/{slot}", bucket, value, turns))
+    for name, (value, part) in run.frozen.items():
+        flat = value.detach().view(-1)
+        write = part.primary and turns.mine(flat.nbytes)
+        named[f"model/{name}"] = piece(flat, part.shape, part.offset, part.size, 0, flat.numel(), write)
+    for kind, owner in (("guard", run.guard), ("reduce", run.reducer), ("method", run.method)):
         state = owner.state() if hasattr(owner, "state") else {}
-        named.update((f"{part}/{name}", value) for name, value in state.items())
+        named.update((f"{kind}/{name}", value) for name, value in state.items())
     named["run/updates"] = run.updates
     return named
+
+
+def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
+    """Name and piece of each parameter in a 1-D tensor that lies like the bucket's master."""
+    if flat.shape != bucket.master.shape:
+        raise UserError(
+            f"state '{prefix}' has shape {list(flat.shape)} for a parameter of {list(bucket.master.shape)}",
+            where="optim.name",
+            fix="take an optimizer whose state has one element for each of the parameter",
+        )
+    everywhere = flat.numel() == bucket.length  # every replica holds all of it, unless ZeRO-1 cut it
+    for spec, where, skip in bucket.runs():
+        run, part = flat[where], spec.part
+        write = part.primary and (not everywhere or turns.mine(run.nbytes))
+        last = skip + run.numel()
+        yield f"{prefix}/{spec.name}", piece(run, part.shape, part.offset, part.size, skip, last, write)
 
 
 def meta(run: Run) -> dict[str, Any]:
@@ -58,6 +97,7 @@ def meta(run: Run) -> dict[str, Any]:
         "fingerprint": recipe.fingerprint(),
         "data_fingerprint": run.data.fingerprint,
         "model": recipe.model.model_dump(mode="json"),
+        "layout": str(run.backend.layout),
         "rng": rng_to_json(),
         "versions": {"hlat": hlat.__version__, "torch": torch.__version__},
     }
@@ -82,16 +122,18 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's state into a run built from the same recipe, bitwise.
+    """Put a checkpoint's state into a run built from the same recipe, in whichever layout; bitwise. Every
+    rank calls it.
 
-    Raises UserError when the checkpoint lacks a tensor, or holds one of another shape.
+    Raises UserError when the checkpoint lacks a tensor, or holds one of another shape, or one that no rank
+    has a place for.
     """
     checkpoint.load_into(tensors(run))
-    first = run.optimizer.state[run.buckets[0].master]
-    for bucket in run.buckets[1:]:
-        for slot, value in run.optimizer.state[bucket.master].items():
+    states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
+    for state in states[1:]:
+        for slot, value in state.items():
             if torch.is_tensor(value) and value.dim() == 0:
-                value.copy_(first[slot])
+                value.copy_(states[0][slot])
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()

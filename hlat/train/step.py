@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -16,9 +15,9 @@ def train_step(run: Run) -> dict[str, Tensor]:
     the host.
     """
     batches = run.next_batches()
-    tokens = run.backend.all_reduce(torch.stack([batch.targets_count() for batch in batches]).sum())
+    tokens = run.count_targets(batches)
     run.set_learning_rate()
-    metrics = run.method.step(run, batches, tokens.clamp(min=1))
+    metrics = run.method.step(run, batches, tokens)
     run.backend.mark_step()
     run.step += 1
     return metrics

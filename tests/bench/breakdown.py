@@ -104,8 +104,8 @@ def optimizer(run) -> float:
     keep = torch.tensor(True)
 
     def call() -> None:
-        shards = run.reducer.reduce(run.buckets)
-        _, clip = run.clip(shards)
+        shards = run.reduce()
+        _, _, clip = run.agree(torch.zeros(()), shards)
         for bucket, shard in zip(run.buckets, shards, strict=True):
             bucket.master.grad = shard
         guarded_step(run.optimizer, keep, clip)

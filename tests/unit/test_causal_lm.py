@@ -81,7 +81,7 @@ def test_logits_of_a_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(causal_lm, "CHUNK_ELEMENTS", 101 * 7)
     sizes = []
     objective = CausalLM()
-    kernel = objective._kernel
-    objective._kernel = lambda logits, *rest: (sizes.append(logits.numel()), kernel(logits, *rest))[1]
+    kernel = objective._whole
+    objective._whole = lambda logits, *rest: (sizes.append(logits.numel()), kernel(logits, *rest))[1]
     objective.loss(OneLayer(101, 16, torch.float32), make_batch(101, 3, 14), torch.tensor(1.0))
     assert max(sizes) <= 101 * 7 and sum(sizes) == 3 * 14 * 101

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from hlat.checkpoint import folder, layout
+from hlat.checkpoint.piece import piece
 from hlat.checkpoint.store import CheckpointStore, open_checkpoint
 from hlat.errors import UserError
 
@@ -53,54 +52,6 @@ def sharded(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     return result
 
 
-class Piece(torch.Tensor):
-    """Elements `first` to `last` of a flattened matrix, as a rank with a shard of a flat bucket holds them.
-
-    `flat` is the memory of these elements; they are cut into rectangles (the end of a row, whole rows, the
-    start of a row), each a view of it.
-    """
-
-    blocks: list[tuple[tuple[int, int], tuple[int, int], Tensor]]
-
-    @staticmethod
-    def __new__(cls, flat: Tensor, shape: tuple[int, int], first: int, last: int) -> "Piece":
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=flat.dtype, device=flat.device)  # type: ignore
-
-    def __init__(self, flat: Tensor, shape: tuple[int, int], first: int, last: int) -> None:
-        self.blocks, at, width = [], first, shape[1]
-        while at < last:
-            row, column = divmod(at, width)
-            whole_rows = (last - at) // width if column == 0 else 0
-            size = (whole_rows, width) if whole_rows else (1, min(width - column, last - at))
-            count = size[0] * size[1]
-            self.blocks.append(((row, column), size, flat[at - first : at - first + count].view(size)))
-            at += count
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise NotImplementedError(f"{func} on a piece of a tensor")
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), torch.Size(size)) for offset, size, _ in self.blocks]
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(name, offset),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    ChunkStorageMetadata(torch.Size(offset), torch.Size(size)),
-                    TensorProperties.create_from_tensor(view),
-                    self.shape,
-                ),
-            )
-            for offset, size, view in self.blocks
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for offset, _, view in self.blocks if torch.Size(offset) == index.offset)
-
-
 MATRICES = ("model/wide", "model/tall", "model/tiny", "optim/half")
 
 
@@ -114,7 +65,8 @@ def pieces(tensors: dict[str, Tensor], rank: int, world: int) -> tuple[dict[str,
         first, last = cuts[rank], cuts[rank + 1]
         if first < last:
             flats[name] = tensors[name].reshape(-1)[first:last].clone()
-            views[name] = Piece(flats[name], tuple(tensors[name].shape), first, last)  # type: ignore[arg-type]
+            whole = tuple(tensors[name].shape)
+            views[name] = piece(flats[name], whole, (0, 0), whole, first, last)
     return views, flats
 
 

@@ -18,6 +18,7 @@ FILES = sorted((ROOT / "hlat").rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("registry", "section"),
+    ("mesh",),
     ("model", "data", "observe", "backend"),
     ("recipe", "optim", "objective"),
     ("parallel",),

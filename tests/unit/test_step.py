@@ -11,7 +11,7 @@ from hlat.parallel.buckets import PAD, squared_norm
 
 
 def parameters(run) -> dict[str, torch.Tensor]:
-    return {name: view.clone() for b in run.buckets for name, view in b.named_views(b.master.detach())}
+    return {spec.name: spec.view(b.master.detach()).clone() for b in run.buckets for spec in b.specs}
 
 
 @pytest.mark.parametrize("mask", ["true", "false"])
@@ -29,7 +29,7 @@ def test_the_first_gradient_equals_autograd(tiny_run) -> None:
     batches = run.next_batches()
     tokens = torch.stack([b.targets_count() for b in batches]).sum()
     run.engine.forward_backward(batches, tokens)
-    found = {name: view.clone() for b in run.buckets for name, view in b.named_views(b.grad)}
+    found = {spec.name: spec.view(b.grad).clone() for b in run.buckets for spec in b.specs}
     weights = {name: p.detach().clone().requires_grad_() for name, p in run.model.named_parameters()}
     total = torch.zeros(())
     for b in batches:
@@ -96,11 +96,13 @@ def test_a_bad_batch_is_skipped_bitwise(tiny_run, train_steps) -> None:
 
 def test_clipping_bounds_the_update(tiny_run) -> None:
     run = tiny_run("optim.clip_norm=0.01")
-    shards = [torch.ones(PAD), torch.zeros(PAD)]
-    norm, clip = run.clip(shards)
+    loss, shards = torch.tensor(2.0), [torch.ones(PAD), torch.zeros(PAD)]
+    assert len(run.buckets) == len(shards)
+    agreed, norm, clip = run.agree(loss, shards)
+    assert agreed.item() == 2.0
     assert norm.item() == pytest.approx(PAD**0.5, rel=1e-6)
     assert (norm * clip).item() == pytest.approx(0.01, rel=1e-5)
-    assert tiny_run("optim.clip_norm=null").clip(shards)[1].item() == 1.0
+    assert tiny_run("optim.clip_norm=null").agree(loss, shards)[2].item() == 1.0
 
 
 def test_squared_norm_keeps_its_digits_over_many_elements() -> None:
@@ -167,9 +169,9 @@ def test_compiled_steps_match_and_never_recompile(tiny_run, train_steps) -> None
     ("override", "where"),
     [
         ("backend=nxd", "backend"),
-        ("parallel.tp=2", "parallel.tp"),
-        ("parallel.pp=2", "parallel.pp"),
-        ("parallel.dp=2", "parallel.dp"),
+        ("parallel.tp=2", "parallel"),
+        ("parallel.pp=2", "parallel"),
+        ("parallel.dp=2", "parallel"),
     ],
 )
 def test_what_is_not_there_yet_is_refused(tiny_run, override: str, where: str) -> None:
