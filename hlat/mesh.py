@@ -98,6 +98,19 @@ def check_layout(model: ModelConfig, seq_len: int, parallel: ParallelSection) ->
     _check_cuts(model, parallel)
 
 
+def check_micro_batches(parallel: ParallelSection, micro_batches: int) -> None:
+    """Raise a recipe problem when the pipeline's schedule cannot run so many micro-batches a step."""
+    pp, schedule = parallel.pp, parallel.schedule
+    if schedule == "interleaved" and micro_batches % pp:
+        what = "interleaved needs a multiple of pp {a} micro-batches a step, not {b}"
+    elif micro_batches < pp:  # gpipe could do with fewer, but torch 2.9 demands as many there too
+        what = "{c} needs at least pp {a} micro-batches a step, not {b}"
+    else:
+        return
+    fix = f"take data.global_batch = data.micro_batch x dp x {-(-micro_batches // pp) * pp}"
+    raise problem(what, "data.global_batch", fix, a=pp, b=micro_batches, c=schedule)
+
+
 def _check_tensor(model: ModelConfig, tp: int) -> None:
     heads, kv, ffn = model.heads, model.kv_heads, model.ffn
     if heads % tp:

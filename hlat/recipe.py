@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from hlat.errors import UserError
-from hlat.mesh import Layout, check_layout
+from hlat.mesh import Layout, check_layout, check_micro_batches
 from hlat.model.config import ModelConfig
 from hlat.recipe_sections import (
     CheckpointSection,
@@ -134,7 +134,9 @@ class Recipe(Section):
             what = "global_batch {a} is not a multiple of micro_batch {b} x dp {c}"
             fix = f"take global_batch {near}"
             raise problem(what, "data.global_batch", fix, a=data.global_batch, b=data.micro_batch, c=dp)
-        return data.global_batch // (data.micro_batch * dp)
+        micro_batches = data.global_batch // (data.micro_batch * dp)
+        check_micro_batches(self.parallel, micro_batches)
+        return micro_batches
 
     @property
     def horizon_steps(self) -> int:

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import copy
 import operator
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hlat.errors import UserError
 from hlat.mesh import Layout, Place
 from hlat.model.flops import matmul_parameters
 
 if TYPE_CHECKING:
     from hlat.model.config import ModelConfig
     from hlat.model.decoder import Decoder
-
-SCHEDULES = ("1f1b", "interleaved", "gpipe")
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,6 @@ class StagePart:
 
     index, count: which stage, of how many.
     layers: names of its layers in `Decoder.layers`, in order.
-    first, last: whether it holds the embedding; the final norm and the head.
     """
 
     index: int
@@ -52,42 +47,6 @@ class StagePart:
         return self.index == self.count - 1
 
 
-def check_schedule(schedule: str, stages: int, pp: int, micro_batches: int) -> None:
-    """Refuse a pipeline that its schedule cannot run.
-
-    Args:
-        schedule: `parallel.schedule`.
-        stages: stages on each rank.
-        pp: pipeline ranks; with one there is nothing to check.
-        micro_batches: of one step, on each rank.
-
-    Raises:
-        UserError: a schedule that is unknown or does not fit the numbers.
-    """
-    if schedule not in SCHEDULES:
-        reason = f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}"
-        if "zero" in schedule or "zb" in schedule:
-            reason = f"schedule {schedule!r} adds to weight gradients past the hooks that collect them"
-        raise UserError(reason, where="parallel.schedule", fix="write parallel.schedule=1f1b")
-    if pp == 1:
-        return
-    if stages > 1 and schedule != "interleaved":
-        fix = "write parallel.schedule=interleaved, or parallel.stages=1"
-        raise UserError(f"{schedule} runs one stage a rank, not {stages}", where="parallel.stages", fix=fix)
-    if stages == 1 and schedule == "interleaved":
-        fix = "write parallel.stages=2, or parallel.schedule=1f1b"
-        raise UserError("interleaved needs two stages a rank or more", where="parallel.stages", fix=fix)
-    if schedule == "interleaved" and micro_batches % pp:
-        what = f"interleaved needs a multiple of pp {pp} micro-batches a step, not {micro_batches}"
-    elif micro_batches < pp:
-        what = f"{schedule} needs at least pp {pp} micro-batches a step, not {micro_batches}"
-    else:
-        return
-    near = -(-micro_batches // pp) * pp
-    fix = f"take data.global_batch / (data.micro_batch x dp) = {near}"
-    raise UserError(what, where="data.global_batch", fix=fix)
-
-
 def cut_stages(config: ModelConfig, count: int, cuts: Sequence[str] = ()) -> list[list[str]]:
     """Names of the layers of each of `count` stages.
 
@@ -99,16 +58,12 @@ def cut_stages(config: ModelConfig, count: int, cuts: Sequence[str] = ()) -> lis
 
     Args:
         config: the model.
-        count: number of stages.
-        cuts: first layer of each stage but the first, as "layers.4"; empty for the balanced cut.
-
-    Raises:
-        UserError: more stages than layers, or cuts that do not give `count` stages.
+        count: number of stages, at most one a layer.
+        cuts: first layer of each stage but the first, as "layers.4"; empty for the balanced cut. The recipe
+            has been checked by `hlat.mesh.check_layout`.
     """
-    if count > config.layers:
-        fix = f"take pp x stages of {config.layers} or less"
-        raise UserError(f"{count} pipeline stages for {config.layers} layers", where="parallel.pp", fix=fix)
-    starts = _named_starts(config.layers, count, cuts) if cuts else _balanced_starts(config, count)
+    named = [0, *(int(cut.removeprefix("layers.")) for cut in cuts)]
+    starts = named if cuts else _balanced_starts(config, count)
     stops = [*starts[1:], config.layers]
     return [[str(i) for i in range(a, b)] for a, b in zip(starts, stops, strict=True)]
 
@@ -124,19 +79,6 @@ def stage_weights(config: ModelConfig, first: int, stop: int) -> int:
     """Weights of matrices that the stage of layers [first, stop) keeps."""
     embed = config.hidden * config.vocab if first == 0 else 0
     return stage_work(config, first, stop) + embed
-
-
-def _named_starts(layers: int, count: int, cuts: Sequence[str]) -> list[int]:
-    if len(cuts) != count - 1:
-        fix = f"name {count - 1}, or none for a balanced cut"
-        raise UserError(f"{len(cuts)} cuts for {count} stages", where="parallel.cuts", fix=fix)
-    found = [re.fullmatch(r"layers\.(\d+)", cut) for cut in cuts]
-    starts = [int(match[1]) if match else 0 for match in found]
-    if sorted({n for n in starts if 0 < n < layers}) != starts:
-        what = f"cuts {', '.join(cuts)} are not layers in ascending order"
-        fix = f"name layers from layers.1 to layers.{layers - 1}, each later than the one before"
-        raise UserError(what, where="parallel.cuts", fix=fix)
-    return [0, *starts]
 
 
 def _balanced_starts(config: ModelConfig, count: int) -> list[int]:
@@ -182,11 +124,7 @@ def stages_of_rank(layout: Layout, place: Place) -> range:
 def rank_parts(
     config: ModelConfig, layout: Layout, place: Place, cuts: Sequence[str] = ()
 ) -> list[StagePart]:
-    """The stages that the rank at `place` holds, in the order a micro-batch meets them.
-
-    Raises:
-        UserError: as `cut_stages`.
-    """
+    """The stages that the rank at `place` holds, in the order a micro-batch meets them."""
     count = layout.pp * layout.stages
     layers = cut_stages(config, count, cuts)
     return [StagePart(index, count, layers[index]) for index in stages_of_rank(layout, place)]

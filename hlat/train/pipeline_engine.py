@@ -25,7 +25,7 @@ from torch.distributed.pipelining import (
 
 from hlat.backend.groups import Group
 from hlat.parallel.buckets import Bucket
-from hlat.parallel.pipeline import StagePart, check_schedule, stage_view
+from hlat.parallel.pipeline import StagePart, stage_view
 from hlat.train.engine import Objective
 
 if TYPE_CHECKING:
@@ -64,19 +64,16 @@ class _Stage(nn.Module):
         if x_BSD is not None:
             batch = replace(batch, ids=x_BSD)
         if self.part.last:
-            # The schedules detach the loss in place after its backward pass, which a view cannot be.
+            # Stacked, not reshaped: the schedules free a loss's graph after its backward unless it is a view.
             return torch.stack([self.objective.loss(self.view, batch, self.step.tokens)])
-        y_BSD = self.view.hidden(batch.ids, batch.positions, batch.documents)
-        if torch.is_grad_enabled() and not y_BSD.requires_grad:
-            y_BSD.requires_grad_()  # nothing trained up to here: the stage after sends a gradient all the same
-        return y_BSD
+        return self.view.hidden(batch.ids, batch.positions, batch.documents)
 
 
 class _ScheduledStage(PipelineStage):
     """A stage with a repair of torch 2.9; later releases do not call this function."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # The first contact of neighbours: torch 2.9 sends 8 bytes to a receiver of 4, which aborts under gloo.
+        # The neighbours' first contact: torch 2.9 sends 8 bytes to a receiver of 4, and gloo aborts.
         ops = super()._get_init_p2p_neighbors_ops()
         for op in ops:
             op.tensor = torch.zeros(1, device=self.device)
@@ -100,8 +97,6 @@ class PipelineEngine:
         dtype: of the residual stream.
         device: this rank's.
 
-    Raises:
-        UserError: a schedule that cannot run so many micro-batches.
     """
 
     def __init__(
@@ -120,7 +115,6 @@ class PipelineEngine:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        check_schedule(schedule, layout.stages, layout.pp, micro_batches)
         self.model, self.objective, self.buckets = model, objective, buckets
         self.group, self.device, self.dtype = group, device, dtype
         self._split = layout.tp if layout.sequence else 1  # parts of the sequence between layers
@@ -192,9 +186,8 @@ class PipelineEngine:
         other without a schedule: with one stage a rank the ranks still overlap, with more they take turns.
         """
         total = torch.zeros((), device=tokens.device)
-        self._step.tokens = tokens
+        self._step.batches, self._step.tokens = batches, tokens
         for i, batch in enumerate(batches):
-            self._step.batches = batches
             for stage in self._stages:
                 x = None if stage.part.first else self._receive(batch)
                 y = stage(x, index=torch.tensor(i))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 
+from hlat.backend.native import NativeBackend
 from hlat.data.batch import Batch
 from hlat.recipe import Recipe, load
 from hlat.train.run import Run, build_run
@@ -50,8 +52,8 @@ class FixedData:
         self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1
     ) -> list[Batch]:
         """The step's micro-batches."""
-        start = step * self.batch % ROWS
-        ids = self.rows[start : start + self.batch]
+        start, size = step * self.batch % ROWS, self.batch // world
+        ids = self.rows[start + rank * size : start + (rank + 1) * size]
         targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
         parts = zip(ids.split(micro_batch), targets.split(micro_batch), strict=True)
         return [Batch(i, t) for i, t in parts]
@@ -60,4 +62,5 @@ class FixedData:
 def build(*overrides: str, compiled: bool) -> Run:
     """The benchmark run on fixed rows."""
     chosen = recipe(*overrides)
-    return build_run(chosen, FixedData(chosen), compiled=compiled)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return build_run(chosen, FixedData(chosen), NativeBackend(chosen.layout(world)), compiled=compiled)
