@@ -112,13 +112,13 @@ class Run:
         not finite anywhere makes the sum so everywhere, and every rank skips the update.
         """
         layout, place = self.backend.layout, self.backend.place
-        zero = torch.zeros((), device=self.backend.device)
+        counts = layout.zero1 or place.dp == 0
+        # What another rank counts enters times 0, which is 0 unless it is not finite.
         squares = [
-            squared_norm(shard)
+            squared_norm(shard) * float(bucket.primary and counts)
             for bucket, shard in zip(self.buckets, shards, strict=True)
-            if bucket.primary and (layout.zero1 or place.dp == 0)
         ]
-        parts = [loss if place.tp == 0 else zero, torch.stack(squares).sum() if squares else zero]
+        parts = [loss * float(place.tp == 0), torch.stack(squares).sum()]
         loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
         norm = square.sqrt()
         if self.recipe.optim.clip_norm is None:
