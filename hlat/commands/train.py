@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
@@ -24,14 +26,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train; returns 0, or 128 + the signal that stopped the run early (its state is saved)."""
+    from hlat.recipe import load
+
+    recipe = load(args.recipe, args.overrides)
+    neuron_profile = _prepare_neuron(recipe)  # before anything imports torch
+
     from hlat.data import open_data
     from hlat.observe.console import Console
+    from hlat.observe.environment import describe
     from hlat.observe.runfolder import RunFolder
-    from hlat.recipe import load
     from hlat.recipe_io import find_recipe
     from hlat.train.run import refuse_unsupported
 
-    recipe = load(args.recipe, args.overrides)
     refuse_unsupported(recipe)
     folder = RunFolder(recipe.run.dir)
     folder.check()
@@ -40,7 +46,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         data = open_data(recipe)
         _check_resume(recipe, data, folder)
-        with folder.start(find_recipe(args.recipe).read_text(), recipe.to_yaml()):
+        text, description = find_recipe(args.recipe).read_text(), describe(neuron_profile)
+        with folder.start(text, recipe.to_yaml(), description):
             try:
                 return _train(recipe, data, folder, console)
             except BaseException:
@@ -48,6 +55,18 @@ def main(args: argparse.Namespace) -> int:
                 raise
     finally:
         console.close()
+
+
+def _prepare_neuron(recipe: Recipe) -> list[dict[str, Any]]:
+    """Set the variables of the Neuron profile where a run will use NxD; returns them for environment.json."""
+    if recipe.backend != "nxd" or importlib.util.find_spec("neuronx_distributed") is None:
+        return []
+    from hlat.backend.neuron import machine
+    from hlat.backend.neuron.profile import cluster, prepare
+
+    nodes, cores = cluster(os.environ)
+    efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
+    return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
 
 
 def _check_resume(recipe: Recipe, data: Any, folder: Any) -> None:

@@ -1,4 +1,4 @@
-"""A tiny all-reduce on the accelerator, started by `hlat doctor` under torchrun: two processes, one core each.
+"""A tiny all-reduce on Neuron cores, started by `hlat doctor` under torchrun: two processes, one core each.
 
 Prints one JSON line: whether the sum is right, and the seconds that the second of two reductions took (the
 first compiles). Exit code 0 or 1.
@@ -19,7 +19,7 @@ def main() -> int:
     import torch.distributed as dist
     import torch_xla
     import torch_xla.core.xla_model as xm
-    import torch_xla.distributed.xla_backend  # noqa: F401
+    import torch_xla.distributed.xla_backend
 
     dist.init_process_group("xla", init_method="xla://")
     right, seconds = True, 0.0

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hlat.backend.neuron.release import PRIMARY, installed
-from hlat.backend.neuron.table import CACHE, FLAGS, TABLE, TP_ON_TRN1, VARIABLES, Facts, Row
+from hlat.backend.neuron.table import CACHE, FLAGS, TP_ON_TRN1, VARIABLES, Facts, Row
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
@@ -136,16 +136,12 @@ def merged(settings: Iterable[Setting], environ: Mapping[str, str]) -> list[Appl
             own = value != setting.value
         origin = "user" if own else "hlat"
         report.append(
-            Applied(
-                setting.name, value, origin, setting.value, setting.why, setting.source, setting.kind
-            )
+            Applied(setting.name, value, origin, setting.value, setting.why, setting.source, setting.kind)
         )
     return report
 
 
-def apply(
-    settings: Iterable[Setting], environ: MutableMapping[str, str] | None = None
-) -> list[Applied]:
+def apply(settings: Iterable[Setting], environ: MutableMapping[str, str] | None = None) -> list[Applied]:
     """Set what the user has not set. Returns every setting as the run has it, and whose value it is.
 
     Raises RuntimeError when something would have to change after torch_xla was imported, which is too late.
@@ -165,7 +161,7 @@ def apply(
 
 
 def parse_flags(text: str) -> dict[str, str]:
-    """NEURON_CC_FLAGS as {flag: value}; both `--a=b` and `--a b` are a flag with a value, -O1 is --optlevel=1.
+    """NEURON_CC_FLAGS as {flag: value}. `--a=b` and `--a b` are the same, and so are -O1 and --optlevel=1.
 
     Raises UserError for text that a shell could not split.
     """
@@ -215,7 +211,9 @@ def conflicts(
         _check_efa(environ)
     if efa_devices == 0 and (several or (platform == "trn1" and cores > 8)):
         what = f"no EFA device, which {'several nodes' if several else f'{cores} cores'} need"
-        raise UserError(what, fix="launch the instance with EFA interfaces; hlat doctor --for trn1 checks them")
+        raise UserError(
+            what, fix="launch the instance with EFA interfaces; hlat doctor --for trn1 checks them"
+        )
     if platform != "trn1":
         return
     check_variables(environ)
@@ -225,7 +223,9 @@ def conflicts(
         possible = ", ".join(map(str, TP_ON_TRN1))
         raise UserError(what, where="parallel.tp", fix=f"take tp {near} (possible: {possible})")
     flags = parse_flags(environ.get(CC_FLAGS, ""))
-    strategies = [f"{name}={value}" for name, value in flags.items() if value.lower() in ("llm-training", "nemo")]
+    strategies = [
+        f"{name}={value}" for name, value in flags.items() if value.lower() in ("llm-training", "nemo")
+    ]
     if strategies and flash_attention(recipe):
         fix = f"take it out of {CC_FLAGS}, or set model.attention to plain"
         raise UserError(f"{strategies[0]} does not go with flash attention", where=CC_FLAGS, fix=fix)
@@ -254,7 +254,9 @@ def _check_efa(environ: Mapping[str, str]) -> None:
         value = environ.get(name)
         if value != wanted:
             what = f"is {value}" if value is not None else "is not set"
-            raise UserError(f"{what}, and several nodes need {wanted}", where=name, fix=f"export {name}={wanted}")
+            raise UserError(
+                f"{what}, and several nodes need {wanted}", where=name, fix=f"export {name}={wanted}"
+            )
 
 
 def preview(settings: Iterable[Setting], environ: Mapping[str, str]) -> dict[str, str]:
@@ -276,7 +278,8 @@ def prepare(
 ) -> list[Applied]:
     """Refuse contradictions, then set what the user has not set: the call a run makes before torch_xla.
 
-    sdk: None stands for the tested release that is installed. Raises UserError as `conflicts` does, before anything is set, and RuntimeError as `apply` does.
+    sdk: None stands for the tested release that is installed. Raises UserError as `conflicts` does, before
+    anything is set, and RuntimeError as `apply` does.
     """
     environ = os.environ if environ is None else environ
     settings = profile(recipe, platform, nodes, cores=cores, sdk=sdk or installed(platform).name)
@@ -285,8 +288,7 @@ def prepare(
     return apply(settings, environ)
 
 
-
 def cluster(environ: Mapping[str, str]) -> tuple[int, int]:
-    """(nodes, processes on each) as torchrun tells its processes, else SLURM; one node, one process a core."""
+    """(nodes, processes on each) as torchrun tells its processes, else SLURM; default: 1, one a core."""
     nodes = environ.get("GROUP_WORLD_SIZE") or environ.get("SLURM_NNODES") or "1"
     return int(nodes), int(environ.get("LOCAL_WORLD_SIZE") or CORES)

@@ -1,9 +1,9 @@
 """The Neuron releases HLAT is written for: exact versions of every package, and the lines that install them.
 
-Source: AWS's release manifest (aws-neuron-sdk, src/helperscripts/n2-manifest.json) and release notes. 2.28.1 is
-the release AWS tells users of NeuronX Distributed to stay on; 2.31.1 is the last with a release of it. From 2.32
-on there is none for trn1, and from 2.33 on torch-neuronx is another package of the same name (native PyTorch,
-trn2 and trn3 only).
+Source: AWS's release manifest (aws-neuron-sdk, src/helperscripts/n2-manifest.json) and release notes. 2.28.1
+is the release AWS tells users of NeuronX Distributed to stay on; 2.31.1 is the last with a release of it.
+From 2.32 on there is none for trn1, and from 2.33 on torch-neuronx is another package of the same name
+(native PyTorch, trn2 and trn3 only).
 """
 
 from __future__ import annotations
@@ -141,6 +141,6 @@ def requirement(name: str, pinned: str) -> str:
 
 
 def pip_line(requirements: list[str], python: str = "python") -> str:
-    """The command that installs Neuron packages. Exact versions matter: PyPI has packages of the same names."""
+    """The command that installs Neuron packages. Versions are exact: PyPI has packages of the same names."""
     quoted = " ".join(f"'{item}'" for item in requirements)
     return f"{python} -m pip install --extra-index-url {PIP_INDEX} {quoted}"

@@ -1,8 +1,8 @@
 """Every environment variable and compiler flag HLAT sets on Trainium, in one table.
 
-A row says what is set, when, to what, why, who says so, and from which to which release of the Neuron SDK it
-means anything. What HLAT leaves alone on purpose stands below it, with the reason. docs/trainium.md shows both
-(python docs/neuron_reference.py).
+A row says what is set, when, to what, why, who says so, and from which to which release of the Neuron SDK
+it means anything. What HLAT leaves alone on purpose stands below it, with the reason. docs/trainium.md
+shows both (python docs/neuron_reference.py).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ FLAGS = (
         _always(""),
         "(no value)",
         "always",
-        "failed compilations are cached too; without it a graph that failed once, as of memory, fails for ever",
+        "failures are cached too: a graph that failed once, for want of host memory, would fail for ever",
         f"AWS, Neuron caching; {_NXD}",
         kind="flag",
     ),
@@ -133,7 +133,7 @@ VARIABLES = (
         _always(CACHE),
         CACHE,
         "always",
-        "compiled graphs on the node's own disk: file locks do not hold on NFS, EFS and FSx. Stated, so that it "
+        "the node's own disk: file locks do not hold on NFS, EFS and FSx. The default, stated so that it "
         "can be checked and copied; `--cache_dir` in NEURON_CC_FLAGS wins over it",
         f"AWS, Neuron caching and training troubleshooting; {_HLAT}",
     ),
@@ -206,7 +206,7 @@ VARIABLES = (
             _if(lambda facts: facts.nodes >= MANY_NODES, value),
             value,
             f"from {MANY_NODES} nodes",
-            "process groups without a TCP store of their own: thousands of ranks run out of file descriptors. "
+            "process groups without a TCP store of their own: thousands of ranks exhaust file descriptors. "
             "The number of nodes is HLAT's choice",
             f"{_ENVVARS}; {_HLAT}",
         )
@@ -243,7 +243,7 @@ VARIABLES = (
         _if(lambda facts: facts.nodes > 1, "1"),
         "1",
         "on several nodes",
-        "needed with kernels before 5.15 (Amazon Linux 2), where collectives between nodes are off without it; "
+        "needed with kernels before 5.15 (Amazon Linux 2), where nodes cannot communicate without it; "
         "harmless elsewhere",
         f"{_EFA}; {_HLAT}",
         platforms=("trn1", "trn2"),
@@ -255,8 +255,8 @@ TABLE = (*FLAGS, *VARIABLES)
 LEFT_ALONE: tuple[tuple[str, str], ...] = (
     (
         "XLA_USE_BF16, XLA_DOWNCAST_BF16",
-        "deprecated; they turn fp32 norms, losses and masters into bf16. Refused, whatever their value: NxD reads "
-        "even a 0. Dtypes are in the recipe",
+        "deprecated; they turn fp32 norms, losses and masters into bf16. Refused, whatever their value: NxD "
+        "reads even a 0. Dtypes are in the recipe",
     ),
     ("NEURON_RT_VISIBLE_CORES, NEURON_RT_ROOT_COMM_ID", "torch-neuronx sets them under torchrun"),
     ("NEURON_EXPERIMENTAL_COMPRESS_RG", "experimental; some releases of NxD end in an error with it"),
