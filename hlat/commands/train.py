@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         data = open_data(recipe)
         _check_resume(recipe, data, folder)
         text, description = find_recipe(args.recipe).read_text(), describe(neuron_profile)
-        with folder.start(text, recipe.to_yaml(), description):
+        with folder.start(text, recipe.to_yaml(), description=description):
             try:
                 return _train(recipe, data, folder, console)
             except BaseException:
@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _prepare_neuron(recipe: Recipe) -> list[dict[str, Any]]:
     """Set the variables of the Neuron profile where a run will use NxD; returns them for environment.json."""
-    if recipe.backend != "nxd" or importlib.util.find_spec("neuronx_distributed") is None:
+    on_cpu = os.environ.get("NXD_CPU_MODE") == "1" or os.environ.get("PJRT_DEVICE") == "CPU"
+    if recipe.backend != "nxd" or on_cpu or importlib.util.find_spec("neuronx_distributed") is None:
         return []
     from hlat.backend.neuron import machine
     from hlat.backend.neuron.profile import cluster, prepare
