@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hlat.backend.neuron.machine import instance_type
 from hlat.backend.neuron.profile import check_variables, compile_cache
 from hlat.doctor import Case
 from hlat.doctor.finding import Finding
@@ -77,9 +77,8 @@ def _huge_pages(machine: Machine) -> Finding:
 
 
 def _shared_memory(machine: Machine) -> Finding:
-    try:
-        total = shutil.disk_usage(machine.root / "dev/shm").total
-    except OSError:
+    total = machine.size(machine.root / "dev/shm")
+    if total is None:
         return Finding("limits.shm", "warn", "no /dev/shm", advice="mount a tmpfs there")
     if total >= 8 * _GIB:
         return Finding("limits.shm", "ok", f"/dev/shm: {total / _GIB:.0f} GiB")
@@ -95,11 +94,8 @@ def _memory(machine: Machine, case: Case) -> Finding:
     fact = f"host memory: {total:.0f} GiB, {free:.0f} GiB available"
     if not total:
         return Finding("limits.memory", "ok", "host memory: not known on this system")
-    if (
-        case.neuron
-        and total < 64
-        and "2xlarge" not in machine.read("/sys/devices/virtual/dmi/id/product_name")
-    ):
+    small = instance_type(machine.root) == "trn1.2xlarge"
+    if case.neuron and total < 64 and not small:
         fact += "; compiling graphs for 32 cores needs more"
         return Finding(
             "limits.memory", "warn", fact, advice="a trn1.32xlarge has 512 GiB: raise the container's limit"

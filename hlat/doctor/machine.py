@@ -119,6 +119,13 @@ class Machine:
                 return shutil.disk_usage(place).free
         return None
 
+    def size(self, path: Path) -> int | None:
+        """Bytes of the file system at `path`; None where there is nothing."""
+        try:
+            return shutil.disk_usage(path).total
+        except OSError:
+            return None
+
     def writable(self, path: Path) -> bool:
         """Whether a folder can be written, or made."""
         existing = next((place for place in (path, *path.absolute().parents) if place.exists()), None)
