@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hlat.backend.neuron.release import PIP_INDEX
+from hlat.cli import main
 from hlat.doctor.finding import Finding, healthy
 from hlat.doctor.machine import Machine, Output, Package
 
@@ -85,16 +87,41 @@ def test_a_machine_without_neuron_exits_1() -> None:
     assert found["recipe.layout"]["status"] == found["recipe.variables"]["status"] == "ok"
 
 
-def test_the_plan_alone() -> None:
-    done = doctor("--for", "trn1", "--fix-plan")
-    assert done.returncode == 1
-    assert PIP_INDEX in done.stdout and "fail" not in done.stdout
+@pytest.fixture
+def here(fake_host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A plain machine in the place of this one."""
+    monkeypatch.setattr("hlat.doctor.machine.Machine", lambda: fake_host)
+    monkeypatch.delenv("SLURM_NNODES", raising=False)
+    return fake_host
 
 
-def test_what_does_not_fit_the_nodes_is_found() -> None:
-    done = doctor("hlat-7b", "--nodes", "3", "--json")
-    found = {item["check"]: item for item in json.loads(done.stdout)["findings"]}
-    assert found["recipe.layout"]["status"] == "ok" and found["recipe.batch"]["status"] == "fail"
+def test_the_plan_alone(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--for", "trn1", "--fix-plan"]) == 1
+    assert PIP_INDEX in (text := capsys.readouterr().out) and "fail" not in text
+    assert main(["doctor", "--fix-plan"]) == 0
+    assert capsys.readouterr().out == "# no command to run\n"
+
+
+def test_the_page_for_people(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "hlat doctor: native\n" in text and text.endswith("checks ok\n")
+    assert "neuronx-distributed" in text and "hlat doctor --for trn1" in text
+    here.packages.pop("torch")
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "fail  package.torch" in text and "$ python -m pip install 'torch==" in text and "1 failed" in text
+
+
+def test_what_does_not_fit_the_nodes_is_found(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def findings(*arguments: str) -> dict[str, str]:
+        assert main(["doctor", *arguments, "--json"]) == 1
+        return {item["check"]: item["status"] for item in json.loads(capsys.readouterr().out)["findings"]}
+
+    found = findings("hlat-7b", "--nodes", "3")
+    assert found["recipe.layout"] == "ok" and found["recipe.batch"] == "fail"
+    assert findings("hlat-70b", "--nodes", "4")["recipe.layout"] == "fail"
+    assert findings("hlat-7b", "parallel.tp=16")["recipe.variables"] == "fail"
 
 
 @pytest.mark.parametrize(
