@@ -53,14 +53,15 @@ def healthy(findings: list[Finding]) -> bool:
 def plan(findings: list[Finding]) -> list[str]:
     """The commands of every finding that is not ok, in the order to run them, each once.
 
-    Findings come in that order (system first, Python packages after); what pip has to install becomes one
-    line at the place of the first such finding.
+    Findings come in that order (system first, Python packages after). What pip has to install becomes one line
+    at the place of the last such finding, so that placeholders are uninstalled before.
     """
     wrong = [finding for finding in findings if finding.status != "ok"]
     wanted = [finding.requirement for finding in wrong if finding.requirement]
+    last = next((finding for finding in reversed(wrong) if finding.requirement), None)
     lines: list[str] = []
     for finding in wrong:
         lines += finding.fix
-        if finding.requirement:
+        if finding is last:
             lines.append(pip_line(wanted))
     return list(dict.fromkeys(lines))

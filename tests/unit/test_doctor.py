@@ -316,6 +316,10 @@ def test_placeholders_are_not_taken_for_the_packages(node: Any) -> None:
         assert (
             finding.commands[0] == f"python -m pip uninstall -y {name}" and PIP_INDEX in finding.commands[1]
         )
+    lines = plan(list(found.values()))
+    installs = next(index for index, line in enumerate(lines) if PIP_INDEX in line)
+    uninstalls = [index for index, line in enumerate(lines) if "uninstall -y" in line and "nrtpy" not in line]
+    assert len(uninstalls) == 5 and max(uninstalls) < installs
     assert found["package.placeholders"].fix == ("python -m pip uninstall -y nrtpy nkipy nki-library",)
     assert "not run" in found["allreduce.neuron"].fact
     assert wrong(node, NATIVE)["neuron"] == "warn"
