@@ -98,7 +98,7 @@ def _for_recipe(recipe: Recipe, case: Case, machine: Any) -> list[Finding]:
     from hlat.backend.neuron.machine import INSTANCES, instance_type
     from hlat.doctor.finding import Finding
 
-    if case.release is None:
+    if case.platform != "trn1" or case.release is None:
         return []
     found = []
     devices, _ = INSTANCES.get(instance_type(machine.root), (profile.CORES // 2, 0))
@@ -144,6 +144,8 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
         print(json.dumps({**head, "neuron_profile": [item.to_dict() for item in applied]}, indent=2))
     else:
         print(f"{recipe.run.name}: {platform}, Neuron {release.name}, {nodes} node{'s' * (nodes > 1)}")
+        if not applied:
+            print("\nnothing is set")
         for item in applied:
             note = f"  (yours; HLAT would take {item.hlat or 'no value'})" if item.origin == "user" else ""
             text = f"{item.name}={item.value}" if item.value or item.kind == "variable" else item.name

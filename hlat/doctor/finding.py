@@ -53,8 +53,8 @@ def healthy(findings: list[Finding]) -> bool:
 def plan(findings: list[Finding]) -> list[str]:
     """The commands of every finding that is not ok, in the order to run them, each once.
 
-    Findings come in that order (system first, Python packages after). What pip has to install becomes one line
-    at the place of the last such finding, so that placeholders are uninstalled before.
+    Findings come in that order (system first, Python packages after). What pip has to install becomes one
+    line at the place of the last such finding, so that placeholders are uninstalled before.
     """
     wrong = [finding for finding in findings if finding.status != "ok"]
     wanted = [finding.requirement for finding in wrong if finding.requirement]

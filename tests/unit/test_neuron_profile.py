@@ -224,8 +224,13 @@ def test_too_late_after_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     apply(settings)  # all of it is there already
 
 
-def test_profile_needs_no_torch() -> None:
-    probe = "import hlat.backend.neuron.profile, sys; sys.exit('torch' in sys.modules)"
+def test_neither_profile_nor_doctor_needs_other_packages() -> None:
+    """They run before torch is imported, and on machines where packages are missing."""
+    modules = "hlat.backend.neuron.profile, hlat.commands.doctor, hlat.doctor.collective, hlat.doctor.host"
+    modules += ", hlat.doctor.devices, hlat.doctor.software, hlat.doctor.system"
+    probe = (
+        f"import {modules}, sys; sys.exit(bool({{'torch', 'rich', 'pydantic', 'numpy'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
 
 
@@ -310,6 +315,8 @@ def test_profile_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeyp
     found = json.loads(capsys.readouterr().out)
     assert (found["schema"], found["platform"], found["nodes"]) == (1, "trn1", 1)
     assert {item["name"] for item in found["neuron_profile"]} >= {"NEURON_CC_FLAGS", "--model-type"}
+    assert main(["doctor", "--profile", "hlat-7b", "--for", "trn2", "--nodes", "1"]) == 0
+    assert "nothing is set" in capsys.readouterr().out
     assert main(["doctor", "--profile", "hlat-7b", "parallel.tp=16"]) == 2
     assert "take tp 8" in capsys.readouterr().err
     assert main(["doctor", "--profile"]) == 2
