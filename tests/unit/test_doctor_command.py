@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -134,3 +135,23 @@ def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
 def test_healthy_means_no_failure() -> None:
     assert healthy([Finding("a", "ok", ""), Finding("b", "warn", "")])
     assert not healthy([Finding("a", "fail", "")])
+
+
+@pytest.mark.nxd
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed")
+@pytest.mark.parametrize(
+    ("ranks", "right"), [pytest.param(1, True, id="xla-mode-1"), pytest.param(2, False, id="xla-mode-2")]
+)
+def test_the_sum_over_cores_can_fail(ranks: int, right: bool) -> None:
+    """XLA's CPU device has no collectives between processes and does not say so: the check must notice."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environ = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "-m", "hlat.backend.neuron.probe"],
+        capture_output=True,
+        text=True,
+        env=environ,
+        timeout=300,
+    )
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert (result["ranks"], result["right"], done.returncode == 0) == (ranks, right, right)
