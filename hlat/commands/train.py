@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -39,9 +40,10 @@ def main(args: argparse.Namespace) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    neuron_profile = _prepare_neuron(args)  # before anything imports torch
     from hlat.backend.cluster import join
 
-    job = Job(join())
+    job = Job(join(), neuron_profile)
     if job.cluster.world == 1:
         return _main(args, job)
     job.watch()
@@ -59,6 +61,7 @@ class Job:
     """The processes that train together, and what ends this one when another fails."""
 
     cluster: Cluster
+    neuron_profile: list[dict[str, Any]]
     watchdog: Watchdog = field(init=False)
     ending: Ending | None = None
 
@@ -97,6 +100,26 @@ class Job:
             self.ending = None
 
 
+def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Set the variables of the Neuron profile where a run will use NxD; returns them for environment.json."""
+    on_cpu = os.environ.get("NXD_CPU_MODE") == "1" or os.environ.get("PJRT_DEVICE") == "CPU"
+    if on_cpu or importlib.util.find_spec("neuronx_distributed") is None:
+        return []
+    from hlat.backend.neuron import machine
+    from hlat.backend.neuron.profile import cluster, prepare
+    from hlat.recipe import load
+
+    try:
+        recipe = load(args.recipe, args.overrides)
+    except UserError:
+        return []  # reported once, after the ranks have met
+    if recipe.backend != "nxd":
+        return []
+    nodes, cores = cluster(os.environ)
+    efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
+    return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
+
+
 def _main(args: argparse.Namespace, job: Job) -> int:
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
@@ -132,6 +155,7 @@ def _work(
     that.
     """
     from hlat.data import open_data
+    from hlat.observe.environment import describe
     from hlat.recipe_io import find_recipe
     from hlat.train.same import check_data
 
@@ -143,7 +167,8 @@ def _work(
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
     _check_resume(recipe, data, folder)
-    with folder.start(find_recipe(args.recipe).read_text(), recipe.to_yaml()):
+    text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
+    with folder.start(text, recipe.to_yaml(), description=description):
         job.watchdog.before_exit = folder.close
         try:
             cluster.from_first("started", True, limit)

@@ -215,7 +215,7 @@ def test_a_rank_with_other_code(place: Place) -> None:
     ("mishap", "override", "line"),
     [
         (("mistake", 1, -1), "log.every=1", r"hlat: error: rank 1 \(.*\): data: this machine has no text"),
-        (NEVER, "parallel.dp=3", r"hlat: error: parallel: tp 1 x pp 1 x dp 3 does not fit 2 processes"),
+        (NEVER, "parallel.dp=4", r"hlat: error: parallel: tp 1 x pp 1 x dp 4 does not fit 2 processes"),
         slow(
             ("mistake", 0, -1), "log.every=1", r"hlat: error: data: this machine has no text; copy it there"
         ),

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 import hlat
-from hlat.backend.cluster import Address, Cluster, Member, join, read_address
+from hlat.backend.cluster import Cluster, Member, join
+from hlat.backend.rendezvous import Address, read_address
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.failures import Board, PeerFailed, Record, Terminated, is_echo
 from hlat.observe.watchdog import Sign, Watchdog, who_is_late
