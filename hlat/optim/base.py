@@ -24,7 +24,8 @@ from hlat.backend.precision import round_to
 Decay = Annotated[float, Field(ge=0, lt=1)]  # checked when it comes from a recipe
 
 COMPILE_FROM = 1 << 16  # smaller tensors are not worth a compiled kernel
-NOT_OPTIONS = ("params", "lr", "first", "counted", "pieces")  # of a group: what the run says of its shard
+# What the run says of a shard in its group, which the arithmetic does not need.
+NOT_OPTIONS = ("params", "lr", "peak_lr", "first", "counted", "pieces", "matrix")
 CHUNK = 1 << 18  # elements an eager update works on at a time: temporaries stay in the cache
 
 

@@ -65,9 +65,7 @@ def test_hyper_gradients_equal_autograd(seed: int, t: int, authors: bool, stop: 
     wanted = torch.autograd.grad((following * move).sum(), [h[name] for name in COEFFICIENTS])
     step = torch.tensor(float(t), dtype=torch.float64)
     detached = {name: value.detach() for name, value in h.items()}
-    found = sensitivities(
-        old, g, detached, step, Terms(authors=authors), 1e-6, through_mean=not stop
-    )
+    found = sensitivities(old, g, detached, step, Terms(authors=authors), 1e-6, through_mean=not stop)
     for name, value in zip(COEFFICIENTS, wanted, strict=True):
         got = float((following * found[name]).sum())
         assert got == pytest.approx(float(value), rel=1e-10, abs=1e-10), name
