@@ -128,7 +128,7 @@ class MADA(Elementwise):
 
     def metrics(self) -> dict[str, Tensor]:
         """The learned coefficients, fp32 () each, on the device."""
-        return {name: self._shared[name] for name in self.learn if name in self._shared}
+        return {name: self._shared[name].clone() for name in self.learn if name in self._shared}
 
     def compile(self) -> None:
         """Fuse the update of large tensors, and their inner products, into one kernel each."""
