@@ -16,7 +16,7 @@ from hlat.recipe import load
 
 RECIPE = """
 run: {name: small, steps: 3, seed: 5}
-model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 256, max_seq_len: 16}
+model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 257, max_seq_len: 16}
 data: {sources: [{path: TEXT}], tokenizer: bytes, seq_len: 16, micro_batch: 2, global_batch: 2, holdout: 0.3}
 optim: {name: adamw, betas: [0.9, 0.95], lr: 1e-3}
 eval: {batches: 2}
@@ -106,7 +106,7 @@ def test_two_runs_then_none_then_the_missing_one(recipe: str, tmp_path: Path, ca
     assert capsys.readouterr().out.count("] name-") == 1
 
     # Another recipe is not the same run: it is refused by `hlat train`, and said so.
-    assert cli.main([*words, "data.micro_batch=1", "data.global_batch=4"]) == 1
+    assert cli.main([*words[:3], "data.micro_batch=1", "data.global_batch=4", *words[3:]]) == 1
     said = capsys.readouterr()
     assert said.out.count("failed with exit code 2") == 2 and "2 of 2 runs failed" in said.err
 
