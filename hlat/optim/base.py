@@ -123,7 +123,7 @@ class Elementwise(torch.optim.Optimizer):
         step = state["step"] + 1
         own = p.detach().reshape(-1)  # a copy where the parameter does not lie in one piece
         tensors = [own, p.grad.reshape(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
-        options = self.options(group)
+        options = self.options(group, step)
         first = group.get("first", 0)  # where a shard begins: its elements round as in the whole
         if self._compiled is not None and p.numel() >= COMPILE_FROM:
             self._compiled(tensors, first, options, lr, step, keep, clip)
@@ -135,7 +135,7 @@ class Elementwise(torch.optim.Optimizer):
             p.copy_(own.view(p.shape))
         state["step"].copy_(torch.where(keep, step, state["step"]))
 
-    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def options(self, group: dict[str, Any], step: Tensor) -> dict[str, Any]:
         """What `update` gets as `group`: the options of the optimizer, and tensors that change by step."""
         return {k: v for k, v in group.items() if k not in NOT_OPTIONS}
 

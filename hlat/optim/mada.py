@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.optim.base import CHUNK, COMPILE_FROM, Elementwise
-from hlat.optim.mada_step import COEFFICIENTS, Terms, advance, direction, sensitivities
+from hlat.optim.mada_step import COEFFICIENTS, Terms, advance, at_step, direction, sensitivities
 from hlat.registry import register
 
 Name = Literal["beta1", "beta2", "beta3", "rho", "c", "gamma"]
@@ -34,6 +34,8 @@ LIMITS = {
     "gamma": (0.0, 1.0),
 }
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "mean": "mean_sq", "n": "exp_avg_diff", "lion": "lion_avg"}
+# Inductor writes intermediate results with many uses to memory; here they are all used in the same loop.
+_ONE_LOOP = {f"realize_{what}_threshold": 100_000 for what in ("opcount", "reads", "acc_reads")}
 _ROW = 1024  # sums are taken in two levels: one running sum over 1e8 elements would lose digits
 
 
@@ -133,7 +135,7 @@ class MADA(Elementwise):
     def compile(self) -> None:
         """Fuse the update of large tensors, and their inner products, into one kernel each."""
         super().compile()
-        self._compiled_dots = torch.compile(self._dots, dynamic=True)
+        self._compiled_dots = torch.compile(self._dots, dynamic=True, options=_ONE_LOOP)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -182,20 +184,21 @@ class MADA(Elementwise):
             for state in states:
                 state[name] = shared
 
-    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def options(self, group: dict[str, Any], step: Tensor) -> dict[str, Any]:
         """With the coefficients of this step and of the one before."""
-        return {**super().options(group), "now": self._now, "before": self._before}
+        now, before = at_step(self._now, step), at_step(self._before, (step - 1).clamp(min=1))
+        return {**super().options(group, step), "now": now, "before": before}
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         moments, terms = self._moments(state), self.terms
         if self.learn:  # the step before was kept back for its derivatives: take it now
-            moments, _ = advance(moments, state["grad"], group["before"], (step - 1).clamp(min=1), terms)
+            moments, _ = advance(moments, state["grad"], group["before"], terms)
             kept = moments
             moments = {**moments, "g_prev": state["grad"]}
-        new, extra = advance(moments, g, group["now"], step, terms)
-        move, _ = direction(new, extra, group["now"], step, terms, group["eps"])
+        new, extra = advance(moments, g, group["now"], terms)
+        move, _ = direction(new, extra, group["now"], terms, group["eps"])
         if not self.learn:
             kept = new
         slots = {_SLOTS[kind]: kept[kind] for kind in self._kinds}
@@ -226,20 +229,22 @@ class MADA(Elementwise):
         """fp32 (len(learn),): the gradient, as it is, times the sensitivities of the step before."""
         state = self.state[p]
         tensors = [p.grad.reshape(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
-        t, eps, before = state["step"].clamp(min=1), group["eps"], self._before
+        eps, before = group["eps"], at_step(self._before, state["step"].clamp(min=1))
         if self._compiled_dots is not None and p.numel() >= COMPILE_FROM:
-            return self._compiled_dots(tensors, before, t, eps)
+            return self._compiled_dots(tensors, before, eps)
         total = torch.zeros(len(self.learn), device=p.device)
         for start in range(0, p.numel(), CHUNK):
-            total += self._dots([tensor[start : start + CHUNK] for tensor in tensors], before, t, eps)
+            total += self._dots([tensor[start : start + CHUNK] for tensor in tensors], before, eps)
         return total
 
-    def _dots(self, tensors: list[Tensor], before: dict[str, Any], t: Tensor, eps: float) -> Tensor:
+    def _dots(self, tensors: list[Tensor], before: dict[str, Any], eps: float) -> Tensor:
+        if tensors[0].numel() % _ROW == 0:  # rows from the start, so that all of it is one loop
+            tensors = [tensor.view(-1, _ROW) for tensor in tensors]
         g, *slots = (tensor.float() for tensor in tensors)
         state = dict(zip(self.slots, slots, strict=True))
         moments, last = self._moments(state), state["grad"]
-        slopes = sensitivities(moments, last, before, t, self.terms, eps, self.learn)
-        return torch.stack([_sum(g * slopes[name]) for name in self.learn])
+        slopes = sensitivities(moments, last, before, self.terms, eps, self.learn)
+        return torch.stack([(g * slopes[name]).sum(-1).sum() for name in self.learn])
 
     def _moments(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots by the names `advance` has for them."""
@@ -352,7 +357,3 @@ def _has(terms: Terms, kind: str) -> bool:
     if kind in ("m", "v"):
         return terms.adaptive
     return {"mean": terms.mean, "n": terms.difference, "lion": terms.lion}[kind]
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.view(-1, _ROW).sum(1).sum() if x.numel() % _ROW == 0 else x.sum()

@@ -41,17 +41,35 @@ class Terms:
     authors: bool = False
 
 
+def at_step(h: Coefficients, t: Tensor) -> dict[str, Any]:
+    """The six coefficients with what follows from them and the step's number `t` (), from 1: once for all
+    elements, as no power belongs in an elementwise kernel.
+
+    over1, over2: bias corrections 1 / (1 - beta^t). pull1, pull2: their derivatives, t beta^(t-1) / (1 -
+    beta^t)^2 and t beta^(t-1) / (1 - beta^t). over_t: 1 / t. first: bool, whether t is 1.
+    """
+    over1, over2 = 1 / (1 - h["beta1"] ** t), 1 / (1 - h["beta2"] ** t)
+    return {
+        **h,
+        "over1": over1,
+        "over2": over2,
+        "pull1": t * h["beta1"] ** (t - 1) * over1 * over1,
+        "pull2": t * h["beta2"] ** (t - 1) * over2,
+        "over_t": 1 / t,
+        "first": t == 1,
+    }
+
+
 def advance(
-    old: State, g: Tensor, h: Coefficients, t: Tensor, terms: Terms
+    old: State, g: Tensor, h: Coefficients, terms: Terms
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The moments of step `t` from those of step t - 1.
+    """The moments of step t from those of step t - 1.
 
     Args:
         old: `m` and `v`, `mean`, `n`, `lion` as far as `terms` asks for them, and `g_prev`, the gradient of
             the step before (with `difference`, unless `authors`).
         g: gradient of this step, after clipping.
-        h: the six coefficients.
-        t: () the step's number, from 1.
+        h: the coefficients `at_step` t.
 
     Returns:
         The new moments, and what else the direction and the derivatives need: `d`, `ghat`, `square`, `sign`,
@@ -67,11 +85,11 @@ def advance(
         return new, extra
     ghat, v = g, old["v"]
     if terms.authors:
-        v = torch.where(t == 1, AUTHORS_V0, v)
+        v = torch.where(h["first"], AUTHORS_V0, v)
     if terms.difference:
         extra["d"] = d = g if terms.authors else g - old["g_prev"]
         ghat = g + h["beta3"] * d
-        n = torch.where(t == 1, g * g, old["n"]) if terms.authors else old["n"]
+        n = torch.where(h["first"], g * g, old["n"]) if terms.authors else old["n"]
         new["n"] = h["beta3"] * n + (1 - h["beta3"]) * d
     extra["ghat"], extra["square"] = ghat, ghat * ghat
     extra["target"] = extra["square"]
@@ -82,14 +100,14 @@ def advance(
     new["m"] = h["beta1"] * old["m"] + (1 - h["beta1"]) * g
     new["v"] = h["beta2"] * v + (1 - h["beta2"]) * extra["target"]
     if terms.mean:
-        new["mean"] = old["mean"] + (new["v"] - old["mean"]) / t
+        new["mean"] = old["mean"] + (new["v"] - old["mean"]) * h["over_t"]
     return new, extra
 
 
 def direction(
-    new: State, extra: State, h: Coefficients, t: Tensor, terms: Terms, eps: float
+    new: State, extra: State, h: Coefficients, terms: Terms, eps: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the learning rate multiplies, from the moments of step `t`; and its parts: `psi`, `root`,
+    """What the learning rate multiplies, from the moments of step t; and its parts: `psi`, `root`,
     `denominator`, `numerator`.
     """
     if not terms.adaptive:
@@ -97,9 +115,9 @@ def direction(
     psi = new["v"]
     if terms.mean:
         psi = h["rho"] * new["v"] + (1 - h["rho"]) * new["mean"]
-    root = (psi * (1 / (1 - h["beta2"] ** t))).sqrt()
+    root = (psi * h["over2"]).sqrt()
     denominator = root + eps
-    numerator = new["m"] * (1 / (1 - h["beta1"] ** t))
+    numerator = new["m"] * h["over1"]
     if terms.difference:
         numerator = numerator + h["beta3"] * new["n"]
     parts = {"psi": psi, "root": root, "denominator": denominator, "numerator": numerator}
@@ -113,39 +131,37 @@ def sensitivities(
     old: State,
     g: Tensor,
     h: Coefficients,
-    t: Tensor,
     terms: Terms,
     eps: float,
     names: Iterable[str] = COEFFICIENTS,
     *,
     through_mean: bool = False,
 ) -> dict[str, Tensor]:
-    """The derivative of step `t`'s direction with respect to each named coefficient, elementwise.
+    """The derivative of step t's direction with respect to each named coefficient, elementwise.
 
     The moments of step t - 1 are constants (one-step truncation), signs have derivative 0.
 
     Args:
-        old, g, h, t, terms, eps: as in `advance` and `direction`.
+        old, g, h, terms, eps: as in `advance` and `direction`.
         names: coefficients wanted; the terms they belong to must be there.
         through_mean: also through AVGrad's average, which depends on v; the authors stop the derivative
             there.
     """
-    new, extra = advance(old, g, h, t, terms)
-    _, part = direction(new, extra, h, t, terms, eps)
-    beta1, beta2, beta3, rho, c, gamma = (h[name] for name in COEFFICIENTS)
-    over1, over2 = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+    new, extra = advance(old, g, h, terms)
+    _, part = direction(new, extra, h, terms, eps)
+    _, beta2, beta3, rho, c, gamma = (h[name] for name in COEFFICIENTS)
     inverse = 1 / part["denominator"]
     # gamma times the derivative of 1 / (sqrt(psi / B2) + eps) with respect to psi, times the numerator
     slope = part["numerator"] * inverse * inverse / part["root"].clamp(min=SMALLEST_ROOT)
-    slope = slope * (-0.5 * gamma * over2)
-    share = (rho + (1 - rho) / t) if through_mean and terms.mean else rho
-    v = torch.where(t == 1, AUTHORS_V0, old["v"]) if terms.authors else old["v"]
+    slope = slope * (-0.5 * gamma * h["over2"])
+    share = (rho + (1 - rho) * h["over_t"]) if through_mean and terms.mean else rho
+    v = torch.where(h["first"], AUTHORS_V0, old["v"]) if terms.authors else old["v"]
     out: dict[str, Tensor] = {}
     for name in names:
         if name == "gamma":
             out[name] = part["numerator"] * inverse - torch.sign(extra["u"])
         elif name == "beta1":
-            inner = (old["m"] - g) * over1 + new["m"] * (t * beta1 ** (t - 1) * over1 * over1)
+            inner = (old["m"] - g) * h["over1"] + new["m"] * h["pull1"]
             out[name] = inner * inverse * gamma
         elif name == "rho":
             out[name] = slope * (new["v"] - new["mean"])
@@ -153,10 +169,10 @@ def sensitivities(
             inner = extra["square"] - v - extra["square"] * extra["sign"]
             out[name] = slope * inner * (share * (1 - beta2))
         elif name == "beta2":
-            inner = share * (v - extra["target"]) + part["psi"] * (t * beta2 ** (t - 1) * over2)
+            inner = share * (v - extra["target"]) + part["psi"] * h["pull2"]
             out[name] = slope * inner
         else:
-            n = torch.where(t == 1, g * g, old["n"]) if terms.authors else old["n"]
+            n = torch.where(h["first"], g * g, old["n"]) if terms.authors else old["n"]
             first = (new["n"] + beta3 * (n - extra["d"])) * inverse * gamma
             second = extra["ghat"] * extra["d"] * (2 * share * (1 - beta2))
             if terms.yogi:

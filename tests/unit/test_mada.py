@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hlat.optim import MADA
 from hlat.optim.base import CHUNK, guarded_step
-from hlat.optim.mada_step import COEFFICIENTS, Terms, sensitivities
+from hlat.optim.mada_step import COEFFICIENTS, Terms, at_step, sensitivities
 
 MIDDLE = {"beta1": 0.83, "beta2": 0.9, "beta3": 0.4, "rho": 0.6, "c": 0.7, "gamma": 0.8}
 
@@ -65,7 +65,9 @@ def test_hyper_gradients_equal_autograd(seed: int, t: int, authors: bool, stop: 
     wanted = torch.autograd.grad((following * move).sum(), [h[name] for name in COEFFICIENTS])
     step = torch.tensor(float(t), dtype=torch.float64)
     detached = {name: value.detach() for name, value in h.items()}
-    found = sensitivities(old, g, detached, step, Terms(authors=authors), 1e-6, through_mean=not stop)
+    found = sensitivities(
+        old, g, at_step(detached, step), Terms(authors=authors), 1e-6, through_mean=not stop
+    )
     for name, value in zip(COEFFICIENTS, wanted, strict=True):
         got = float((following * found[name]).sum())
         assert got == pytest.approx(float(value), rel=1e-10, abs=1e-10), name
