@@ -73,7 +73,9 @@ def main(args: argparse.Namespace) -> int:
     cells = gather(args.recipe, trials)
     _write(out, f"sweep of {args.recipe}", cells)
     if failed:
-        print(f"hlat: {failed} of {len(trials)} runs failed; the same command tries them again", file=sys.stderr)
+        print(
+            f"hlat: {failed} of {len(trials)} runs failed; the same command tries them again", file=sys.stderr
+        )
     return 1 if failed else 0
 
 

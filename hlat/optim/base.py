@@ -153,7 +153,7 @@ class Elementwise(torch.optim.Optimizer):
         p, g, *slots = tensors
         state = {name: slot.float() for name, slot in zip(self.slots, slots, strict=True)}
         new_p, new_state = self.update(p.float(), g.float() * clip, state, options, lr, step)
-        chosen = []  # all of them before the first is written: a new slot may be an old one under another name
+        chosen = []  # all before the first is written: a new slot may be an old one under another name
         for i, (old, new) in enumerate(
             zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)
         ):

@@ -35,7 +35,9 @@ LIMITS = {
 }
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "mean": "mean_sq", "n": "exp_avg_diff", "lion": "lion_avg"}
 # Inductor writes intermediate results with many uses to memory; here they are all used in the same loop.
-_ONE_LOOP = {f"realize_{what}_threshold": 100_000 for what in ("opcount", "reads", "acc_reads")}
+_ONE_LOOP: dict[str, Any] = {
+    f"realize_{what}_threshold": 100_000 for what in ("opcount", "reads", "acc_reads")
+}
 _ROW = 1024  # sums are taken in two levels: one running sum over 1e8 elements would lose digits
 
 
@@ -158,15 +160,16 @@ class MADA(Elementwise):
             with torch.enable_grad():
                 loss = closure()
         active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not active:
+        if not active and self.all_reduce is None:
             return loss
         for p, _ in active:
             self._state_of(p)
-        device = active[0][0].device
+        device = self.param_groups[0]["params"][0].device
+        self._shared_state(device)
         keep = torch.ones((), dtype=torch.bool, device=device) if keep is None else keep
         self._before = self._coefficients()
         if self.learn:
-            self._learn(active, keep)
+            self._learn(active, device, keep)
         self._now = self._coefficients()
         for p, group in active:
             self._step_one(p, group, keep, clip)
@@ -205,9 +208,10 @@ class MADA(Elementwise):
         slots.update(grad=g, grad_prev=state["grad"] if self.learn else g)
         return p * (1 - lr * group["weight_decay"]) - lr * move, slots
 
-    def _learn(self, active: list[tuple[Tensor, dict[str, Any]]], keep: Tensor) -> None:
-        """Move the coefficients by the derivative of this gradient's loss."""
-        device = active[0][0].device
+    def _learn(self, active: list[tuple[Tensor, dict[str, Any]]], device: torch.device, keep: Tensor) -> None:
+        """Move the coefficients by the derivative of this gradient's loss. A rank that holds no parameter
+        takes part in the sum.
+        """
         total = torch.zeros(len(self.learn), device=device)
         for p, group in active:
             if group.get("counted", True):

@@ -264,7 +264,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
         raise UserError(
             f"optimizer {recipe.optim.name!r} needs whole matrices, and tensor parallelism cuts every matrix",
             where="parallel.tp",
-            fix="write parallel.tp=1 (dp, pp and zero1 keep matrices whole), or take an elementwise optimizer",
+            fix="write parallel.tp=1 (dp, pp and zero1 keep them whole), or take an elementwise optimizer",
         )
 
 

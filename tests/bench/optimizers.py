@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python tests/bench/optimizers.py [--pairs 15] [--names mada,hyperadam,lion]
 
-Both are measured in pairs, AdamW and the other one by turns in the same process, and reported as the median of
-the pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the benchmark
+Both are measured in pairs, AdamW and the other one by turns in the same process, and reported as the median
+of the pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the benchmark
 model (tests/bench/model.py), random gradients; optimizers are compiled as `hlat train` compiles them.
 """
 
@@ -80,7 +80,8 @@ def main() -> int:
     args = parser.parse_args()
     base = build(compiled=not args.eager)
     elements = sum(bucket.master.numel() for bucket in base.buckets)
-    print(f"{elements:,} elements, {torch.get_num_threads()} threads, {args.pairs} pairs, torch {torch.__version__}")
+    threads = torch.get_num_threads()
+    print(f"{elements:,} elements, {threads} threads, {args.pairs} pairs, torch {torch.__version__}")
     failed = False
     for name in args.names.split(","):
         run = build(f"optim={{name: {name}}}", compiled=not args.eager)
