@@ -204,7 +204,10 @@ def draw(state: Progress, now: float, width: int, name: str = "", mfu_note: str 
         ("skipped   ", "dim"), (f"{state.skipped:<11}", "yellow bold" if state.skipped else "")
     )
     note.append(f"MFU against {mfu_note}" if mfu_note else "", style="dim")
-    lines = [loss, *_values(state, now, width), note]
+    lines = [loss, *_values(state, now, width)]
+    if learned := optimizer_values(row):
+        lines.append(Text.assemble((f"{'optimizer':<10}", "dim"), learned))
+    lines.append(note)
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -232,6 +235,12 @@ def _cells(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [part for name, value in cells for part in ((f"{name:<10}", "dim"), (f"{value:<11}", ""))]
 
 
+def optimizer_values(row: Mapping[str, Any]) -> str:
+    """What the optimizer says of itself (keys `optim/…`), as `beta1 0.900  rho 0.412`; "" if nothing."""
+    names = [key for key in row if key.startswith("optim/")]
+    return "  ".join(f"{name.removeprefix('optim/')} {fixed(row[name], 3)}" for name in names)
+
+
 def step_line(state: Progress) -> str:
     """One step as a line of a log: fixed columns, smoothed loss first, skipped steps when there are any."""
     row, digits, left = state.last, len(str(state.total)), state.seconds_left()
@@ -244,6 +253,8 @@ def step_line(state: Progress) -> str:
         f"mfu {percent(state.mfu.value):>6}",
         f"eta {'-' if left is None else duration(left)}",
     ]
+    if learned := optimizer_values(row):
+        parts.append(learned)
     if state.skipped:
         parts.append(f"skipped {state.skipped}")
     return "  ".join(parts)

@@ -88,7 +88,8 @@ def _groups_text(run: Run) -> str:
     """Name of the optimizer and what each of its groups holds in the whole model."""
     counts = Counter(trained_groups(run.recipe).values())
     groups = [
-        f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
+        f"{count} {'matrices' if group.matrix else 'tensors'} lr {group.lr:g} decay {group.weight_decay:g}"
+        for group, count in counts.items()
     ]
     return f"{run.recipe.optim.name}: {'; '.join(groups)}"
 

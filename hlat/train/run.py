@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from hlat.optim.groups import Group, Override, assign_groups
 from hlat.optim.schedule import Schedule, make_schedule
 from hlat.parallel.buckets import Bucket, round_masters, squared_norm
 from hlat.parallel.pipeline import StagePart, prune, rank_parts
-from hlat.parallel.plan import Part
+from hlat.parallel.plan import Part, role_of
 from hlat.parallel.recompute import apply_recompute
 from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
@@ -139,6 +139,11 @@ class Run:
             bucket.master.grad = None
         self.publish()
 
+    def optimizer_metrics(self) -> dict[str, Tensor]:
+        """What the optimizer says of itself (its `metrics()`), under `optim/`; device scalars."""
+        own = getattr(self.optimizer, "metrics", None)
+        return {f"optim/{name}": value for name, value in own().items()} if own else {}
+
     def publish(self) -> None:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
         them.
@@ -185,7 +190,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     shard_model(model, backend.groups.tp, layout.sequence)
     apply_recompute(model, recipe.parallel.recompute)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
-    optimizer = _optimizer(recipe, buckets, backend.device)
+    optimizer = _optimizer(recipe, buckets, backend)
     if compiled:
         _compile(model, objective, optimizer)
     reducer = lookup("reduce", recipe.reduce.name)(
@@ -255,6 +260,17 @@ def refuse_unsupported(recipe: Recipe) -> None:
                 where="precision.master",
                 fix="write precision.master=fp32, or take one of HLAT's own optimizers",
             )
+    if recipe.parallel.tp > 1 and _needs(recipe) == "matrix":
+        raise UserError(
+            f"optimizer {recipe.optim.name!r} needs whole matrices, and tensor parallelism cuts every matrix",
+            where="parallel.tp",
+            fix="write parallel.tp=1 (dp, pp and zero1 keep them whole), or take an elementwise optimizer",
+        )
+
+
+def _needs(recipe: Recipe) -> str:
+    """What the optimizer wants to see: "elementwise", any run of elements, or "matrix", whole matrices."""
+    return str(getattr(lookup("optim", recipe.optim.name), "needs", "elementwise"))
 
 
 def trained_groups(recipe: Recipe) -> dict[str, Group]:
@@ -273,26 +289,45 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
     ]
     optim = recipe.optim
     overrides = [Override(g.match, g.lr, g.weight_decay) for g in optim.groups]
-    return assign_groups(
+    groups = assign_groups(
         trained, lr=optim.lr, weight_decay=optim.weight_decay, decay=optim.decay, overrides=overrides
     )
+    if _needs(recipe) != "matrix":
+        return groups
+    hidden = {name: role_of(name) not in ("vocab", "norm") for name in groups}
+    return {name: replace(group, matrix=hidden[name]) for name, group in groups.items()}
 
 
-def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) -> torch.optim.Optimizer:
-    section = recipe.optim
+def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the master shards.
+
+    Beside its options a group says what its shard is: `pieces` (each parameter's spec, where in the shard it
+    lies, and how many of its elements come before), and `counted`: False where another rank holds the same
+    elements and counts them in sums over the world.
+    """
+    section, layout, place = recipe.optim, backend.layout, backend.place
     groups = [
         {
             "params": [bucket.master],
-            "lr": torch.zeros((), device=device),
+            "lr": torch.zeros((), device=backend.device),
             "peak_lr": bucket.group.lr,
             "weight_decay": bucket.group.weight_decay,
             "first": bucket.first,
+            "matrix": bucket.group.matrix,
+            "pieces": tuple(bucket.runs()),
+            "counted": bucket.primary and (layout.zero1 or place.dp == 0),
         }
         for bucket in buckets
     ]
     # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
-    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=device))]}]
-    optimizer: torch.optim.Optimizer = lookup("optim", section.name)(groups or nothing, **section.options)
+    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
+    make = lookup("optim", section.name)
+    try:
+        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
+    except ValueError as error:
+        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
+    if hasattr(optimizer, "all_reduce"):
+        optimizer.all_reduce = backend.all_reduce
     if hasattr(optimizer, "set_precision"):
         precision = recipe.precision
         optimizer.set_precision(DTYPES[precision.states], precision.rounding, recipe.run.seed)

@@ -45,7 +45,8 @@ def tensors(run: Run) -> dict[str, Tensor]:
     load writes into them.
 
     `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
-    all parameters share. Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
+    all parameters share (those that an optimizer lists in `own_scalars` differ by parameter group and are
+    named like slots). Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
     one rank writes each element; whoever else holds it only loads it.
     """
     named: dict[str, Tensor] = {}
@@ -55,7 +56,9 @@ def tensors(run: Run) -> dict[str, Tensor]:
         for slot, value in run.optimizer.state[bucket.master].items():
             if not torch.is_tensor(value):
                 continue
-            if value.dim() == 0:
+            if slot in own_scalars(run.optimizer):
+                named.update(_named_scalars(f"optim/{slot}", bucket, value, turns))
+            elif value.dim() == 0:
                 named.setdefault(f"optim/{slot}", value)
             else:
                 named.update(_named_parts(f"optim/{slot}", bucket, value, turns))
@@ -68,6 +71,18 @@ def tensors(run: Run) -> dict[str, Tensor]:
         named.update((f"{kind}/{name}", value) for name, value in state.items())
     named["run/updates"] = run.updates
     return named
+
+
+def own_scalars(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """State tensors () that are not the same for all parameters."""
+    return tuple(getattr(optimizer, "own_scalars", ()))
+
+
+def _named_scalars(prefix: str, bucket: Bucket, value: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
+    """A bucket's scalar under the name of each of its parameters: another layout has other buckets."""
+    for spec in bucket.specs:
+        write = spec.part.primary and not any(spec.part.offset) and turns.mine(value.nbytes)
+        yield f"{prefix}/{spec.name}", piece(value.view(1), (1,), (0,), (1,), 0, 1, write)
 
 
 def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
@@ -132,7 +147,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():
-            if torch.is_tensor(value) and value.dim() == 0:
+            if torch.is_tensor(value) and value.dim() == 0 and slot not in own_scalars(run.optimizer):
                 value.copy_(states[0][slot])
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
