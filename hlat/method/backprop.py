@@ -34,4 +34,5 @@ class Backprop:
         loss, norm, clip = run.agree(loss, shards)
         keep = run.guard(loss, norm)
         run.update(shards, keep, clip)
-        return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.guard.metrics()}
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.guard.metrics()}
+        return metrics | (run.reducer.metrics() if hasattr(run.reducer, "metrics") else {})

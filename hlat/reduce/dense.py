@@ -38,6 +38,10 @@ class Dense:
             shard = grad.new_empty(bucket.master.numel())
             self._started[id(bucket)] = shard, self.group.start_reduce_scatter(shard, grad)
 
+    def started(self, bucket: Bucket) -> bool:
+        """Whether the sum of this bucket is under way."""
+        return id(bucket) in self._started
+
     def reduce(self, buckets: Sequence[Bucket]) -> list[Tensor]:
         """This rank's share of each reduced bucket, 1-D (all of it without ZeRO-1)."""
         for bucket in buckets:

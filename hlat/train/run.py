@@ -81,12 +81,15 @@ class Run:
 
     def set_learning_rate(self) -> None:
         """Write the next update's rate into each group, as a tensor: a changed number never reaches a
-        compiled graph.
+        compiled graph. A reducer that asks is told the step and how much the rate changed.
         """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             if "peak_lr" in group:
                 group["lr"].fill_(group["peak_lr"] * factor)
+        if hasattr(self.reducer, "begin"):
+            before = self.schedule(self.step - 1) if self.step else 0.0
+            self.reducer.begin(self.step, factor / before if before else 1.0)
 
     def reduce(self) -> list[Tensor]:
         """The gradient of the global batch: this rank's share of each bucket, 1-D.
@@ -119,6 +122,8 @@ class Run:
             squared_norm(shard) * float(bucket.primary and counts)
             for bucket, shard in zip(self.buckets, shards, strict=True)
         ]
+        if hasattr(self.reducer, "health"):  # what was not sent may be bad too
+            squares.append(self.reducer.health())
         zero = torch.zeros((), device=self.backend.device)  # a pipeline rank may train nothing
         parts = [loss * float(place.tp == 0), torch.stack([zero, *squares]).sum()]
         loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
@@ -135,6 +140,8 @@ class Run:
             bucket.master.grad = shard.to(bucket.master.dtype)
         guarded_step(self.optimizer, keep, clip)
         self.updates.add_(keep)
+        if hasattr(self.reducer, "commit"):
+            self.reducer.commit(keep)
         for bucket in self.buckets:
             bucket.master.grad = None
         self.publish()
@@ -191,6 +198,8 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     reducer = lookup("reduce", recipe.reduce.name)(
         DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
     )
+    if hasattr(reducer, "prepare"):
+        reducer.prepare(buckets)
     for bucket in buckets:
         bucket.on_ready = getattr(reducer, "start", None)
     run = Run(
