@@ -2,5 +2,6 @@
 
 from hlat.reduce.conef import EF, ConEF, PowerSGD
 from hlat.reduce.dense import Dense
+from hlat.reduce.hook import ConEFState, conef_hook
 
-__all__ = ["EF", "ConEF", "Dense", "PowerSGD"]
+__all__ = ["EF", "ConEF", "ConEFState", "Dense", "PowerSGD", "conef_hook"]

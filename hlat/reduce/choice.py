@@ -38,8 +38,8 @@ class Choice:
         """Raise UserError for what cannot work, with the reason."""
         if self.compressor == "unbiased_block" and self.error != "none":
             raise UserError(
-                f"unbiased_block multiplies what it sends by {1 / self.ratio:g} to be right on average: what is "
-                "left over is then larger than what went in, and feeding it back diverges",
+                f"unbiased_block multiplies what it sends by {1 / self.ratio:g} to be right on average: what "
+                "is left over is then larger than what went in, and feeding it back diverges",
                 where="reduce.compressor",
                 fix="take compressor block, or reduce.error=none",
             )

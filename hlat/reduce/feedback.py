@@ -132,6 +132,7 @@ class Compressed:
         self._dense = Dense(dtype, group)
         self._memories: dict[int, Memory] = {}
         self._names: list[str] = []
+        self._remarks: list[str] = []
         self._talks: dict[int, Talk] = {}
         self._finished: list[Talk] = []
         self._step = self._wire = self._wire_last = self._full = 0
@@ -197,6 +198,11 @@ class Compressed:
             self.count.add_(1)
         self._finished = []
 
+    def forget(self, reason: str) -> None:
+        """Start with an empty error after a restart, and say so: it belongs to replicas that are no more."""
+        self.reset()
+        self._remarks = [f"the error starts at zero: {reason}"]
+
     def reset(self) -> None:
         """Forget the error."""
         for memory in self._memories.values():
@@ -232,7 +238,7 @@ class Compressed:
         held = sum(memory.error_bytes() for memory in self._memories.values())
         exact = sum(4 * memory.grid.length for memory in self._memories.values())
         text = f"{self.summary}; error {held / 1e6:,.1f} MB a rank"
-        return [text if held == exact else f"{text} instead of {exact / 1e6:,.1f} MB"]
+        return [text if held == exact else f"{text} instead of {exact / 1e6:,.1f} MB", *self._remarks]
 
     def _memory(self, bucket: Bucket) -> Memory | None:
         """The memory of a bucket of matrices, made when it is first seen; None for a bucket of vectors."""
