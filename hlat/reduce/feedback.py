@@ -45,6 +45,16 @@ class Memory:
         view = grid.view(grad)
         return Feed(grid, view, self.store.read, count, dtype, self.matrices, grid.shards, own)
 
+    def without_padding(self, reduced: Tensor, shard: int = 0) -> Tensor:
+        """A reduced bucket (or its shard of this number) with zeros behind the last parameter: a sketch
+        spreads some error there too.
+        """
+        offset, rows, columns = self.matrices[-1]
+        used = max(0, offset + rows * columns - shard * self.grid.shard)
+        if used < reduced.numel():
+            reduced[used:].zero_()
+        return reduced
+
     def error_bytes(self) -> int:
         """Bytes of the error store."""
         return sum(tensor.nbytes for tensor in self.store.state().values())
@@ -72,7 +82,7 @@ class Talk:
             self._ask(self._exchange.send(self._result))
         except StopIteration as done:
             parts, sent = done.value
-            self.reduced = self.feed.grid.flat(parts)
+            self.reduced = self.memory.without_padding(self.feed.grid.flat(parts), self.feed.own or 0)
             self._stage(sent)
             return True
         return False

@@ -238,7 +238,9 @@ def hook(folder: Path, rank: int) -> dict[str, Any]:
         run.reducer.commit(torch.tensor(True))
         optimizer.zero_grad()
         (wrapped(batches[0], tokens) * 2).backward()  # DDP averages, HLAT sums
-        pairs = [(s.view(shard), s.path) for b, shard in zip(run.buckets, shards, strict=True) for s in b.specs]
+        pairs = [
+            (s.view(shard), s.path) for b, shard in zip(run.buckets, shards, strict=True) for s in b.specs
+        ]
         gaps.append(max(float((g - model.get_parameter(path).grad).abs().max()) for g, path in pairs))
         optimizer.step()
         run.step += 1
@@ -346,7 +348,7 @@ def simulate(folder: Path, name: str) -> dict[str, Any]:
         [Reference(b["length"], b["path"], dp, size) if len(b["specs"][0][1]) > 1 else None for b in model]
         for model in models
     ]
-    losses = []
+    losses, norms = [], []
     for step in range(chosen["steps"]):
         run.set_learning_rate()
         parts = [run.data.batches(step, ROWS // dp, 1, rank, dp) for rank in range(dp)]
@@ -371,7 +373,8 @@ def simulate(folder: Path, name: str) -> dict[str, Any]:
         run.update(shards, run.guard(loss, norm), clip)
         run.step += 1
         losses.append(float(loss))
-    return {"losses": losses}
+        norms.append(float(norm))
+    return {"losses": losses, "norms": norms}
 
 
 def box(offset: list[int], size: list[int]) -> tuple[slice, ...]:

@@ -17,7 +17,7 @@ TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 LENGTH = 7 * 1024
 
 
-def memory(choice: Choice, length: int = LENGTH, matrices=((0, 64, 100),), shards: int = 1) -> Memory:
+def memory(choice: Choice, length: int = LENGTH, matrices=((0, 64, 112),), shards: int = 1) -> Memory:
     makers = choice.compressor_maker(), choice.store_maker()
     return make_memory(length, matrices, "embed.weight", CPU, shards, *makers, choice.ratio)
 
