@@ -205,6 +205,8 @@ def draw(state: Progress, now: float, width: int, name: str = "", mfu_note: str 
     )
     note.append(f"MFU against {mfu_note}" if mfu_note else "", style="dim")
     lines = [loss, *_values(state, now, width), note]
+    if wire := wire_text(row):
+        lines.insert(-1, Text.assemble(("reduced   ", "dim"), wire))
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -244,9 +246,22 @@ def step_line(state: Progress) -> str:
         f"mfu {percent(state.mfu.value):>6}",
         f"eta {'-' if left is None else duration(left)}",
     ]
+    if wire := wire_text(row):
+        parts.append(wire)
     if state.skipped:
         parts.append(f"skipped {state.skipped}")
     return "  ".join(parts)
+
+
+def wire_text(row: Mapping[str, Any]) -> str:
+    """What a compressed reduction sent and what it keeps; empty for one that reports nothing."""
+    wire, dense, norm, held = (
+        row.get(f"reduce/{name}") for name in ("wire_bytes", "dense_bytes", "error_norm", "error_bytes")
+    )
+    if wire is None or dense is None:
+        return ""
+    text = f"wire {wire / 1e6:.3g} of {dense / 1e6:.3g} MB"
+    return text if norm is None or held is None else f"{text}, error {norm:.2g} in {held / 1e6:.3g} MB"
 
 
 def _eval_text(row: Mapping[str, Any]) -> str:
