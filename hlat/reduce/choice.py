@@ -15,6 +15,14 @@ from hlat.reduce.stores import Exact, Nothing, Rounded, Sketch, sharing
 
 CompressorName = Literal["block", "topk", "lowrank", "sign", "int8", "unbiased_block"]
 ErrorName = Literal["sketch", "exact", "int8", "fp16", "none"]
+_KINDS: dict[str, type[kinds.Compressor]] = {
+    "block": kinds.Block,
+    "topk": kinds.TopUnits,
+    "lowrank": kinds.LowRank,
+    "sign": kinds.Sign,
+    "int8": kinds.Quantised,
+    "unbiased_block": kinds.UnbiasedBlock,
+}
 _MOST_REPLICAS = 127  # a sum of int8 codes of at least one level each
 
 
@@ -36,10 +44,10 @@ class Choice:
 
     def check(self, replicas: int) -> None:
         """Raise UserError for what cannot work, with the reason."""
-        if self.compressor == "unbiased_block" and self.error != "none":
+        if not _KINDS[self.compressor].contractive and self.error != "none":
             raise UserError(
-                f"unbiased_block multiplies what it sends by {1 / self.ratio:g} to be right on average: what "
-                "is left over is then larger than what went in, and feeding it back diverges",
+                f"{self.compressor} multiplies what it sends by {1 / self.ratio:g} to be right on average: "
+                "what is left over is then larger than what went in, and feeding it back diverges",
                 where="reduce.compressor",
                 fix="take compressor block, or reduce.error=none",
             )
@@ -68,14 +76,17 @@ class Choice:
 
     def compressor_maker(self) -> MakeCompressor:
         """A function that makes a bucket's compressor."""
-        return lambda grid, matrices, salt, device: {
-            "block": lambda: kinds.Block(grid, self.ratio, salt),
-            "unbiased_block": lambda: kinds.UnbiasedBlock(grid, self.ratio, salt),
-            "topk": lambda: kinds.TopUnits(grid, self.ratio),
-            "lowrank": lambda: kinds.LowRank(matrices, self.rank, salt, device),
-            "sign": kinds.Sign,
-            "int8": kinds.Quantised,
-        }[self.compressor]()
+        made: dict[str, MakeCompressor] = {
+            "block": lambda grid, matrices, salt, device: kinds.Block(grid, self.ratio, salt),
+            "unbiased_block": lambda grid, matrices, salt, device: kinds.UnbiasedBlock(
+                grid, self.ratio, salt
+            ),
+            "topk": lambda grid, matrices, salt, device: kinds.TopUnits(grid, self.ratio),
+            "lowrank": lambda grid, matrices, salt, device: kinds.LowRank(matrices, self.rank, salt, device),
+            "sign": lambda grid, matrices, salt, device: kinds.Sign(),
+            "int8": lambda grid, matrices, salt, device: kinds.Quantised(),
+        }
+        return made[self.compressor]
 
     def store_maker(self) -> MakeStore:
         """A function that makes a bucket's error store."""

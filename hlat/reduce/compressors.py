@@ -74,7 +74,6 @@ class Compressor:
     """One bucket's compressor. A subclass overrides `exchange`; state, if any, moves in `commit`."""
 
     contractive: ClassVar[bool] = True
-    rounds: ClassVar[int] = 1
 
     def exchange(self, feed: Feed) -> Exchange:
         """Reduce one bucket: see the module text. Returns (shards or 1, units, unit) and what was sent."""
@@ -133,8 +132,6 @@ class TopUnits(Compressor):
     Two rounds: energies of all units, values of the chosen ones.
     """
 
-    rounds: ClassVar[int] = 2
-
     def __init__(self, grid: Grid, ratio: float) -> None:
         self.size = min(grid.units, max(1, round(ratio * grid.units)))
 
@@ -161,8 +158,6 @@ class Sign(Compressor):
     A byte an element: a sum of signs does not fit in less. Two rounds: magnitudes, signs.
     """
 
-    rounds: ClassVar[int] = 2
-
     def exchange(self, feed: Feed) -> Exchange:
         """Magnitudes, then signs."""
         rows = feed.all().view(feed.grid.shards, -1, ROW)
@@ -178,8 +173,6 @@ class Quantised(Compressor):
 
     Each replica has 127 // replicas levels on either side of zero. Two rounds: largest magnitudes, codes.
     """
-
-    rounds: ClassVar[int] = 2
 
     def exchange(self, feed: Feed) -> Exchange:
         """Largest magnitudes, then codes."""
@@ -211,8 +204,6 @@ class LowRank(Compressor):
         rank: columns of the thin matrices, fewer for a matrix that has fewer rows or columns.
         seed: of the first basis. device: where it lives.
     """
-
-    rounds: ClassVar[int] = 2
 
     def __init__(
         self, matrices: Sequence[tuple[int, int, int]], rank: int, seed: int, device: torch.device

@@ -161,7 +161,7 @@ class Compressed:
             change: its learning rate over that of the one before.
         """
         self._step = step
-        if change <= self.reset_below:
+        if self.reset_below and change <= self.reset_below:
             self.reset()
 
     def start(self, bucket: Bucket) -> None:

@@ -143,10 +143,10 @@ def test_resume_is_bitwise_and_another_layout_starts_with_no_error(result: Resul
     for rank in (0, 1):
         found = result("resume", rank)
         assert all(found["same"].values()), found["same"]
+        assert found["kept"], "ZeRO-1 switched on"
         assert found["empty"] and found["loss"][0] == pytest.approx(found["loss"][1], abs=2e-6)
         said = [line for line in found["said"] if "starts at zero" in line]
         assert said == ["the error starts at zero: saved as dp 2 x pp 1 x tp 1, this is dp 1 x pp 1 x tp 2"]
-    assert result("resume", 0)["kept"] != result("resume", 1)["kept"]
 
 
 def test_a_bad_value_that_is_not_sent_skips_the_step_on_all_ranks(result: Result) -> None:

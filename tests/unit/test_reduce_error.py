@@ -221,3 +221,32 @@ def test_shards_do_not_depend_on_zero1(length: int, shards: int) -> None:
     assert grid.shards * grid.shard == padded and 1024 % grid.unit == 0
     flat = torch.arange(float(length))
     assert torch.equal(grid.flat(grid.view(flat)), flat)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.1, 0.03, 0.01])
+@pytest.mark.parametrize("shards", [2, 8])
+def test_a_block_is_the_share_asked_for(ratio: float, shards: int) -> None:
+    """Within 1 %, in buckets as long as the benchmark model's and in one that padding makes 1 % longer."""
+    for length in (8_388_608, 8_260_608, 300_032):
+        grid = Grid.fit(length, shards, ratio)
+        block = Block(grid, ratio, 1)
+        whole = grid.shards * grid.shard if length < 1e6 else length
+        assert shards * block.size * grid.unit == pytest.approx(ratio * whole, rel=0.01)
+        assert block.blocks == -(-grid.units // block.size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compressor", ["block", "topk", "sign", "int8", "lowrank"])
+def test_nothing_is_lost_but_in_the_store(compressor: str, dtype: torch.dtype) -> None:
+    """What was sent and what is remembered add up to all gradients, with rounding on the wire too."""
+    cell = memory(Choice(compressor, error="exact"))
+    total, sent = torch.zeros(LENGTH), torch.zeros(LENGTH)
+    for t, grad in enumerate(gradients(12)):
+        grad[cell.matrices[-1][1] * cell.matrices[-1][2] :] = 0
+        talk = Talk(cell, cell.feed(grad, torch.tensor(t), dtype), Group())
+        while not talk.advance():
+            pass
+        talk.commit(TRUE)
+        total, sent = total + grad, sent + talk.reduced.float()
+    torch.testing.assert_close(sent + cell.store.error.view(-1)[:LENGTH], total, rtol=0, atol=5e-5)
+    assert sent.norm() > 0.1 * total.norm() and cell.store.error.norm() > 0.001 * total.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,33 @@ def test_a_reducer_of_another_package(tmp_path: Path) -> None:
         [*command, "reduce.scal=1"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert refused.returncode == 2 and "unknown key 'scal' for 'fp16_sum'" in refused.stderr
+
+
+def test_the_ddp_example_trains(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "methods" / "conef.md").read_text(encoding="utf-8")
+    example = next(b for b in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "conef_hook" in b)
+    assert len(example.splitlines()) < 40
+    (tmp_path / "example.py").write_text(example)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "example.py")], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
+    losses = [float(row[3]) for row in rows]
+    assert len(rows) == 4 and losses[-1] < 0.5 * losses[0]
+    assert int(rows[-1][5]) < 0.2 * 4 * (32 * 256 + 256 + 256 * 8 + 8) and float(rows[-1][-1]) > 0
+
+
+def test_the_documented_reducer_is_the_tested_one() -> None:
+    page = (ROOT / "docs" / "methods" / "conef.md").read_text(encoding="utf-8")
+    assert PACKAGE.strip().replace("'''", '"""') in page
+
+
+def test_the_network_benchmark_says_why_it_is_skipped() -> None:
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "slow_network.py")]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reasons = ("skipped: network namespaces need root", "skipped: ip and tc not found: install iproute2")
+    assert done.stdout.strip() in reasons
