@@ -34,10 +34,4 @@ class Backprop:
         loss, norm, clip = run.agree(loss, shards)
         keep = run.guard(loss, norm)
         run.update(shards, keep, clip)
-        return {
-            "loss": loss,
-            "grad_norm": norm,
-            "skipped": ~keep,
-            **run.guard.metrics(),
-            **run.optimizer_metrics(),
-        }
+        return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.metrics()}

@@ -207,6 +207,8 @@ def draw(state: Progress, now: float, width: int, name: str = "", mfu_note: str 
     lines = [loss, *_values(state, now, width)]
     if learned := optimizer_values(row):
         lines.append(Text.assemble((f"{'optimizer':<10}", "dim"), learned))
+    if wire := wire_text(row):
+        lines.append(Text.assemble((f"{'reduced':<10}", "dim"), wire))
     lines.append(note)
     for line in lines:
         line.no_wrap = True
@@ -255,9 +257,22 @@ def step_line(state: Progress) -> str:
     ]
     if learned := optimizer_values(row):
         parts.append(learned)
+    if wire := wire_text(row):
+        parts.append(wire)
     if state.skipped:
         parts.append(f"skipped {state.skipped}")
     return "  ".join(parts)
+
+
+def wire_text(row: Mapping[str, Any]) -> str:
+    """What a compressed reduction sent and what it keeps; empty for one that reports nothing."""
+    wire, dense, norm, held = (
+        row.get(f"reduce/{name}") for name in ("wire_bytes", "dense_bytes", "error_norm", "error_bytes")
+    )
+    if wire is None or dense is None:
+        return ""
+    text = f"wire {wire / 1e6:.3g} of {dense / 1e6:.3g} MB"
+    return text if norm is None or held is None else f"{text}, error {norm:.2g} in {held / 1e6:.3g} MB"
 
 
 def _eval_text(row: Mapping[str, Any]) -> str:

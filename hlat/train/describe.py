@@ -62,6 +62,7 @@ def banner(
         lines.append(("layout", f"{layout}; {_held_text(run)}"))
     elif recipe.parallel.zero1 or recipe.parallel.sequence:
         lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
+    lines += [("reduce", line) for line in run.reducer.describe()]
     lines += [("data", line) for line in run.data.report_lines()]
     if checkpoint is not None:
         lines.append(("resume", f"step {run.step} of {checkpoint.path}"))

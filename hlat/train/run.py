@@ -25,6 +25,7 @@ from hlat.parallel.plan import Part, role_of
 from hlat.parallel.recompute import apply_recompute
 from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
+from hlat.reduce.base import Reducer
 from hlat.registry import lookup
 from hlat.train.engine import Engine
 from hlat.train.pipeline_engine import PipelineEngine
@@ -52,7 +53,7 @@ class Run:
     buckets: list[Bucket]
     engine: Engine | PipelineEngine
     objective: Any
-    reducer: Any
+    reducer: Reducer
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     guard: Any
@@ -81,12 +82,14 @@ class Run:
 
     def set_learning_rate(self) -> None:
         """Write the next update's rate into each group, as a tensor: a changed number never reaches a
-        compiled graph.
+        compiled graph. The reducer is told the step and how much the rate changed.
         """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             if "peak_lr" in group:
                 group["lr"].fill_(group["peak_lr"] * factor)
+        before = self.schedule(self.step - 1) if self.step else 0.0
+        self.reducer.begin(self.step, factor / before if before else 1.0)
 
     def reduce(self) -> list[Tensor]:
         """The gradient of the global batch: this rank's share of each bucket, 1-D.
@@ -119,6 +122,8 @@ class Run:
             squared_norm(shard) * float(bucket.primary and counts)
             for bucket, shard in zip(self.buckets, shards, strict=True)
         ]
+        unsent = self.reducer.health()  # what was not sent may be bad too
+        squares += [] if unsent is None else [unsent]
         zero = torch.zeros((), device=self.backend.device)  # a pipeline rank may train nothing
         parts = [loss * float(place.tp == 0), torch.stack([zero, *squares]).sum()]
         loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
@@ -135,14 +140,16 @@ class Run:
             bucket.master.grad = shard.to(bucket.master.dtype)
         guarded_step(self.optimizer, keep, clip)
         self.updates.add_(keep)
+        self.reducer.commit(keep)
         for bucket in self.buckets:
             bucket.master.grad = None
         self.publish()
 
-    def optimizer_metrics(self) -> dict[str, Tensor]:
-        """What the optimizer says of itself (its `metrics()`), under `optim/`; device scalars."""
-        own = getattr(self.optimizer, "metrics", None)
-        return {f"optim/{name}": value for name, value in own().items()} if own else {}
+    def metrics(self) -> dict[str, Tensor]:
+        """What guard, optimizer and reducer say of themselves; device scalars."""
+        own: dict[str, Tensor] = getattr(self.optimizer, "metrics", dict)()
+        named = {f"optim/{name}": value for name, value in own.items()}
+        return {**self.guard.metrics(), **named, **self.reducer.metrics()}
 
     def publish(self) -> None:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
@@ -196,8 +203,9 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     reducer = lookup("reduce", recipe.reduce.name)(
         DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
     )
+    reducer.prepare(buckets)
     for bucket in buckets:
-        bucket.on_ready = getattr(reducer, "start", None)
+        bucket.on_ready = reducer.start
     run = Run(
         recipe=recipe,
         backend=backend,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 
+_LOCAL = "reduce/local/"  # a reducer's tensors that mean something in the layout they were saved in only
+
+
 class Turns:
     """Which replica writes each tensor that all of them hold: the one that has the fewest bytes to write so
     far. All replicas ask in the same order and so agree without a message.
@@ -141,9 +144,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     rank calls it.
 
     Raises UserError when the checkpoint lacks a tensor, or holds one of another shape, or one that no rank
-    has a place for.
+    has a place for. What a reducer keeps for one layout alone (`local/...` in its state) is loaded in that
+    layout; in another one the reducer is told to forget it.
     """
-    checkpoint.load_into(tensors(run))
+    wanted = tensors(run)
+    change = _layout_change(run, checkpoint, wanted)
+    if change:
+        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith(_LOCAL)}
+        run.reducer.forget(change)
+    checkpoint.load_into(wanted, ignore=_LOCAL if change else "")
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():
@@ -152,3 +161,20 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
+
+
+def _layout_change(run: Run, checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> str:
+    """Why a reducer's local tensors cannot be loaded, the same on every rank; empty when they can or there
+    are none.
+    """
+    own = [name for name in wanted if name.startswith(_LOCAL)]
+    stored = {name for name in checkpoint.names() if name.startswith(_LOCAL)}
+    layout, saved = str(run.backend.layout), str(checkpoint.meta.get("layout"))
+    text = f"saved as {saved}, this is {layout}"
+    changed = saved.partition(",")[0] != layout.partition(",")[0]  # with or without ZeRO-1 it is the same
+    now, then = run.recipe.to_dict()["parallel"], checkpoint.meta["recipe"].get("parallel", {})
+    changed |= any(now[key] != then.get(key, now[key]) for key in ("schedule", "stages", "cuts"))
+    fits = all(name in stored and checkpoint.shape(name) == wanted[name].shape for name in own)
+    bad = torch.tensor([changed and bool(own or stored), not fits], dtype=torch.float32)
+    changed, unfit = (run.backend.all_reduce(bad.to(run.backend.device)) > 0).tolist()
+    return text if changed else "saved with other buckets" if unfit else ""
