@@ -4,8 +4,8 @@
 
 Both are measured in pairs, AdamW and the other one by turns in the same process, and reported as the median
 of the pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the
-benchmark
-model (tests/bench/model.py), random gradients; optimizers are compiled as `hlat train` compiles them.
+benchmark model (tests/bench/model.py), random gradients; optimizers are compiled as
+`hlat train` compiles them.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
 
 Text is the standard library of the Python that runs this, bytes as tokens, 5 % of the files held out. A
 result is a line of the file `--out`; what is in it is not run again, so the study can be stopped and
-continued, and
-several can share the file.
+continued, and several can share the file.
 """
 
 from __future__ import annotations
