@@ -1,5 +1,5 @@
 """Compressed reductions over real groups: two and four gloo ranks, against one process that computes the same
-from definitions. `conef_ranks.py` says what each case is.
+from definitions. `conef_ranks.py` says what each case is, `conef_simulation.py` computes them again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("conef_ranks.py")
+RANKS, SIMULATION = (Path(__file__).with_name(f"conef_{name}.py") for name in ("ranks", "simulation"))
 Result = Callable[..., dict[str, Any]]
 
 
@@ -26,7 +26,7 @@ def run(commands: list[tuple[list[str], dict[str, str]]], seconds: float, logs: 
     for i, (arguments, extra) in enumerate(commands):
         with open(logs / f"log-{len(commands)}-{i}", "w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"} | extra
-            command = [sys.executable, str(PROGRAM), *arguments]
+            command = [sys.executable, *arguments]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     deadline = time.monotonic() + seconds
     try:
@@ -47,9 +47,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A function (case, rank or "sim") -> what it left. All cases are run once."""
     folder = tmp_path_factory.mktemp("conef")
     for world in (2, 4):
-        ranks = [([str(folder)], {"RANK": str(rank), "WORLD_SIZE": str(world)}) for rank in range(world)]
+        ranks = [
+            ([str(RANKS), str(folder)], {"RANK": str(rank), "WORLD_SIZE": str(world)})
+            for rank in range(world)
+        ]
         run(ranks, 300, folder)
-    run([([str(folder), "simulate"], {})], 200, folder)
+    run([([str(SIMULATION), str(folder)], {})], 200, folder)
 
     def read(name: str, rank: int | str = 0) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((folder / f"{name}.{rank}.json").read_text())
