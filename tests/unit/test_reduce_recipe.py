@@ -49,6 +49,13 @@ def test_too_many_replicas_for_an_int8_sum_are_refused(compressor: str) -> None:
         Choice(compressor, error="exact").check(128)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "mada"])
+def test_any_optimizer_takes_what_arrives(tiny_run, train_steps, optim: str) -> None:
+    run = tiny_run("reduce={name: conef, start_step: 1}", f"optim={{name: {optim}, lr: 1.0e-3}}")
+    losses = [loss for loss, _ in train_steps(run, 5)]
+    assert len(set(losses)) == 5 and all(0 < loss < 6 for loss in losses)
+
+
 def test_unbiased_without_feedback_is_allowed(tiny_run, train_steps) -> None:
     train_steps(tiny_run("reduce={name: conef, compressor: unbiased_block, error: none, start_step: 0}"), 2)
 
