@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class Backend(Protocol):
     world: int
     layout: Layout
     place: Place
+    head_place: Place  # its tp says which run of attention heads this rank works on
     groups: Groups
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -36,6 +38,22 @@ class Backend(Protocol):
 
     def prepare_model(self, model: nn.Module) -> None:
         """Choose among equivalent ways of computing that the model offers. Names and values stay."""
+        ...
+
+    def shard_model(self, model: nn.Module, dtype: torch.dtype) -> bool:
+        """Put the backend's own tensor-parallel layers into a decoder that holds this rank's parts; False
+        where it has none and HLAT's are to be used.
+
+        Args:
+            dtype: of the model's parameters.
+        """
+        ...
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        """`checkpoint(function, *args)` calls a function and calls it again in backward, instead of keeping
+        what it computed.
+        """
         ...
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:

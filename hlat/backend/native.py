@@ -6,10 +6,14 @@ import contextlib
 import ctypes
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hlat.backend.groups import make_groups
 from hlat.mesh import ONE_PROCESS, Layout
@@ -39,6 +43,7 @@ class NativeBackend:
         if layout.world > 1 and dist.get_world_size() != layout.world:
             raise ValueError(f"{layout} needs {layout.world} ranks, there are {dist.get_world_size()}")
         self.layout, self.place = layout, layout.place(self.rank)
+        self.head_place = self.place
         self.groups = make_groups(layout, self.rank, kv_heads=kv_heads)
         cuda = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.device = device or cuda
@@ -63,6 +68,15 @@ class NativeBackend:
             for module in model.modules():
                 if hasattr(module, "joint"):
                     module.joint = True  # type: ignore[assignment]
+
+    def shard_model(self, model: nn.Module, dtype: torch.dtype) -> bool:
+        """HLAT's own layers are used."""
+        return False
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        """torch's, in the variant that works inside compiled blocks."""
+        return partial(checkpoint, use_reentrant=False)
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """On where a compiler is found and the run is long enough to earn back the minute it takes."""

@@ -180,8 +180,9 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     prune(model, parts)
     buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend)
     backend.prepare_model(model)
-    shard_model(model, backend.groups.tp, layout.sequence)
-    apply_recompute(model, recipe.parallel.recompute)
+    if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
+        shard_model(model, backend.groups.tp, layout.sequence)
+    apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     optimizer = _optimizer(recipe, buckets, backend.device)
     if compiled:
@@ -239,12 +240,6 @@ def _engine(
 
 def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what this version cannot do, rather than ignore it."""
-    if recipe.backend != "native":
-        raise UserError(
-            f"backend {recipe.backend!r} is not in this version of HLAT",
-            where="backend",
-            fix="write backend=native to train with plain PyTorch",
-        )
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:

@@ -42,7 +42,8 @@ def build_weights(
     parts = {}
     for path, _ in model.named_parameters():
         name = path if path in shapes else "embed.weight"  # a tied head on a stage without the embedding
-        parts[path] = name, part_of(name, shapes[name], recipe.model, layout, place, path=path)
+        where = backend.head_place if ".attention." in name else place
+        parts[path] = name, part_of(name, shapes[name], recipe.model, layout, where, path=path)
 
     def initial(name: str, part: Part) -> Tensor:
         return init_tensor(recipe.model, name, part.shape, recipe.run.seed)[part.box]

@@ -1,0 +1,76 @@
+"""The NxD backend as the training loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hlat.backend.nxd.groups import make_groups
+from hlat.backend.nxd.layers import shard_model
+from hlat.backend.nxd.start import arrange
+from hlat.mesh import Layout
+
+
+class NxdBackend:
+    """One NeuronCore through NxD and torch-xla. See `hlat.backend.base.Backend`. Making one is collective.
+
+    Args:
+        layout: the mesh; `start.join` has been called.
+        kv_heads: of the model to be trained.
+    """
+
+    name = "nxd"
+
+    def __init__(self, layout: Layout, *, kv_heads: int = 0) -> None:
+        from neuronx_distributed.utils import get_device
+
+        ranks = arrange(layout, kv_heads)
+        self.rank, self.world, self.layout = ranks.rank, layout.world, layout
+        self.place, self.head_place = ranks.place, replace(ranks.place, tp=ranks.heads)
+        self.groups = make_groups(ranks)
+        self.device: torch.device = get_device()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        return self.groups.world.all_reduce(tensor)
+
+    def mark_step(self) -> None:
+        """Hand the operations so far to the compiler and the device as one graph; does not wait."""
+        from neuronx_distributed.utils import mark_step
+
+        mark_step()
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+        if self.device.type == "xla":
+            import torch_xla.core.xla_model as xm
+
+            xm.mark_step()
+            xm.wait_device_ops()
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Nothing: `shard_model` makes the choices there are."""
+
+    def shard_model(self, model: nn.Module, dtype: torch.dtype) -> bool:
+        """Put NxD's parallel layers into a decoder that holds this rank's parts of the weights, in the
+        compute dtype.
+        """
+        shard_model(model, self.layout, self.groups.tp, dtype)
+        return True
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        """torch-xla's activation checkpoint: a barrier keeps the compiler from merging the second forward
+        pass with the first, which would undo it.
+        """
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return checkpoint  # type: ignore[no-any-return]
+
+    def compile_by_default(self, steps: int) -> tuple[bool, str]:
+        """Off: torch-xla compiles every graph anyway."""
+        return False, "torch-xla compiles"
