@@ -45,6 +45,20 @@ class NxdRegion(Region):
         return mappings.reduce_from_tensor_model_parallel_region(x)  # type: ignore[no-any-return]
 
 
+class _Swap(torch.autograd.Function):
+    """(B, S, D) <-> (S, B, D), contiguous in both directions: NxD's backward takes views of its gradients,
+    which a CPU, unlike XLA, only gives of contiguous tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.transpose(0, 1).contiguous()
+
+
 class QueryKeyValue(nn.Module):
     """Query, key and value projections as one `GQAQKVColumnParallelLinear`: the input is gathered once and
     its gradient summed once. With fewer key/value heads than ranks it repeats them.
@@ -58,7 +72,7 @@ class QueryKeyValue(nn.Module):
         """(B, S or S / tp, D) -> q, k, v, each (B, S, …). The layer gathers along its first dimension."""
         if not self.sequence:
             return tuple(self.layer(x_BSD))
-        return tuple(y.transpose(0, 1) for y in self.layer(x_BSD.transpose(0, 1).contiguous()))
+        return tuple(_Swap.apply(y) for y in self.layer(_Swap.apply(x_BSD)))
 
 
 class GateUp(nn.Module):
@@ -94,7 +108,7 @@ class Embedding(nn.Module):
     def forward(self, ids_BS: Tensor) -> Tensor:
         """int64 (B, S) -> (B, S or S / tp, D)."""
         x: Tensor = self.layer(ids_BS)
-        return x.transpose(0, 1) if self.sequence else x
+        return _Swap.apply(x) if self.sequence else x  # type: ignore[no-any-return]
 
 
 def shard_model(model: Any, layout: Layout, group: Group, dtype: torch.dtype) -> None:
