@@ -88,6 +88,13 @@ class Bucket:
         return self.first + self.master.numel()
 
     @property
+    def own_master(self) -> bool:
+        """Whether the weights are their own masters: then both are of one dtype, and only then. (Memory cannot
+        be compared: XLA tensors have no address.)
+        """
+        return self.master.dtype == self.weights.dtype
+
+    @property
     def copies(self) -> int:
         """Ranks of a replica that hold these same elements."""
         return self.specs[0].part.copies
@@ -219,19 +226,20 @@ def round_masters(
 ) -> None:
     """Round every master into the weights the model computes with; only this replica's share of them."""
     for bucket in buckets:
-        own = bucket.weights[bucket.first : bucket.last]
-        if bucket.master.data_ptr() != own.data_ptr():
+        if not bucket.own_master:
+            own = bucket.weights[bucket.first : bucket.last]
             new = bucket.master if rounder is None else rounder(bucket, bucket.weights.dtype)
             own.copy_(new)
 
 
 def squared_norm(flat: Tensor) -> Tensor:
-    """Sum of squares of a 1-D tensor whose length is a multiple of PAD, fp32 ().
+    """Sum of squares of a tensor, 1-D with a length that is a multiple of PAD, or of more dimensions; fp32 ().
 
-    In two levels: rows of PAD elements, then the rows. A single running sum over 1e8 elements would lose
-    digits.
+    In two levels: rows (of PAD elements where there are none), then the rows. A single running sum over 1e8
+    elements would lose digits.
     """
-    rows = torch.linalg.vector_norm(flat.view(-1, PAD), dim=1, dtype=torch.float32)
+    table = flat.view(-1, PAD) if flat.dim() == 1 and flat.numel() % PAD == 0 else flat.view(flat.shape[0], -1)
+    rows = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
     return rows.square().sum()
 
 

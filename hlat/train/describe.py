@@ -101,7 +101,7 @@ def _held_text(run: Run) -> str:
     states: list[Tensor] = []
     for bucket in run.buckets:
         states += [v for v in run.optimizer.state[bucket.master].values() if torch.is_tensor(v)]
-        if bucket.master.untyped_storage().data_ptr() != bucket.weights.untyped_storage().data_ptr():
+        if not bucket.own_master:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
         "weights": [bucket.weights for bucket in run.buckets] + frozen,

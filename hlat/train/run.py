@@ -26,9 +26,10 @@ from hlat.parallel.recompute import apply_recompute
 from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
 from hlat.registry import lookup
+from hlat.train import nxd
 from hlat.train.engine import Engine
 from hlat.train.pipeline_engine import PipelineEngine
-from hlat.train.weights import build_weights
+from hlat.train.weights import build_weights, flat_buckets
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
@@ -42,7 +43,7 @@ class Run:
 
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
-    those not skipped.
+    those not skipped. `zero` keeps the masters where NxD does it, by rows of each parameter.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class Run:
     updates: Tensor
     frozen: dict[str, tuple[Tensor, Part]]
     step: int = 0
+    zero: Any = None
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a
@@ -141,6 +143,9 @@ class Run:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
         them.
         """
+        if self.zero is not None:
+            self.zero.publish()
+            return
         rounding = self.recipe.precision.rounding
         seed = self.recipe.run.seed + _PUBLISH_SALT
 
@@ -178,18 +183,26 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         model = Decoder(recipe.model)
     parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
     prune(model, parts)
-    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend)
+    rows = nxd.uses_zero1(recipe, backend)
+    lay_out = nxd.row_buckets if rows else flat_buckets
+    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend, lay_out)
     backend.prepare_model(model)
     if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
         shard_model(model, backend.groups.tp, layout.sequence)
     apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
-    optimizer = _optimizer(recipe, buckets, backend.device)
+    zero = nxd.zero1(recipe, backend, buckets) if rows else None
+    optimizer = _optimizer(recipe, buckets, backend.device) if zero is None else zero.optimizer
+    if hasattr(optimizer, "set_precision"):
+        precision = recipe.precision
+        optimizer.set_precision(DTYPES[precision.states], precision.rounding, recipe.run.seed)
     if compiled:
         _compile(model, objective, optimizer)
     reducer = lookup("reduce", recipe.reduce.name)(
         DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
     )
+    if zero is not None:
+        reducer = nxd.RowSums(zero)
     for bucket in buckets:
         bucket.on_ready = getattr(reducer, "start", None)
     run = Run(
@@ -207,6 +220,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         method=lookup("method", recipe.method.name)(**recipe.method.options),
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
         frozen=frozen,
+        zero=zero,
     )
     run.initialise()
     return run
@@ -284,9 +298,6 @@ def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) 
         for bucket in buckets
     ]
     optimizer: torch.optim.Optimizer = lookup("optim", section.name)(groups, **section.options)
-    if hasattr(optimizer, "set_precision"):
-        precision = recipe.precision
-        optimizer.set_precision(DTYPES[precision.states], precision.rounding, recipe.run.seed)
     return optimizer
 
 

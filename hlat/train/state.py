@@ -71,7 +71,7 @@ def tensors(run: Run) -> dict[str, Tensor]:
 
 
 def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
-    """Name and piece of each parameter in a 1-D tensor that lies like the bucket's master."""
+    """Name and piece of each parameter in a tensor that lies like the bucket's master."""
     if flat.shape != bucket.master.shape:
         raise UserError(
             f"state '{prefix}' has shape {list(flat.shape)} for a parameter of {list(bucket.master.shape)}",
@@ -80,7 +80,7 @@ def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Ite
         )
     everywhere = flat.numel() == bucket.length  # every replica holds all of it, unless ZeRO-1 cut it
     for spec, where, skip in bucket.runs():
-        run, part = flat[where], spec.part
+        run, part = flat.view(-1)[where], spec.part
         write = part.primary and (not everywhere or turns.mine(run.nbytes))
         last = skip + run.numel()
         yield f"{prefix}/{spec.name}", piece(run, part.shape, part.offset, part.size, skip, last, write)
