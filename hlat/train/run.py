@@ -28,6 +28,7 @@ from hlat.recipe import Recipe
 from hlat.registry import lookup
 from hlat.train import nxd
 from hlat.train.engine import Engine
+from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
 from hlat.train.weights import build_weights, flat_buckets
 
@@ -51,7 +52,7 @@ class Run:
     model: nn.Module
     data: Any
     buckets: list[Bucket]
-    engine: Engine | PipelineEngine
+    engine: Engine | PipelineEngine | NxdPipelineEngine
     objective: Any
     reducer: Any
     optimizer: torch.optim.Optimizer
@@ -233,9 +234,11 @@ def _engine(
     parts: Sequence[StagePart],
     objective: Any,
     buckets: list[Bucket],
-) -> Engine | PipelineEngine:
+) -> Engine | PipelineEngine | NxdPipelineEngine:
     if backend.layout.pp == 1:
         return Engine(model, objective, buckets)
+    if backend.name == "nxd":
+        return NxdPipelineEngine(recipe, backend, model, parts, objective, buckets)
     return PipelineEngine(
         model,
         parts,
