@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hlat.backend.groups import Groups
+from hlat.backend.host import Direct
 from hlat.mesh import Layout, Place
 
 
@@ -54,6 +55,10 @@ class Backend(Protocol):
         """`checkpoint(function, *args)` calls a function and calls it again in backward, instead of keeping
         what it computed.
         """
+        ...
+
+    def memory(self) -> Direct:
+        """Where checkpoints are written from and read into."""
         ...
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:

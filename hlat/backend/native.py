@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hlat.backend.groups import make_groups
+from hlat.backend.host import Direct
 from hlat.mesh import ONE_PROCESS, Layout
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -77,6 +78,10 @@ class NativeBackend:
     def checkpoint(self) -> Callable[..., Any]:
         """torch's, in the variant that works inside compiled blocks."""
         return partial(checkpoint, use_reentrant=False)
+
+    def memory(self) -> Direct:
+        """The tensors themselves."""
+        return Direct()
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """On where a compiler is found and the run is long enough to earn back the minute it takes."""

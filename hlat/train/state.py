@@ -16,6 +16,7 @@ from hlat.recipe import identity_diff
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hlat.backend.host import Direct
     from hlat.checkpoint.reader import Checkpoint
     from hlat.parallel.buckets import Bucket
     from hlat.recipe import Recipe
@@ -40,33 +41,33 @@ class Turns:
         return writer == self.own
 
 
-def tensors(run: Run) -> dict[str, Tensor]:
+def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
     """What this rank holds of the run's tensors, under their global names: views of the live storage, so a
-    load writes into them.
+    load writes into them (or, with `memory`, of what stands for it).
 
     `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
     all parameters share. Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
     one rank writes each element; whoever else holds it only loads it.
     """
     named: dict[str, Tensor] = {}
-    turns = Turns(run.backend.layout.dp, run.backend.place.dp)
+    turns, memory = Turns(run.backend.layout.dp, run.backend.place.dp), memory or run.backend.memory()
     for bucket in run.buckets:
-        named.update(_named_parts("model", bucket, bucket.master.detach(), turns))
+        named.update(_named_parts("model", bucket, memory(bucket.master), turns))
         for slot, value in run.optimizer.state[bucket.master].items():
             if not torch.is_tensor(value):
                 continue
             if value.dim() == 0:
-                named.setdefault(f"optim/{slot}", value)
+                named.setdefault(f"optim/{slot}", memory(value))
             else:
-                named.update(_named_parts(f"optim/{slot}", bucket, value, turns))
+                named.update(_named_parts(f"optim/{slot}", bucket, memory(value), turns))
     for name, (value, part) in run.frozen.items():
-        flat = value.detach().view(-1)
+        flat = memory(value).view(-1)
         write = part.primary and turns.mine(flat.nbytes)
         named[f"model/{name}"] = piece(flat, part.shape, part.offset, part.size, 0, flat.numel(), write)
     for kind, owner in (("guard", run.guard), ("reduce", run.reducer), ("method", run.method)):
         state = owner.state() if hasattr(owner, "state") else {}
-        named.update((f"{kind}/{name}", value) for name, value in state.items())
-    named["run/updates"] = run.updates
+        named.update((f"{kind}/{name}", memory(value)) for name, value in state.items())
+    named["run/updates"] = memory(run.updates)
     return named
 
 
@@ -128,7 +129,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises UserError when the checkpoint lacks a tensor, or holds one of another shape, or one that no rank
     has a place for.
     """
-    checkpoint.load_into(tensors(run))
+    memory = run.backend.memory()
+    checkpoint.load_into(tensors(run, memory))
+    memory.put_back()
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():
@@ -137,3 +140,4 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
+    run.backend.mark_step()

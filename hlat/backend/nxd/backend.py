@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlat.backend.host import Direct, HostCopies
 from hlat.backend.nxd.groups import make_groups
 from hlat.backend.nxd.layers import shard_model
 from hlat.backend.nxd.start import arrange
@@ -70,6 +71,13 @@ class NxdBackend:
         from torch_xla.utils.checkpoint import checkpoint
 
         return checkpoint  # type: ignore[no-any-return]
+
+    def memory(self) -> Direct:
+        """Copies on the CPU; on the CPU itself the tensors."""
+        if self.device.type != "xla":
+            return Direct()
+        self.synchronize()
+        return HostCopies()
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """Off: torch-xla compiles every graph anyway."""
