@@ -29,8 +29,12 @@ class Backend(Protocol):
         """Sum over all ranks, in place where possible; returns the sum."""
         ...
 
-    def mark_step(self) -> None:
-        """End of a step's graph on lazy devices; nothing elsewhere."""
+    def mark_step(self, phase: str = "step") -> None:
+        """End of a graph on lazy devices; nothing elsewhere.
+
+        Args:
+            phase: what the graph was for: "step", "eval", "checkpoint". Each has graphs of its own.
+        """
         ...
 
     def synchronize(self) -> None:

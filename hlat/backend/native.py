@@ -55,7 +55,7 @@ class NativeBackend:
         """Sum over all ranks, in place."""
         return self.groups.world.all_reduce(tensor)
 
-    def mark_step(self) -> None:
+    def mark_step(self, phase: str = "step") -> None:
         """Nothing: this device runs operations as they come."""
 
     def synchronize(self) -> None:

@@ -53,7 +53,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             batch = batch.to(device)
             total += run.engine.forward([batch], one).to(wide)
             tokens += batch.targets_count()
-            run.backend.mark_step()
+            run.backend.mark_step("eval")
     # The loss is there once for each tensor-parallel rank of the last stage, the batch on every rank.
     total, tokens = total * (place.tp == 0), tokens * (place.tp == place.pp == 0)
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)

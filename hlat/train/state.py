@@ -140,4 +140,4 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
-    run.backend.mark_step()
+    run.backend.mark_step("checkpoint")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hlat.backend.host import Direct, HostCopies
+from hlat.backend.nxd.graphs import GraphGuard
 from hlat.backend.nxd.groups import make_groups
 from hlat.backend.nxd.layers import shard_model
 from hlat.backend.nxd.start import arrange
@@ -34,16 +35,22 @@ class NxdBackend:
         self.place, self.head_place = ranks.place, replace(ranks.place, tp=ranks.heads)
         self.groups = make_groups(ranks)
         self.device: torch.device = get_device()
+        self.graphs = GraphGuard() if self.device.type == "xla" else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         return self.groups.world.all_reduce(tensor)
 
-    def mark_step(self) -> None:
-        """Hand the operations so far to the compiler and the device as one graph; does not wait."""
+    def mark_step(self, phase: str = "step") -> None:
+        """Hand the operations so far to the compiler and the device as one graph; does not wait.
+
+        Raises TrainingStopped after too many graphs that nobody expected.
+        """
         from neuronx_distributed.utils import mark_step
 
         mark_step()
+        if self.graphs is not None:
+            self.graphs.look(phase)
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""
@@ -77,6 +84,7 @@ class NxdBackend:
         if self.device.type != "xla":
             return Direct()
         self.synchronize()
+        self.mark_step("checkpoint")
         return HostCopies()
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:

@@ -50,3 +50,68 @@ def everywhere(run: Run, fine: bool) -> bool:
 def train(folder: Path, overrides: Sequence[str], steps: int = 4) -> list[Any]:
     """Loss and gradient norm of each step."""
     return shared.train(make_run(folder, overrides), steps)
+
+
+def resume(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[str, bool]:
+    """Train, save half way in HLAT's own format, restore into a new run, train on: is all of it the same?"""
+    from hlat.checkpoint.store import CheckpointStore
+
+    half = steps // 2
+    run = make_run(folder, overrides)
+    first = shared.train(run, half)
+    store = CheckpointStore(folder / "checkpoints", keep=2)
+    store.save(run.step, state.tensors(run), state.meta(run), 0, wait=True)
+    rest = shared.train(run, steps - half)
+    again = make_run(folder, overrides)
+    state.restore(again, store.newest())
+    repeated = shared.train(again, steps - half)
+    return {
+        "losses": repeated == rest and first != rest,
+        "tensors": everywhere(run, same_tensors(run, again)),
+        "weights": everywhere(run, all(torch.equal(a.cpu(), b.cpu()) for a, b in weights(run, again))),
+    }
+
+
+def weights(a: Run, b: Run) -> Any:
+    return zip(a.model.parameters(), b.model.parameters(), strict=True)
+
+
+def same_tensors(a: Run, b: Run) -> bool:
+    """Whether all that a checkpoint of either would hold is bitwise the same."""
+    ours, theirs = flat_state(a), flat_state(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def flat_state(run: Run) -> dict[str, torch.Tensor]:
+    out = {}
+    for i, bucket in enumerate(run.buckets):
+        out[f"master.{i}"] = bucket.master.detach().cpu()
+        for slot, value in run.optimizer.state[bucket.master].items():
+            out[f"{slot}.{i}"] = value.detach().cpu()
+    return out | {f"guard.{name}": value.cpu() for name, value in run.guard.state().items()}
+
+
+def graphs(folder: Path, overrides: Sequence[str], steps: int = 20) -> dict[str, Any]:
+    """Compiled graphs after each step, with a new learning rate in each, evaluation and saves in between."""
+    from hlat.backend.nxd.graphs import count
+    from hlat.checkpoint.store import CheckpointStore
+    from hlat.train.evaluate import eval_mode
+    from hlat.train.step import train_step
+
+    run = make_run(folder, [*overrides, "schedule={name: cosine, warmup_steps: 5}", "run.steps=100"])
+    lines: list[str] = []
+    run.backend.graphs.say = lines.append
+    store, counts, kept = CheckpointStore(folder / "checkpoints", keep=1), [], []
+    for step in range(steps):
+        kept.append(train_step(run))
+        if step % 4 == 0:
+            with eval_mode(run.model):
+                batch = run.next_batches()[0]
+                kept.append({"eval": run.engine.forward([batch], torch.ones((), device=run.backend.device))})
+                run.backend.mark_step("eval")
+        if step % 5 == 0:
+            store.save(run.step, state.tensors(run), state.meta(run), 0, wait=True)
+            [float(value.cpu()) for row in kept for value in row.values()]
+            kept.clear()
+        counts.append(count().graphs)
+    return {"counts": counts, "lines": lines, "unexpected": run.backend.graphs.unexpected}
