@@ -8,6 +8,11 @@ behind the other in a bucket. A bucket holds up to three flat tensors:
     master    what the optimizer moves (fp32; the weights themselves with precision.master none): as long as
               the others, or with ZeRO-1 this replica's share of them, elements [first, last)
 
+On XLA devices a view is not memory but an expression, computed anew in every graph that uses it and
+sometimes kept, so that the same step would have several graphs. There a bucket is "apart": parameters and
+masters are tensors of their own, `weights` has no memory (it is on the meta device, for its length and
+dtype), and `publish` copies the rounded masters into the parameters.
+
 Length is padded so that it divides evenly over the replicas and each share into runs of `PAD`; padding is
 zero and stays zero. Identity in a checkpoint is always parameter name + global slice, never an offset here.
 """
@@ -64,6 +69,7 @@ class Bucket:
 
     weights, grad: 1-D, `length` elements. master: 1-D, elements [first, last) of the bucket.
     primary, sum_over: as in `Part`, the same for all parameters of the bucket.
+    parameters: those of the specs, where they are not views of the weights.
     on_ready: told once a step, when the last gradient of the step has arrived, often while backward goes on.
     """
 
@@ -74,6 +80,7 @@ class Bucket:
     master: nn.Parameter
     first: int = 0
     on_ready: Callable[[Bucket], None] | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
     _fresh: set[str] = field(default_factory=set)
     _awaited: int = 0
 
@@ -89,10 +96,13 @@ class Bucket:
 
     @property
     def own_master(self) -> bool:
-        """Whether the weights are their own masters: then both are of one dtype, and only then. (Memory cannot
-        be compared: XLA tensors have no address.)
-        """
-        return self.master.dtype == self.weights.dtype
+        """Whether the weights are their own masters: then both are of one dtype, and only then."""
+        return self.master.dtype == self.weights.dtype and not self.apart
+
+    @property
+    def apart(self) -> bool:
+        """Whether the parameters are tensors of their own."""
+        return self.weights.device.type == "meta"
 
     @property
     def copies(self) -> int:
@@ -137,6 +147,12 @@ class Bucket:
             if spec.path in self._fresh:
                 spec.view(self.grad).zero_()
         self._fresh.clear()
+
+    def hand_out(self, flat: Tensor) -> None:
+        """Copy the weights, all of the bucket, into parameters that are apart."""
+        with torch.no_grad():
+            for spec, parameter in zip(self.specs, self.parameters, strict=True):
+                parameter.copy_(spec.view(flat))
 
     def runs(self) -> Iterator[tuple[ParamSpec, slice, int]]:
         """The parameters in this replica's share: each one's spec, where in `master` (and in the optimizer's
@@ -197,25 +213,37 @@ def build_buckets(
             offset += specs[-1].numel
         step = PAD * share.count
         length = -(-offset // step) * step
-        weights = torch.zeros(length, dtype=dtypes.weights, device=device)
+        apart = device.type == "xla"
+        weights = torch.zeros(length, dtype=dtypes.weights, device="meta" if apart else device)
         first, size = share.index * length // share.count, length // share.count
-        own = weights[first : first + size]
-        master = own if dtypes.master is None else torch.zeros(size, dtype=dtypes.master, device=device)
+        master = weights[first : first + size]
+        if apart or dtypes.master is not None:
+            # Filled on the CPU: piece by piece on an XLA device it would be one large graph.
+            where = torch.device("cpu") if apart else device
+            master = torch.zeros(size, dtype=dtypes.master or dtypes.weights, device=where)
         grad = torch.zeros(length, dtype=dtypes.grad, device=device)
         bucket = Bucket(group, specs, weights, grad, nn.Parameter(master, requires_grad=False), first)
-        _fill(bucket, initial, dtypes.master is not None)
+        _fill(bucket, initial)
+        if apart:
+            bucket.master = nn.Parameter(bucket.master.data.to(device), requires_grad=False)
+            bucket.parameters = [
+                nn.Parameter(torch.zeros(spec.shape, dtype=dtypes.weights, device=device)) for spec in specs
+            ]
         _adopt(model, bucket)
         buckets.append(bucket)
     return buckets
 
 
-def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor], has_master: bool) -> None:
-    """Initial values: the weights rounded from them, the masters exactly."""
+def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor]) -> None:
+    """Initial values: the weights rounded from them, the masters exactly. Parameters that are apart get theirs
+    when the masters are published.
+    """
     share = {spec.path: (where, skip) for spec, where, skip in bucket.runs()}
     for spec in bucket.specs:
-        value = initial(spec.name, spec.part).to(bucket.weights.device)
-        spec.view(bucket.weights).copy_(value)
-        if has_master and spec.path in share:
+        value = initial(spec.name, spec.part).to(bucket.master.device)
+        if not bucket.apart:
+            spec.view(bucket.weights).copy_(value)
+        if not bucket.own_master and spec.path in share:
             where, skip = share[spec.path]
             run = value.reshape(-1)[skip : skip + where.stop - where.start]
             bucket.master.data[where].copy_(run)
@@ -226,7 +254,7 @@ def round_masters(
 ) -> None:
     """Round every master into the weights the model computes with; only this replica's share of them."""
     for bucket in buckets:
-        if not bucket.own_master:
+        if not (bucket.own_master or bucket.apart):
             own = bucket.weights[bucket.first : bucket.last]
             new = bucket.master if rounder is None else rounder(bucket, bucket.weights.dtype)
             own.copy_(new)
@@ -263,9 +291,9 @@ def _partition(parameters: dict[str, tuple[str, Part, Group]], max_elements: int
 def _adopt(model: nn.Module, bucket: Bucket) -> None:
     """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each."""
     shared = dict(model.named_parameters(remove_duplicate=False))
-    for spec in bucket.specs:
+    for i, spec in enumerate(bucket.specs):
         old = shared[spec.path]
-        new = nn.Parameter(spec.view(bucket.weights))
+        new = bucket.parameters[i] if bucket.apart else nn.Parameter(spec.view(bucket.weights))
         for alias, parameter in shared.items():  # a tied head is the same parameter under a second name
             if parameter is old:
                 set_parameter(model, alias, new)

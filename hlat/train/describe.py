@@ -104,7 +104,7 @@ def _held_text(run: Run) -> str:
         if not bucket.own_master:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
-        "weights": [bucket.weights for bucket in run.buckets] + frozen,
+        "weights": [w for bucket in run.buckets for w in bucket.parameters or [bucket.weights]] + frozen,
         "gradients": [bucket.grad for bucket in run.buckets],
         "masters": masters,
         "optimizer state": states,

@@ -155,7 +155,15 @@ class Run:
             return round_to(bucket.master, dtype, rounding, seed=seed, step=step, offset=first)
 
         round_masters(self.buckets, None if rounding == "nearest" else rounder)
-        if self.backend.layout.zero1:
+        for bucket in self.buckets:
+            if bucket.apart:
+                own = rounder(bucket, bucket.weights.dtype)
+                if own.numel() < bucket.length:
+                    whole = own.new_empty(bucket.length)
+                    self.backend.groups.dp.start_all_gather(whole, own).wait()
+                    own = whole
+                bucket.hand_out(own)
+        if self.backend.layout.zero1 and not any(bucket.apart for bucket in self.buckets):
             waiting = []
             for bucket in self.buckets:
                 own = bucket.weights[bucket.first : bucket.last].clone()
@@ -167,6 +175,7 @@ class Run:
         """Create the optimizer's state, which a checkpoint is loaded into."""
         create_state(self.optimizer)
         self.publish()
+        self.backend.mark_step("build")  # else the first step's graph would hold all this and be one of its own
 
 
 def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, compiled: bool = False) -> Run:
