@@ -115,3 +115,33 @@ def graphs(folder: Path, overrides: Sequence[str], steps: int = 20) -> dict[str,
             kept.clear()
         counts.append(count().graphs)
     return {"counts": counts, "lines": lines, "unexpected": run.backend.graphs.unexpected}
+
+
+def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[str, Any]:
+    """The same with NxD's own files; and what they become in HLAT's format against what HLAT writes itself."""
+    from hlat.checkpoint.nxd import read_nxd
+    from hlat.checkpoint.store import CheckpointStore
+    from hlat.train import nxd_checkpoint
+
+    half = steps // 2
+    run = make_run(folder, overrides)
+    shared.train(run, half)
+    tag = nxd_checkpoint.save(run, folder / "nxd")
+    store = CheckpointStore(folder / "checkpoints", keep=2)
+    store.save(run.step, state.tensors(run), state.meta(run), 0, wait=True)
+    rest = shared.train(run, steps - half)
+    again = make_run(folder, overrides)
+    nxd_checkpoint.restore(again, folder / "nxd")
+    repeated = shared.train(again, steps - half)
+    checkpoint = store.newest()
+    wholes, meta = read_nxd(folder / "nxd" / tag)
+    names = checkpoint.shapes() if hasattr(checkpoint, "shapes") else wholes
+    other = {name: torch.zeros_like(value) for name, value in wholes.items()}
+    checkpoint.load_into(other)
+    return {
+        "losses": repeated == rest,
+        "tensors": everywhere(run, same_tensors(run, again)),
+        "converted": all(torch.equal(wholes[name], other[name]) for name in other),
+        "names": sorted(names) == sorted(wholes),
+        "step": meta["step"],
+    }
