@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 FOLDER = Path(sys.argv[1])
-TESTS = Path(__file__).resolve().parents[2]
 
 
 def join() -> None:
@@ -49,12 +48,14 @@ def load(path: Path) -> Any:
 def main() -> None:
     join()
     sys.path.insert(0, str(Path(__file__).parent))
-    jobs = load(Path(__file__).with_name("nxd_jobs.py"))
+    jobs = {}
+    for name in ("nxd_jobs", "nxd_traps"):
+        jobs |= vars(load(Path(__file__).with_name(f"{name}.py")))
     rank = dist.get_rank()
     for case in json.loads((FOLDER / "cases.json").read_text()):
         name = case.pop("name")
         try:
-            result = getattr(jobs, case.pop("job"))(FOLDER / name, **case)
+            result = jobs[case.pop("job")](FOLDER / name, **case)
         except Exception:
             (FOLDER / f"{name}.{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
             os._exit(1)  # the others may wait for this rank for ever

@@ -1,0 +1,128 @@
+"""Jobs that walk into NxD's known traps: what the adapter gets, and what NxD gives without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nxd_jobs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hlat.backend.nxd.layers import GateUp
+from hlat.errors import TrainingStopped
+from hlat.train.step import train_step
+
+
+def _error(got: Tensor, right: Tensor) -> float:
+    return float((got.float() - right.float()).norm() / right.float().norm())
+
+
+def input_gradient(folder: Path) -> dict[str, float]:
+    """Relative error of the gradient that a column-parallel product in bf16 passes down: as the adapter
+    builds it, and with NxD's default reduce_dtype.
+    """
+    run = nxd_jobs.make_run(folder, ["parallel.tp=2", "precision.compute=bf16"])
+    layer: GateUp = run.model.layers["0"].mlp.joint
+    group, device = run.backend.groups.tp, run.backend.device
+    torch.manual_seed(0)
+    x, out = torch.randn(2, 8, 32).bfloat16(), torch.randn(2, 8, 64).bfloat16()
+    result = {}
+    for name, dtype in (("adapter", torch.bfloat16), ("default", torch.float32)):
+        layer.options["reduce_dtype"] = dtype
+        ours = x.to(device).requires_grad_()
+        parts = layer(ours)
+        own = [o[..., group.rank * 32 : group.rank * 32 + 32].to(device) for o in (out, out)]
+        torch.autograd.backward(list(parts), [o.contiguous() for o in own])
+        whole = [
+            group.gather(w.detach().reshape(-1)).reshape(64, 32).cpu() for w in (layer.gate.weight, layer.up.weight)
+        ]
+        right = x.clone().requires_grad_()
+        torch.autograd.backward([F.linear(right, w) for w in whole], [out, out])
+        result[name] = _error(ours.grad.cpu(), right.grad)
+    return result
+
+
+def dtypes(folder: Path) -> dict[str, Any]:
+    """Dtype of what NxD's embedding gives in a bf16 model: the adapter's, and one cast after it was made."""
+    from neuronx_distributed.parallel_layers.layers import ParallelEmbedding
+
+    run = nxd_jobs.make_run(folder, ["parallel.tp=2", "precision.compute=bf16"])
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=run.backend.device)
+    cast = ParallelEmbedding(96, 32).to(torch.bfloat16).to(run.backend.device)
+    names = {name: str(p.dtype) for name, p in run.model.named_parameters()}
+    return {
+        "adapter": str(run.model.embed(ids).dtype),
+        "cast": str(cast(ids).dtype),
+        "parameters": sorted(set(names.values())),
+    }
+
+
+def ignored(folder: Path) -> dict[str, float]:
+    """Loss and gradient of a batch without a single target; and what NxD's cross-entropy makes of one."""
+    from neuronx_distributed.parallel_layers.loss_functions import parallel_cross_entropy
+
+    run = nxd_jobs.make_run(folder, ["parallel.tp=2"])
+    batch = run.next_batches()[0]
+    batch.targets.fill_(-100)
+    loss = run.engine.forward_backward([batch], torch.ones((), device=run.backend.device))
+    shards = run.reduce()
+    logits = torch.randn(4, 48, device=run.backend.device)
+    theirs = parallel_cross_entropy(logits, torch.full((4,), -100, device=run.backend.device))
+    return {
+        "loss": float(loss),
+        "gradient": max(float(shard.abs().max()) for shard in shards),
+        "nxd": float(theirs.abs().sum()),
+    }
+
+
+def clipping(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A step of plain gradient descent is as long as the learning rate times the clipped norm; and the norm
+    that NxD's own step would have clipped to.
+    """
+    words = ["optim={name: sgd, lr: 1.0, momentum: 0.0, weight_decay: 0.0, clip_norm: 0.05}", *overrides]
+    run = nxd_jobs.make_run(folder, words)
+    before = [bucket.master.detach().clone() for bucket in run.buckets]
+    train_step(run)
+    square = sum((b.master.detach() - old).square().sum() for b, old in zip(run.buckets, before, strict=True))
+    length = float(run.backend.groups.dp.all_reduce(square.reshape(1))) ** 0.5
+    return {"length": length, "nxd": getattr(run.zero.nxd, "max_norm", None)}
+
+
+def planted(folder: Path, fault: str) -> dict[str, Any]:
+    """A mistake in a step after the warm-up: does the guard end the run, and with which reason?"""
+    run = nxd_jobs.make_run(folder, [])
+    lines: list[str] = []
+    run.backend.graphs.say, run.backend.graphs.limit = lines.append, 1
+    for _ in range(5):
+        train_step(run)
+    quiet = len(lines)
+    if fault == "shape":
+        batches = run.data.batches
+
+        def shorter(*args: Any) -> Any:
+            (batch,) = batches(*args)
+            batch.ids, batch.targets = batch.ids[:, :24].contiguous(), batch.targets[:, :24].contiguous()
+            return [batch]
+
+        run.data.batches = shorter
+    elif fault == "item":
+        guard = run.guard
+
+        class Reading:
+            metrics, state = guard.metrics, guard.state
+
+            def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
+                return guard(loss, norm) if loss.item() < 1e9 else guard(loss, norm)
+
+        run.guard = Reading()
+    try:
+        for _ in range(3):
+            train_step(run)
+    except TrainingStopped as error:
+        return {"stopped": str(error), "lines": lines[quiet:]}
+    return {"stopped": "", "lines": lines[quiet:]}
+
+
