@@ -32,14 +32,14 @@ def input_gradient(folder: Path) -> dict[str, float]:
     result = {}
     for name, dtype in (("adapter", torch.bfloat16), ("default", torch.float32)):
         layer.options["reduce_dtype"] = dtype
-        ours = x.to(device).requires_grad_()
+        ours = x.clone().to(device).requires_grad_()
         parts = layer(ours)
         own = [o[..., group.rank * 32 : group.rank * 32 + 32].to(device) for o in (out, out)]
         torch.autograd.backward(list(parts), [o.contiguous() for o in own])
         whole = [
             group.gather(w.detach().reshape(-1)).reshape(64, 32).cpu() for w in (layer.gate.weight, layer.up.weight)
         ]
-        right = x.clone().requires_grad_()
+        right = x.detach().clone().requires_grad_()
         torch.autograd.backward([F.linear(right, w) for w in whole], [out, out])
         result[name] = _error(ours.grad.cpu(), right.grad)
     return result
