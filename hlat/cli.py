@@ -18,6 +18,7 @@ VERBS = {
     "generate": "continue a prompt with a trained model",
     "convert": "to and from Hugging Face, from GGUF",
     "report": "draw one or several runs into an HTML file",
+    "doctor": "check this machine, and print the lines that repair it",
 }
 
 

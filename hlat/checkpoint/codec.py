@@ -59,7 +59,9 @@ class ChunkRecord:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; writing to them changes the tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    # A single element counts as contiguous whatever its stride, which `view` would not accept.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, entries: Sequence[tuple[str, Tensor]]) -> list[ChunkRecord]:

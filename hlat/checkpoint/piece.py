@@ -54,6 +54,7 @@ def piece(
         raise ValueError(f"elements {first} to {last} of {size} at {offset} are not in a tensor of {whole}")
     if flat.dim() != 1 or flat.numel() != last - first or not flat.is_contiguous():
         raise ValueError(f"a piece of {last - first} elements needs as many in a row, not {list(flat.shape)}")
+    flat = flat.as_strided((last - first,), (1,))  # a single element may come with any stride
     if write and size == whole and last - first == math.prod(whole):
         return flat.view(whole)
     if not 1 <= len(whole) <= 2:

@@ -1,14 +1,24 @@
-"""`hlat train RECIPE [key=value …]`."""
+"""`hlat train RECIPE [key=value …]`, in one process or in each of those a launcher starts."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
+    from hlat.backend.cluster import Cluster
     from hlat.observe.console import Console
+    from hlat.observe.failures import Ending
+    from hlat.observe.runfolder import RunFolder
+    from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
 
 
@@ -23,34 +33,153 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; returns 0, or 128 + the signal that stopped the run early (its state is saved)."""
-    from hlat.data import open_data
+    """Train; returns 0, or 128 + the signal that stopped the run early (its state is saved).
+
+    In a job of several processes a failure ends the process here: others may hang in a thread of it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    neuron_profile = _prepare_neuron(args)  # before anything imports torch
+    from hlat.backend.cluster import join
+
+    job = Job(join(), neuron_profile)
+    if job.cluster.world == 1:
+        return _main(args, job)
+    job.watch()
+    try:
+        return _main(args, job)
+    except BaseException as error:
+        job.note(error)
+        if job.ending is not None:
+            job.ending.end()
+        raise
+
+
+@dataclass
+class Job:
+    """The processes that train together, and what ends this one when another fails."""
+
+    cluster: Cluster
+    neuron_profile: list[dict[str, Any]]
+    watchdog: Watchdog = field(init=False)
+    ending: Ending | None = None
+
+    def __post_init__(self) -> None:
+        from hlat.observe.watchdog import Watchdog
+
+        self.watchdog = Watchdog(self.cluster.rank, self.cluster.members)
+
+    def watch(self) -> None:
+        """Begin to look after the other ranks, and let failures end this one."""
+        from hlat.observe.failures import Board, Ending, Terminated
+
+        def terminate(_number: int, _frame: Any) -> None:
+            raise Terminated
+
+        signal.signal(signal.SIGTERM, terminate)
+        cluster, names = self.cluster, [str(member) for member in self.cluster.members]
+        own_board = Board(cluster.new_client("hlat"), cluster.rank, names)
+        self.watchdog.start(own_board, cluster.store_holder, cluster.serves_store)
+        self.ending = Ending(Board(cluster.store, cluster.rank, names), self.watchdog, cluster.serves_store)
+        cluster.on_wait = self.ending.on_wait
+
+    def note(self, error: BaseException) -> None:
+        """Report a failure to the other ranks before anything that may wait for them."""
+        if self.ending is not None:
+            self.ending.note(error)
+
+    def leave(self, seconds: float) -> None:
+        """Wait for all ranks; after it each goes its own way."""
+        if self.ending is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all as soon as one has ended
+            self.watchdog.beat(0, "leaving", patient=True)
+            self.ending.board.note_end()
+            self.cluster.leave(seconds)
+            self.watchdog.stop()
+            self.ending = None
+
+
+def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Set the variables of the Neuron profile where a run will use NxD; returns them for environment.json."""
+    on_cpu = os.environ.get("NXD_CPU_MODE") == "1" or os.environ.get("PJRT_DEVICE") == "CPU"
+    if on_cpu or importlib.util.find_spec("neuronx_distributed") is None:
+        return []
+    from hlat.backend.neuron import machine
+    from hlat.backend.neuron.profile import cluster, prepare
+    from hlat.recipe import load
+
+    try:
+        recipe = load(args.recipe, args.overrides)
+    except UserError:
+        return []  # reported once, after the ranks have met
+    if recipe.backend != "nxd":
+        return []
+    nodes, cores = cluster(os.environ)
+    efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
+    return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
+
+
+def _main(args: argparse.Namespace, job: Job) -> int:
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
     from hlat.recipe import load
-    from hlat.recipe_io import find_recipe
     from hlat.train.run import refuse_unsupported
+    from hlat.train.same import check_machines, check_recipe
 
+    cluster, limit = job.cluster, job.watchdog.limit
+    check_machines(cluster, limit)
     recipe = load(args.recipe, args.overrides)
+    check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
+    recipe.accumulate(cluster.world)
     folder = RunFolder(recipe.run.dir)
+    job.watchdog.limit = job.watchdog.long_limit = recipe.parallel.first_timeout
+    job.watchdog.logs = folder.logs
+    if cluster.rank:
+        return _work(args, recipe, job, folder, None)
     folder.check()
-    last = recipe.run.stop_at_step or recipe.run.steps
-    console = Console(last, name=recipe.run.name)
+    console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
+    if job.ending is not None:
+        job.ending.before_print = console.close
     try:
-        data = open_data(recipe)
-        _check_resume(recipe, data, folder)
-        with folder.start(find_recipe(args.recipe).read_text(), recipe.to_yaml()):
-            try:
-                return _train(recipe, data, folder, console)
-            except BaseException:
-                folder.abandon()
-                raise
+        return _work(args, recipe, job, folder, console)
     finally:
         console.close()
 
 
-def _check_resume(recipe: Recipe, data: Any, folder: Any) -> None:
+def _work(
+    args: argparse.Namespace, recipe: Recipe, job: Job, folder: RunFolder, console: Console | None
+) -> int:
+    """Data, run folder, training. Rank 0 has the console and starts the run folder; the others wait for
+    that.
+    """
+    from hlat.data import open_data
+    from hlat.observe.environment import describe
+    from hlat.recipe_io import find_recipe
+    from hlat.train.same import check_data
+
+    cluster, limit = job.cluster, recipe.parallel.first_timeout
+    job.watchdog.beat(0, "data")
+    data = cluster.in_turn("data-ready", lambda: open_data(recipe), limit)
+    check_data(cluster, data.fingerprint, limit)
+    if console is None:
+        cluster.from_first("started", None, limit)
+        return _train(recipe, data, folder, None, job)
+    _check_resume(recipe, data, folder)
+    text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
+    with folder.start(text, recipe.to_yaml(), description=description):
+        job.watchdog.before_exit = folder.close
+        try:
+            cluster.from_first("started", True, limit)
+            return _train(recipe, data, folder, console, job)
+        except BaseException as error:
+            job.note(error)
+            folder.abandon()
+            raise
+
+
+def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
     from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
@@ -64,61 +193,105 @@ def _check_resume(recipe: Recipe, data: Any, folder: Any) -> None:
                 fix="choose another run.dir, or run.resume=auto to continue",
             )
         return
-    newest, _ = newest_in(folder.checkpoints, False, Peers.meet())
+    newest, _ = newest_in(folder.checkpoints, False, Peers())
     if newest is not None:
         state.check_same_run(recipe, data.fingerprint, newest.meta, str(folder.path))
 
 
-def _train(recipe: Recipe, data: Any, folder: Any, console: Console) -> int:
+def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.checkpoint.store import CheckpointStore
-    from hlat.model.flops import flops_per_token
-    from hlat.observe.metrics import MetricBuffer
-    from hlat.observe.peak import peak_flops
-    from hlat.observe.sinks import open_sinks
     from hlat.train import state
-    from hlat.train.describe import banner, summary
-    from hlat.train.loop import GuardWatch, Loop
+    from hlat.train.describe import summary
+    from hlat.train.loop import Loop
     from hlat.train.run import build_run
 
-    backend, compiled, reason = _backend(recipe)
+    cluster, limit = job.cluster, recipe.parallel.first_timeout
+    job.watchdog.beat(0, "building")
+    cluster.connect(limit)
+    backend, compiled, reason = _backend(recipe, cluster)
     run = build_run(recipe, data, backend, compiled=compiled)
+    cluster.note_groups()
     section = recipe.checkpoint
     store = CheckpointStore(
         folder.checkpoints,
         keep=section.keep,
         permanent_every_tokens=section.permanent_every_tokens,
         async_=section.async_,
-        warn=console.warn,
+        warn=_warn(cluster) if console is None else console.warn,
     )
+    job.watchdog.beat(0, "restoring")
     checkpoint = store.newest()
     if checkpoint is not None:
         state.restore(run, checkpoint)
-    peak = peak_flops(backend.device, next(run.model.parameters()).dtype)
-    console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(banner(run, folder.path, checkpoint, f"{'on' if compiled else 'off'} ({reason})", peak))
-    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
-    metrics = MetricBuffer(
-        [console, *sinks, GuardWatch(run.guard)],
-        every=recipe.log.every,
-        tokens_per_step=recipe.tokens_per_step,
-        flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
-        peak_flops=peak.flops if peak else None,
+    metrics = _metrics(recipe, run, folder, checkpoint, console, f"{'on' if compiled else 'off'} ({reason})")
+    on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
+    loop = Loop(
+        run,
+        metrics,
+        store,
+        data.tokenizer.files(),
+        on_checkpoint,
+        cluster=cluster,
+        watchdog=job.watchdog,
     )
-    loop = Loop(run, metrics, store, data.tokenizer.files(), console.checkpoint)
     try:
-        stopped = loop.train()
-        console.close(summary(run, folder.path, loop.held_out, stopped))
+        try:
+            stopped = loop.train()
+            job.leave(limit)
+        except BaseException as error:
+            job.note(error)
+            raise
+        if console is not None:
+            console.close(summary(run, folder.path, loop.held_out, stopped))
     finally:
         metrics.close()
         store.wait()
     return 0 if stopped is None else 128 + stopped
 
 
-def _backend(recipe: Recipe) -> tuple[Any, bool, str]:
-    """The backend, whether to compile, and why."""
+def _metrics(
+    recipe: Recipe, run: Any, folder: RunFolder, checkpoint: Any, console: Console | None, compiled: str
+) -> Any:
+    """Where each step's figures go. Rank 0 has the console (and gives it the banner) and the sinks; the guard
+    looks on every rank.
+    """
+    from hlat.model.flops import flops_per_token
+    from hlat.observe.metrics import MetricBuffer
+    from hlat.observe.peak import peak_flops
+    from hlat.observe.sinks import open_sinks
+    from hlat.train.describe import banner
+    from hlat.train.loop import GuardWatch
+
+    guard = GuardWatch(run.guard)
+    if console is None:
+        return MetricBuffer([guard], every=recipe.log.every)
+    peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
+    console.start(run.step, mfu_note=str(peak) if peak else "")
+    console.banner(banner(run, folder.path, checkpoint, compiled, peak))
+    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    return MetricBuffer(
+        [console, *sinks, guard],
+        every=recipe.log.every,
+        tokens_per_step=recipe.tokens_per_step,
+        flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
+        peak_flops=peak.flops * run.backend.world if peak else None,
+    )
+
+
+def _backend(recipe: Recipe, cluster: Cluster) -> tuple[Any, bool, str]:
+    """The backend, whether to compile, and why; the last two as rank 0 decides."""
     from hlat.backend.native import NativeBackend
 
-    backend = NativeBackend()
-    if recipe.compile == "auto":
-        return backend, *backend.compile_by_default(recipe.run.steps)
-    return backend, bool(recipe.compile), f"recipe: compile={str(recipe.compile).lower()}"
+    backend = NativeBackend(
+        recipe.layout(cluster.world), device=cluster.device, kv_heads=recipe.model.kv_heads
+    )
+    if recipe.compile != "auto":
+        return backend, bool(recipe.compile), f"recipe: compile={str(recipe.compile).lower()}"
+    choice = backend.compile_by_default(recipe.run.steps) if cluster.rank == 0 else None
+    compiled, reason = cluster.from_first("compile", choice, recipe.parallel.first_timeout)
+    return backend, compiled, reason
+
+
+def _warn(cluster: Cluster) -> Callable[[str], None]:
+    """Warnings of a rank that has no console."""
+    return lambda text: print(f"hlat: {cluster.me}: warning: {text}", file=sys.stderr)

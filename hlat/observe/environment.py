@@ -8,7 +8,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import hlat
 
-_PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_")
+_PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_", "FI_", "MALLOC_")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|JWT", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
 _PACKAGES = (
@@ -34,11 +34,16 @@ _PACKAGES = (
     "neuronx-distributed",
     "neuronx-cc",
     "libneuronxla",
+    "nki",
 )
 
 
-def describe() -> dict[str, Any]:
-    """The environment of this process as JSON-ready data; a fact that cannot be found is None or left out."""
+def describe(neuron_profile: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The environment of this process as JSON-ready data; a fact that cannot be found is None or left out.
+
+    neuron_profile: what was set for Neuron and why (`hlat.backend.neuron.profile.Applied.to_dict`).
+    """
+    profile = [{key: _without_login(value) for key, value in item.items()} for item in neuron_profile]
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "hlat": hlat.__version__,
@@ -55,19 +60,24 @@ def describe() -> dict[str, Any]:
         },
         **_torch_facts(),
         "variables": variables(os.environ),
+        **({"neuron_profile": profile} if profile else {}),
     }
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables with a prefix that matters (NEURON_, XLA_, OMP_, NCCL_, SLURM_), sorted.
+    """Variables with a prefix that matters (NEURON_, XLA_, FI_, MALLOC_, OMP_, NCCL_, SLURM_), sorted.
 
     A name that smells of a secret is dropped, and so is the login part of a URL in a value.
     """
     return {
-        name: _URL_LOGIN.sub(r"\1", environ[name])
+        name: _without_login(environ[name])
         for name in sorted(environ)
         if name.startswith(_PREFIXES) and not _SECRET.search(name)
     }
+
+
+def _without_login(text: str) -> str:
+    return _URL_LOGIN.sub(r"\1", text)
 
 
 def versions() -> dict[str, str]:

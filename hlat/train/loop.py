@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from hlat.backend.cluster import Cluster
 from hlat.checkpoint.store import CheckpointStore
 from hlat.observe.metrics import MetricBuffer
+from hlat.observe.watchdog import Watchdog
 from hlat.train import state
 from hlat.train.evaluate import evaluate
+from hlat.train.replicas import verify
 from hlat.train.run import Run
 from hlat.train.step import train_step
+
+_MARGIN = 15  # seconds by which collectives outlast the watchdog, whose report says more
 
 
 class Signals:
@@ -40,6 +47,28 @@ class Signals:
                 signal.signal(number, handler)
 
 
+class StopVote:
+    """Lets all ranks stop after the same step, whichever of them were told to and when.
+
+    A signal reaches ranks at different times, and a rank that stopped alone would leave the others waiting
+    for it. So each step begins an exchange of what was received so far, and ends by reading it.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._group = cluster.stop
+        self._number = torch.zeros(1, dtype=torch.int32)
+
+    def begin(self, received: int | None) -> None:
+        """Give this rank's vote: a signal's number, or None to go on. Returns at once."""
+        self._number.fill_(received or 0)
+        self._pending = self._group.start_all_reduce(self._number, "max")
+
+    def result(self) -> int | None:
+        """The signal to stop for, the same on every rank; None to go on."""
+        self._pending.wait()
+        return int(self._number) or None
+
+
 class GuardWatch:
     """A metric sink that lets the guard stop the run. Give it last: other sinks have the row by then."""
 
@@ -63,6 +92,8 @@ class Loop:
         store: receives checkpoints.
         tokenizer_files: copied into each checkpoint.
         on_checkpoint: told of a checkpoint's step once it is complete.
+        cluster: the ranks that train together; each of them runs a loop.
+        watchdog: told where the loop is.
     """
 
     def __init__(
@@ -72,43 +103,72 @@ class Loop:
         store: CheckpointStore,
         tokenizer_files: Any = None,
         on_checkpoint: Callable[[int], None] = lambda step: None,
+        *,
+        cluster: Cluster | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.run, self.metrics, self.store = run, metrics, store
         self.tokenizer_files, self.on_checkpoint = tokenizer_files, on_checkpoint
+        self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
         self._saving: int | None = None
+        self._timeouts_are_long = self.cluster.world > 1
         self.held_out: dict[str, Any] | None = None
 
     def train(self) -> int | None:
         """Train to the last step, evaluate and save. Returns the signal that stopped it early, or None."""
+        stop, vote = None, StopVote(self.cluster)
         with Signals().watch() as signals, manual_collection() as collector:
             self.metrics.start()
-            while self.run.step < self.last_step and signals.received is None:
+            while self.run.step < self.last_step and stop is None:
+                vote.begin(signals.received)
                 self.one_step()
                 collector()
+                stop = vote.result() if self.cluster.world > 1 else signals.received
             self.metrics.flush()
-        if signals.received is None and self.held_out is None and self.run.data.holdout.documents:
-            self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
-        self.save(wait=True)
-        return signals.received
+            if stop is None and self.held_out is None and self.run.data.holdout.documents:
+                self.watchdog.beat(self.run.step, "evaluation")
+                self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
+            self.save(wait=True)
+        return stop
 
     def one_step(self) -> None:
         """One training step and whatever is due after it."""
         run, recipe = self.run, self.run.recipe
+        self.watchdog.beat(run.step + 1, "training")
         rate = run.learning_rate()
         values = train_step(run)
         self.metrics.add(run.step, values, {"lr": rate})
+        if self._timeouts_are_long:
+            self._shorten_timeouts()
         self.held_out = None
+        if recipe.parallel.verify_every and run.step % recipe.parallel.verify_every == 0:
+            self.verify()
         if run.step == recipe.run.steps or (recipe.eval.every and run.step % recipe.eval.every == 0):
             self.evaluate()
         if run.step % recipe.checkpoint.every == 0:
             self.save()
         self._note_saved()
 
+    def verify(self) -> None:
+        """Compare the ranks' weights. Comes before the checkpoint: what differs is never saved."""
+        self.watchdog.beat(self.run.step, "comparison of replicas")
+        with self.metrics.paused():
+            verify(self.run, [str(member) for member in self.cluster.members], self.cluster.exchange)
+
+    def _shorten_timeouts(self) -> None:
+        """The first step, which may compile and read much, is over."""
+        self.run.backend.synchronize()  # a GPU's step is only queued, and may wait for a rank that compiles
+        self._timeouts_are_long = False
+        seconds = self.run.recipe.parallel.timeout
+        self.watchdog.limit = seconds
+        self.cluster.shorten_timeouts(seconds + _MARGIN)
+
     def evaluate(self) -> None:
         """Held-out loss at this step. Comes before the checkpoint, so that its row survives a resume."""
         if self.run.data.holdout.documents:
+            self.watchdog.beat(self.run.step, "evaluation")
             with self.metrics.paused():
                 self.held_out = evaluate(self.run)
             self.metrics.eval(self.run.step, self.held_out)
@@ -118,6 +178,7 @@ class Loop:
         run = self.run
         if self._saved != run.step:
             self._saved = run.step
+            self.watchdog.beat(run.step, "checkpoint", patient=wait)
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
                 details = state.meta(run)

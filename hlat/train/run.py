@@ -88,7 +88,8 @@ class Run:
         """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(group["peak_lr"] * factor)
+            if "peak_lr" in group:
+                group["lr"].fill_(group["peak_lr"] * factor)
 
     def reduce(self) -> list[Tensor]:
         """The gradient of the global batch: this rank's share of each bucket, 1-D.
@@ -115,13 +116,14 @@ class Run:
         not finite anywhere makes the sum so everywhere, and every rank skips the update.
         """
         layout, place = self.backend.layout, self.backend.place
-        zero = torch.zeros((), device=self.backend.device)
+        counts = layout.zero1 or place.dp == 0
+        # What another rank counts enters times 0, which is 0 unless it is not finite.
         squares = [
-            squared_norm(shard)
+            squared_norm(shard) * float(bucket.primary and counts)
             for bucket, shard in zip(self.buckets, shards, strict=True)
-            if bucket.primary and (layout.zero1 or place.dp == 0)
         ]
-        parts = [loss if place.tp == 0 else zero, torch.stack(squares).sum() if squares else zero]
+        zero = torch.zeros((), device=self.backend.device)  # a pipeline rank may train nothing
+        parts = [loss * float(place.tp == 0), torch.stack([zero, *squares]).sum()]
         loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
         norm = square.sqrt()
         if self.recipe.optim.clip_norm is None:
@@ -309,7 +311,9 @@ def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) 
         }
         for bucket in buckets
     ]
-    optimizer: torch.optim.Optimizer = lookup("optim", section.name)(groups, **section.options)
+    # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
+    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=device))]}]
+    optimizer: torch.optim.Optimizer = lookup("optim", section.name)(groups or nothing, **section.options)
     return optimizer
 
 

@@ -58,6 +58,7 @@ def build_weights(
     for path, (name, part) in parts.items():
         if name not in groups:
             value = initial(name, part).to(backend.device, DTYPES[recipe.precision.compute])
+            value = value.clone(memory_format=torch.contiguous_format)  # not a view of the whole tensor
             set_parameter(model, path, nn.Parameter(value, requires_grad=False))
             frozen[name] = value, part
     model.tie()

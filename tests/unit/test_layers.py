@@ -24,7 +24,7 @@ LAYERS = (
     ("parallel",),
     ("reduce", "checkpoint"),
     ("evaluate",),
-    ("train", "method"),
+    ("train", "method", "doctor"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -42,6 +42,7 @@ LAZY = {
     "lm_eval",
 }
 LAZY |= {"accelerate", "torch.utils.tensorboard", "torch._inductor"}
+NEURON_PARTS = ("hlat.backend.nxd", "hlat.backend.neuron")
 NEURON = {"torch_xla", "torch_neuronx", "neuronx_distributed", "neuronxcc", "libneuronxla", "nki"}
 RUNS_TEXT = {"os.system", "os.popen", "eval", "exec", "yaml.unsafe_load"}
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -83,8 +84,8 @@ def import_problems(module: str, tree: ast.AST) -> Iterator[str]:
                 yield f"{where}: '{own}' may not import '{other}'"
         if is_under(name, LAZY) and not lazy:
             yield f"{where}: belongs inside a function"
-        if is_under(name, NEURON) and not (module.startswith("hlat.backend.nxd") and lazy):
-            yield f"{where}: only hlat/backend/nxd, inside a function"
+        if is_under(name, NEURON) and not (module.startswith(NEURON_PARTS) and lazy):
+            yield f"{where}: only hlat/backend/nxd or neuron, inside a function"
         if is_under(name, NEVER):
             yield f"{where}: runs code from files"
 

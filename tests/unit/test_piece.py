@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -96,6 +96,13 @@ def test_pieces_cover_a_tensor_exactly(layout) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(LAYOUTS)
+@example(
+    (
+        (2, 2),
+        [((0, 0), (2, 1), 0, 2), ((0, 1), (2, 1), 0, 1), ((0, 1), (2, 1), 1, 2)],
+        [((0, 0), (2, 2), 0, 4)],
+    )
+)
 def test_saved_in_one_cut_loaded_in_another(layout) -> None:
     whole, before, after = layout
     logical = numbered(whole)
@@ -136,7 +143,7 @@ def test_what_several_ranks_hold_is_stored_once(tmp_path: Path) -> None:
 def test_a_part_that_nobody_writes_is_an_error(tmp_path: Path) -> None:
     first = piece(torch.zeros(4), (3, 3), (0, 0), (3, 3), 0, 4)
     second = piece(torch.zeros(5), (3, 3), (0, 0), (3, 3), 4, 9, write=False)
-    with pytest.raises(ValueError, match="model/w"):
+    with pytest.raises(ValueError, match="global plan"):
         save(tmp_path, 1, [{"model/w": first}, {"model/w": second}])
 
 

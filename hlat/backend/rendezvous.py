@@ -1,0 +1,108 @@
+"""What a launcher tells a process, and the store that the processes of a job share."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from hlat.errors import UserError
+
+STORE_SECONDS = 20.0  # an answer from the store
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a launcher tells a process. `by_launcher`: the launcher holds the store, else rank 0 does.
+    `attempt`: of a restarted job.
+    """
+
+    rank: int
+    world: int
+    local_rank: int | None
+    host: str
+    port: int
+    by_launcher: bool
+    attempt: str
+
+    @property
+    def serves(self) -> bool:
+        """Whether this process holds the store."""
+        return self.rank == 0 and not self.by_launcher
+
+
+def read_address(environ: Mapping[str, str]) -> Address | None:
+    """What the launcher's variables say; None for a single process. Raises UserError."""
+    if not environ.get("WORLD_SIZE"):
+        if environ.get("RANK"):
+            fix = "start with torchrun, or unset RANK to train in one process"
+            raise UserError("RANK is set and WORLD_SIZE is not", where="environment", fix=fix)
+        return None
+    world, rank = _number(environ, "WORLD_SIZE", 1), _number(environ, "RANK", 0)
+    if rank >= world:
+        fix = f"give the {world} processes the ranks 0 to {world - 1}"
+        raise UserError(f"RANK {rank} is not below WORLD_SIZE {world}", where="environment", fix=fix)
+    if world == 1:
+        return None
+    host, port = environ.get("MASTER_ADDR", ""), _number(environ, "MASTER_PORT", 1)
+    if not host:
+        fix = "set it to the machine of rank 0"
+        raise UserError("MASTER_ADDR is not set", where="environment", fix=fix)
+    by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    local = _number(environ, "LOCAL_RANK", 0) if environ.get("LOCAL_RANK") else None
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Address(rank, world, local, host, port, by_launcher, attempt)
+
+
+def _number(environ: Mapping[str, str], name: str, least: int) -> int:
+    text = environ.get(name, "")
+    if not text.isdecimal() or int(text) < least:
+        what = f"{name} is {text!r}, not a number of {least} or more" if text else f"{name} is not set"
+        raise UserError(what, where="environment", fix="start with torchrun, which sets it")
+    return int(text)
+
+
+def serve(address: Address) -> Any:
+    """The store itself, in this process. The socket is opened here: a failure is then one line."""
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(("", address.port), family=family, dualstack_ipv6=both, backlog=4096)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        fix = "another job may use the port: choose another MASTER_PORT"
+        where = f"MASTER_PORT {address.port}"
+        raise UserError(f"rank 0 cannot listen: {reason}", where=where, fix=fix) from error
+    return dist.TCPStore(
+        "localhost",
+        address.port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        timeout=timedelta(seconds=STORE_SECONDS),
+    )
+
+
+def connect_store(address: Address, deadline: float) -> Any:
+    """A connection to the store. Knocks first: torch fills the screen while nobody answers."""
+    where = f"{address.host}:{address.port}"
+    started = time.monotonic()
+    host = "localhost" if address.serves else address.host
+    while True:
+        try:
+            socket.create_connection((host, address.port), timeout=STORE_SECONDS).close()
+            limit = timedelta(seconds=STORE_SECONDS)
+            return dist.TCPStore(host, address.port, None, False, limit, wait_for_workers=False)
+        except (OSError, OverflowError, dist.DistError) as error:
+            if time.monotonic() < deadline and not isinstance(error, OverflowError):
+                time.sleep(0.1)
+                continue
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            waited = f"no answer for {time.monotonic() - started:.0f} s ({reason})"
+            fix = "is rank 0 started, and are MASTER_ADDR and MASTER_PORT the same everywhere?"
+            raise UserError(f"rank {address.rank}: {waited}", where=where, fix=fix) from error

@@ -1,0 +1,127 @@
+"""All ranks of a job must run the same thing: code, versions, recipe, data. Compared before work begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hlat
+from hlat.errors import UserError
+from hlat.recipe import Recipe, diff
+
+if TYPE_CHECKING:
+    from hlat.backend.cluster import Cluster
+
+_HASHES = {
+    "code": ("runs other HLAT code than", "install the same HLAT on every machine"),
+    "recipe": ("has another recipe than", "give every rank the same recipe and overrides"),
+    "data": ("reads other data than", "give every machine the same text and tokenizer"),
+}
+_VALUES = {
+    "hlat": "runs HLAT",
+    "torch": "runs torch",
+    "python": "runs Python",
+    "device": "computes on",
+}
+
+
+def code_hash(folder: Path | None = None) -> str:
+    """SHA-256 (hex) over the names and bytes of HLAT's own Python files."""
+    folder = folder or Path(hlat.__file__).parent
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        total.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def check_machines(cluster: Cluster, seconds: float) -> None:
+    """Choose this rank's device and compare code, versions and kind of device; refuse a GPU that two ranks
+    share.
+
+    Raises UserError on every rank alike, naming the ranks that differ, for all but a rank without a GPU.
+    """
+    if cluster.world == 1:
+        cluster.choose_device()
+        return
+    gpu = cluster.choose_device()
+    facts = {
+        "code": code_hash(),
+        "hlat": hlat.__version__,
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "device": cluster.device.type,
+        "gpu": gpu,
+    }
+    gathered = cluster.gather("machine", facts, seconds)
+    refuse_differences(gathered, [str(member) for member in cluster.members])
+    owners: dict[tuple[str, str], int] = {}
+    for rank, (member, found) in enumerate(zip(cluster.members, gathered, strict=True)):
+        other = owners.setdefault((member.host, found["gpu"]), rank)
+        if found["device"] == "cuda" and other != rank:
+            fix = "start one process a GPU, or set CUDA_VISIBLE_DEVICES='' to train on CPUs"
+            raise UserError(f"ranks {other} and {rank} share one GPU", where=member.host, fix=fix)
+
+
+def check_recipe(cluster: Cluster, recipe: Recipe, seconds: float) -> None:
+    """Compare the resolved recipes. Raises UserError on every rank alike."""
+    if cluster.world == 1:
+        return
+    cluster.store.set(f"recipe-text/{cluster.rank}", json.dumps(recipe.to_dict()))
+    digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+    facts = cluster.gather("recipe", {"recipe": digest}, seconds)
+
+    def detail(rank: int, other: int) -> str:
+        texts = [json.loads(cluster.store.get(f"recipe-text/{r}")) for r in (rank, other)]
+        key, mine, theirs = diff(*(Recipe.from_dict(text) for text in texts))[0]
+        return f"{key} is {mine!r} instead of {theirs!r}"
+
+    refuse_differences(facts, [str(member) for member in cluster.members], detail)
+
+
+def check_data(cluster: Cluster, fingerprint: str, seconds: float) -> None:
+    """Compare what the data holds. Raises UserError on every rank alike."""
+    facts = cluster.gather("data", {"data": fingerprint}, seconds)
+    refuse_differences(facts, [str(member) for member in cluster.members])
+
+
+def refuse_differences(facts: Sequence[Mapping[str, str]], names: Sequence[str], detail: Any = None) -> None:
+    """Raise UserError for the first fact that is not the same on all ranks.
+
+    What most ranks have counts as right, or what rank 0 has where there is no majority.
+
+    Args:
+        facts: by rank; the same keys everywhere.
+        names: of the ranks.
+        detail: (rank, right rank) -> what differs, in place of the hashes.
+    """
+    for key in (*_HASHES, *_VALUES):
+        values = [fact.get(key) for fact in facts]
+        if len(set(values)) == 1:
+            continue
+        common, count = Counter(values).most_common(1)[0]
+        right = values.index(common) if count > len(values) / 2 else 0
+        wrong = [rank for rank, value in enumerate(values) if value != values[right]]
+        first = wrong[0]
+        alike = [names[rank] for rank in wrong if values[rank] == values[first]]
+        who = ", ".join(alike[:8]) + (f" and {len(alike) - 8} more" if len(alike) > 8 else "")
+        if key in _VALUES:
+            what = f"{who}: {_VALUES[key]} {values[first]}, but rank {right} {values[right]}"
+            raise UserError(what, fix="use the same on every machine")
+        says, fix = _HASHES[key]
+        if detail is not None:
+            how = detail(first, right)
+        else:
+            how = f"sha256 {_short(values[first])} instead of {_short(values[right])}"
+        raise UserError(f"{who} {says} rank {right}: {how}", fix=fix)
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest or '?'}"[:12] + "…"

@@ -1,0 +1,73 @@
+"""`hlat` with a mishap: one rank misbehaves in a step.
+
+    python failing_rank.py KIND RANK STEP train RECIPE [key=value ...]
+
+KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), flip (one bit of the first bucket's
+weights), flip-master (of its masters), nan (in the masters), mistake (a UserError).
+RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+from hlat.cli import main
+from hlat.errors import UserError
+from hlat.train import loop, same
+
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+
+
+def mishap(kind: str, run: Any) -> None:
+    if kind == "raise":
+        raise ValueError("a planted failure")
+    if kind == "mistake":
+        raise UserError("this machine has no text", where="data", fix="copy it there")
+    if kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[kind])
+    if kind == "sleep":
+        time.sleep(120)
+    if kind == "nan":
+        run.buckets[0].weights.fill_(float("nan"))
+    if kind.startswith("flip"):
+        bucket = run.buckets[0]
+        flat = bucket.weights if kind == "flip" else bucket.master.data
+        flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])[5] ^= 1
+
+
+def plant(kind: str, rank: int, step: int) -> None:
+    """Let the mishap happen on `rank` when `step` steps are done."""
+    if rank not in (-1, int(os.environ.get("RANK", "0"))):
+        return
+    if step < 0:
+        check = same.check_data
+
+        def checked(*arguments: Any) -> None:
+            mishap(kind, None)
+            check(*arguments)
+
+        same.check_data = checked
+        return
+    train_step = loop.train_step
+
+    def train_step_with_mishap(run: Any) -> Any:
+        now = run.step == step
+        if now and kind != "flip":
+            mishap(kind, run)
+        values = train_step(run)
+        if now and kind == "flip":  # the next step's masters would mend it
+            mishap(kind, run)
+        return values
+
+    loop.train_step = train_step_with_mishap
+
+
+if __name__ == "__main__":
+    plant(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(sys.argv[4:]))
