@@ -207,8 +207,8 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
-    cluster.connect(limit)
-    backend, compiled, reason = _backend(recipe, cluster)
+    cluster.connect(limit, _process_group(recipe))
+    backend, compiled, reason = _backend(recipe, cluster, _warn(cluster) if console is None else console.warn)
     run = build_run(recipe, data, backend, compiled=compiled)
     cluster.note_groups()
     section = recipe.checkpoint
@@ -278,8 +278,23 @@ def _metrics(
     )
 
 
-def _backend(recipe: Recipe, cluster: Cluster) -> tuple[Any, bool, str]:
+def _process_group(recipe: Recipe) -> str:
+    """What the backend wants torch.distributed to be; empty: no wish."""
+    if recipe.backend != "nxd":
+        return ""
+    from hlat.backend.nxd.start import process_group
+
+    return process_group()
+
+
+def _backend(recipe: Recipe, cluster: Cluster, warn: Callable[[str], None]) -> tuple[Any, bool, str]:
     """The backend, whether to compile, and why; the last two as rank 0 decides."""
+    if recipe.backend == "nxd":
+        from hlat.backend.nxd import NxdBackend
+
+        layout = recipe.layout(cluster.world)
+        made = NxdBackend(layout, kv_heads=recipe.model.kv_heads, say=warn)
+        return made, *made.compile_by_default(recipe.run.steps)
     from hlat.backend.native import NativeBackend
 
     backend = NativeBackend(

@@ -37,8 +37,8 @@ class _Step:
 
 
 def fetch(tensors: list[Tensor]) -> list[float]:
-    """All elements of 1-D tensors of one device, in order, by one transfer to the host. XLA's come one by one:
-    joining them would be a graph to compile for every number of tensors.
+    """All elements of 1-D tensors of one device, in order, by one transfer to the host. XLA's come one by
+    one: joining them would be a graph to compile for every number of tensors.
     """
     if tensors and tensors[0].device.type == "xla":
         return [float(tensor.cpu()) for tensor in tensors]

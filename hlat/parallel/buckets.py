@@ -235,8 +235,8 @@ def build_buckets(
 
 
 def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor]) -> None:
-    """Initial values: the weights rounded from them, the masters exactly. Parameters that are apart get theirs
-    when the masters are published.
+    """Initial values: the weights rounded from them, the masters exactly. Parameters that are apart get
+    theirs when the masters are published.
     """
     share = {spec.path: (where, skip) for spec, where, skip in bucket.runs()}
     for spec in bucket.specs:
@@ -261,12 +261,14 @@ def round_masters(
 
 
 def squared_norm(flat: Tensor) -> Tensor:
-    """Sum of squares of a tensor, 1-D with a length that is a multiple of PAD, or of more dimensions; fp32 ().
+    """Sum of squares of a tensor, 1-D with a length that is a multiple of PAD, or with more dimensions; fp32.
 
     In two levels: rows (of PAD elements where there are none), then the rows. A single running sum over 1e8
     elements would lose digits.
     """
-    table = flat.view(-1, PAD) if flat.dim() == 1 and flat.numel() % PAD == 0 else flat.view(flat.shape[0], -1)
+    table = (
+        flat.view(-1, PAD) if flat.dim() == 1 and flat.numel() % PAD == 0 else flat.view(flat.shape[0], -1)
+    )
     rows = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
     return rows.square().sum()
 

@@ -13,9 +13,7 @@ from typing import Any
 from torch import nn
 
 
-def apply_recompute(
-    model: nn.Module, mode: str, checkpoint: Callable[..., Any]
-) -> None:
+def apply_recompute(model: nn.Module, mode: str, checkpoint: Callable[..., Any]) -> None:
     """Wrap the modules that `mode` (none, selective, full) names. Call it before compiling.
 
     Args:

@@ -97,14 +97,16 @@ def _held_text(run: Run) -> str:
     """What this rank holds in memory for good, padding included."""
     frozen = [value for value, _ in run.frozen.values()]
     parameters = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
+    weights: list[Tensor] = [*frozen]
     masters: list[Tensor] = []
     states: list[Tensor] = []
     for bucket in run.buckets:
+        weights += bucket.parameters or [bucket.weights]
         states += [v for v in run.optimizer.state[bucket.master].values() if torch.is_tensor(v)]
         if not bucket.own_master:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
-        "weights": [w for bucket in run.buckets for w in bucket.parameters or [bucket.weights]] + frozen,
+        "weights": weights,
         "gradients": [bucket.grad for bucket in run.buckets],
         "masters": masters,
         "optimizer state": states,

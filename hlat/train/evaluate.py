@@ -81,7 +81,10 @@ def sample(run: Run, checkpoint: Path, tokens: int) -> str:
     from hlat.evaluate.generate import generate, stream_text
 
     dtype = DTYPES[run.recipe.precision.compute]
-    model = load_model(open_checkpoint(checkpoint), dtype, run.backend.device)
+    device = run.backend.device
+    if device.type == "xla":  # a graph for every length of text: not worth a minute's compilation each
+        device, dtype = torch.device("cpu"), torch.float32
+    model = load_model(open_checkpoint(checkpoint), dtype, device)
     tokenizer = run.data.tokenizer
     prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
     ids = generate(model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id})

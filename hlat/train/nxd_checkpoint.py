@@ -67,7 +67,8 @@ def _weights(run: Run) -> dict[str, Tensor]:
     """What the model computes with, by global name."""
     out = {name: value for name, (value, _) in run.frozen.items()}
     for bucket in run.buckets:
-        parameters = bucket.parameters or [spec.view(bucket.weights) for spec in bucket.specs]
+        parameters: list[Tensor] = [*bucket.parameters]
+        parameters = parameters or [spec.view(bucket.weights) for spec in bucket.specs]
         out |= {spec.path: p.detach() for spec, p in zip(bucket.specs, parameters, strict=True)}
     return out
 

@@ -105,5 +105,5 @@ class NxdPipelineEngine:
             return self.objective.loss(self.view, batch, self._tokens)
         y_BSD = self.view.hidden(batch.ids, batch.positions, batch.documents).contiguous()
         if torch.is_grad_enabled() and not y_BSD.requires_grad:
-            y_BSD.requires_grad_()  # nothing trained up to here: the stage after sends a gradient all the same
+            y_BSD.requires_grad_()  # nothing trained so far: the stage after sends a gradient all the same
         return y_BSD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,18 +17,23 @@ from hlat.backend.nxd.layers import shard_model
 from hlat.backend.nxd.start import arrange
 from hlat.mesh import Layout
 
+_LOG = logging.getLogger(__name__)
+
 
 class NxdBackend:
     """One NeuronCore through NxD and torch-xla. See `hlat.backend.base.Backend`. Making one is collective.
 
     Args:
-        layout: the mesh; `start.join` has been called.
+        layout: the mesh; torch.distributed is initialised with `start.process_group`.
         kv_heads: of the model to be trained.
+        say: receives a line about each compilation.
     """
 
     name = "nxd"
 
-    def __init__(self, layout: Layout, *, kv_heads: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, *, kv_heads: int = 0, say: Callable[[str], None] = _LOG.warning
+    ) -> None:
         from neuronx_distributed.utils import get_device
 
         ranks = arrange(layout, kv_heads)
@@ -35,7 +41,7 @@ class NxdBackend:
         self.place, self.head_place = ranks.place, replace(ranks.place, tp=ranks.heads)
         self.groups = make_groups(ranks)
         self.device: torch.device = get_device()
-        self.graphs = GraphGuard() if self.device.type == "xla" else None
+        self.graphs = GraphGuard(say=say) if self.device.type == "xla" else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

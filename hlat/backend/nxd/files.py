@@ -45,8 +45,8 @@ def save(
 
 
 def load(folder: Path, tag: str | None, optimizer: dict[str, Any], *, sharded: bool) -> dict[str, Any]:
-    """Load what `save` stored for this rank into the dict `optimizer` (as new tensors); collective. `tag` None
-    is the newest complete one. Returns the meta data.
+    """Load what `save` stored for this rank into the dict `optimizer` (as new tensors); collective. `tag`
+    None is the newest complete one. Returns the meta data.
 
     The weights are not read: they follow from the masters.
     """

@@ -8,12 +8,13 @@ a step (which cuts the step's graph there).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hlat.errors import TrainingStopped
 
-WARM_UP = 3  # times a phase may compile: states appear in the first step, buffers settle in the second
+WARM_UP = 3  # rounds in which a phase may compile: the first step's graph is not yet the steady one
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class Counts:
     reads: int = 0
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(
-            self.graphs - other.graphs, self.seconds - other.seconds, self.reads - other.reads
-        )
+        return Counts(self.graphs - other.graphs, self.seconds - other.seconds, self.reads - other.reads)
 
 
 def count() -> Counts:
@@ -42,6 +41,11 @@ def count() -> Counts:
     return Counts(int(graphs), nanoseconds / 1e9, sum(value or 0 for value in reads))
 
 
+def extracting() -> bool:
+    """Whether graphs are only collected, to be compiled ahead (`hlat train --precompile`)."""
+    return os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY", "0") == "1"
+
+
 @dataclass
 class GraphGuard:
     """Reports every compilation, and stops the run after too many that nobody expected.
@@ -49,12 +53,12 @@ class GraphGuard:
     Each phase ("step", "eval", "checkpoint") may compile in its first `WARM_UP` rounds.
 
     Args:
-        limit: rounds with unexpected compilations that end the run; 0: never.
+        limit: rounds with unexpected compilations that end the run; 0: never, as while graphs are collected.
         say: receives a line about each round that compiled.
         count: gives the counts (replaced in tests).
     """
 
-    limit: int = 5
+    limit: int = field(default_factory=lambda: 0 if extracting() else 5)
     say: Callable[[str], None] = logging.getLogger(__name__).warning
     count: Callable[[], Counts] = count
     rounds: dict[str, int] = field(default_factory=dict)
@@ -76,11 +80,15 @@ class GraphGuard:
         if expected:
             reason = f"expected: {phase} {number} since the start"
         elif new.reads and not usual:
-            reason = f"a value was read on the host {new.reads} times inside the {phase} (.item(), float(), if)"
+            reason = (
+                f"a value was read on the host {new.reads} times inside the {phase} (.item(), float(), if)"
+            )
         else:
             reason = "a shape or a Python number in the graph changed"
         graphs = f"{new.graphs} graph{'s' * (new.graphs > 1)}"
-        self.say(f"compiled {graphs} in {new.seconds:.1f} s at {phase} {number} ({self.total} in all): {reason}")
+        self.say(
+            f"compiled {graphs} in {new.seconds:.1f} s at {phase} {number} ({self.total} in all): {reason}"
+        )
         if expected:
             return
         self.unexpected += 1
@@ -88,5 +96,5 @@ class GraphGuard:
             raise TrainingStopped(
                 f"{self.unexpected} rounds compiled graphs that nobody expected; the last: {reason}",
                 where=f"{phase} {number}",
-                fix="keep shapes and Python numbers the same in every step, and read values only at log.every",
+                fix="keep shapes and Python numbers the same in every step, read values only at log.every",
             )

@@ -101,7 +101,7 @@ class Embedding(nn.Module):
         self.layer, self.sequence = layer, sequence
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> nn.Parameter:
         """This rank's rows."""
         return self.layer.weight  # type: ignore[return-value]
 
@@ -129,7 +129,9 @@ def shard_model(model: Any, layout: Layout, group: Group, dtype: torch.dtype) ->
     config: ModelConfig = model.config
     if config.vocab % layout.tp:
         fix = f"take model.vocab {-(-config.vocab // layout.tp) * layout.tp}"
-        raise UserError(f"NxD cannot cut vocab {config.vocab} over tp {layout.tp}", where="model.vocab", fix=fix)
+        raise UserError(
+            f"NxD cannot cut vocab {config.vocab} over tp {layout.tp}", where="model.vocab", fix=fix
+        )
     with torch.device("meta"):
         for block in model.layers.values():
             _shard_attention(block.attention, config, layout, dtype)
@@ -216,7 +218,7 @@ def _embedding(weight: nn.Parameter, config: ModelConfig, layout: Layout, dtype:
     return Embedding(layer, layout.sequence)
 
 
-def _adopt(layer: nn.Module, name: str, parameter: nn.Parameter, dim: int, parts: int) -> None:
+def _adopt(layer: nn.Module, name: str, parameter: Any, dim: int, parts: int) -> None:
     """Give a layer made on the meta device the parameter that holds this rank's part."""
     if getattr(layer, name).shape != parameter.shape:
         raise ValueError(f"NxD expects {name} {getattr(layer, name).shape}, the plan cut {parameter.shape}")

@@ -31,26 +31,20 @@ def cpu_mode() -> bool:
     return os.environ.get("NXD_CPU_MODE", "0") == "1"
 
 
-def join() -> int:
-    """Join the processes that torchrun started; number of ranks. A second call changes nothing.
+def process_group() -> str:
+    """What torch.distributed is to be initialised with before a `NxdBackend` is made; NxD asks for it even in
+    one process.
 
-    Raises:
-        UserError: NxD is not installed, or the process was not started by torchrun.
+    Raises UserError where NxD is not installed.
     """
     reason = missing()
     if reason:
         raise UserError(f"backend nxd: {reason}", where="backend", fix=_FIX)
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            fix = "start it with torchrun --nproc_per_node 32 -m hlat train …"
-            raise UserError("backend nxd needs a launcher: RANK is not set", where="backend", fix=fix)
-        if cpu_mode():
-            dist.init_process_group("gloo")
-        else:
-            import torch_xla.distributed.xla_backend  # noqa: F401  # registers the backend "xla"
+    if cpu_mode():
+        return "gloo"
+    import torch_xla.distributed.xla_backend  # noqa: F401  # registers the backend "xla"
 
-            dist.init_process_group("xla", init_method="env://")
-    return dist.get_world_size()
+    return "xla"
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,10 @@ def arrange(layout: Layout, kv_heads: int) -> Ranks:
         state.get_pipeline_model_parallel_rank(),
         state.get_tensor_model_parallel_rank(),
     )
-    tp, pp = state.get_tensor_model_parallel_replica_groups(), state.get_pipeline_model_parallel_replica_groups()
+    tp, pp = (
+        state.get_tensor_model_parallel_replica_groups(),
+        state.get_pipeline_model_parallel_replica_groups(),
+    )
     ends = [[group[0], group[-1]] for group in pp if layout.pp > 1]
     alone = sorted(set(range(layout.world)) - {r for group in ends for r in group})
     return Ranks(
@@ -118,10 +115,14 @@ def _heads(state: Any, layout: Layout, kv_heads: int, rank: int, own: list[int])
     if sharing == 1:
         return own.index(rank)
     state.initialize_kv_group(sharing)
-    groups = sorted(sorted(own.index(r) for r in g) for g in state.get_kv_shared_replica_groups() if g[0] in own)
+    groups = sorted(
+        sorted(own.index(r) for r in g) for g in state.get_kv_shared_replica_groups() if g[0] in own
+    )
     if sorted(r for group in groups for r in group) != list(range(layout.tp)):
         fix = f"take a tp that divides kv_heads {kv_heads}, or one above 4"
-        raise UserError(f"NxD cannot share key/value heads at tp {layout.tp} here", where="parallel.tp", fix=fix)
+        raise UserError(
+            f"NxD cannot share key/value heads at tp {layout.tp} here", where="parallel.tp", fix=fix
+        )
     place = own.index(rank)
     number = next(i for i, group in enumerate(groups) if place in group)
     return number * sharing + groups[number].index(place)

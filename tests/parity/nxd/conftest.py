@@ -42,6 +42,12 @@ def run_group(
     """Result of each case by name: what its job returned on rank 0, or {"error": its traceback}."""
     folder.mkdir(parents=True)
     (folder / "cases.json").write_text(json.dumps(list(cases)))
+    start_ranks(mode, world, [str(PROGRAM), str(folder)], folder, seconds)
+    return {case["name"]: _result(case["name"], world, folder) for case in cases}
+
+
+def start_ranks(mode: str, world: int, program: Sequence[str], folder: Path, seconds: float) -> list[int]:
+    """Run a Python program on every rank, with its output in rank-<n>.log; the exit statuses."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {
@@ -60,7 +66,7 @@ def run_group(
     for rank in range(world):
         env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with open(folder / f"rank-{rank}.log", "w") as log:
-            command = [sys.executable, "-W", "ignore", str(PROGRAM), str(folder)]
+            command = [sys.executable, "-W", "ignore", *program]
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     deadline = time.monotonic() + seconds
     try:
@@ -72,7 +78,7 @@ def run_group(
         for process in ranks:
             process.kill()
             process.wait()
-    return {case["name"]: _result(case["name"], world, folder) for case in cases}
+    return [process.returncode for process in ranks]
 
 
 def _result(name: str, world: int, folder: Path) -> Any:
@@ -99,6 +105,12 @@ def nxd_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return known[key]
 
     return run
+
+
+@pytest.fixture
+def nxd_start() -> Callable[..., list[int]]:
+    """`start_ranks`."""
+    return start_ranks
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def graphs(folder: Path, overrides: Sequence[str], steps: int = 20) -> dict[str,
 
 
 def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[str, Any]:
-    """The same with NxD's own files; and what they become in HLAT's format against what HLAT writes itself."""
+    """The same with NxD's own files; what they become in HLAT's format, and what HLAT writes itself."""
     from hlat.checkpoint.nxd import read_nxd
     from hlat.checkpoint.store import CheckpointStore
     from hlat.train import nxd_checkpoint

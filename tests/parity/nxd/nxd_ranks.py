@@ -20,21 +20,17 @@ FOLDER = Path(sys.argv[1])
 
 
 def join() -> None:
-    """Join as `hlat.backend.nxd.start.join` would, with the stand-ins in between."""
+    """Join the other ranks, and put the stand-ins in as soon as torch.distributed is there."""
     import nxd_host
 
-    from hlat.backend.nxd.start import join as start
+    from hlat.backend.nxd.start import cpu_mode, process_group
 
     torch.set_num_threads(1)
-    if os.environ["NXD_CPU_MODE"] == "1":
-        dist.init_process_group("gloo")
+    dist.init_process_group(process_group(), init_method="env://")
+    if cpu_mode():
         nxd_host.cpu_mode()
     else:
-        import torch_xla.distributed.xla_backend  # noqa: F401
-
-        dist.init_process_group("xla", init_method="env://")
         nxd_host.xla_bridge()
-    start()
 
 
 def load(path: Path) -> Any:

@@ -37,7 +37,8 @@ def input_gradient(folder: Path) -> dict[str, float]:
         own = [o[..., group.rank * 32 : group.rank * 32 + 32].to(device) for o in (out, out)]
         torch.autograd.backward(list(parts), [o.contiguous() for o in own])
         whole = [
-            group.gather(w.detach().reshape(-1)).reshape(64, 32).cpu() for w in (layer.gate.weight, layer.up.weight)
+            group.gather(w.detach().reshape(-1)).reshape(64, 32).cpu()
+            for w in (layer.gate.weight, layer.up.weight)
         ]
         right = x.detach().clone().requires_grad_()
         torch.autograd.backward([F.linear(right, w) for w in whole], [out, out])
@@ -124,5 +125,3 @@ def planted(folder: Path, fault: str) -> dict[str, Any]:
     except TrainingStopped as error:
         return {"stopped": str(error), "lines": lines[quiet:]}
     return {"stopped": "", "lines": lines[quiet:]}
-
-

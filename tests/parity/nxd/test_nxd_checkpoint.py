@@ -15,7 +15,9 @@ LAYOUTS = {
     "dp2-bf16": ["parallel.dp=2", BF16, ROWS],
     "pp2-tied": ["parallel.pp=2", "model.tie_embeddings=true", ROWS],
 }
-IDS = [("cpu-mode", name) for name in LAYOUTS] + [("xla-mode", name) for name in ("tp2-sequence", "dp2-zero1-bf16")]
+IDS = [("cpu-mode", name) for name in LAYOUTS] + [
+    ("xla-mode", name) for name in ("tp2-sequence", "dp2-zero1-bf16")
+]
 
 
 def cases(mode: str) -> list[dict[str, object]]:

@@ -23,7 +23,9 @@ TWO = [{"name": name, "job": "graphs", "overrides": words} for name, words in LA
 
 @pytest.mark.parametrize("name", ["alone", *LAYOUTS], ids=lambda name: f"xla-mode-{name}")
 def test_no_graph_after_the_second_step(name: str, nxd_result: Callable) -> None:
-    found = nxd_result("xla-mode", 1, ALONE, name) if name == "alone" else nxd_result("xla-mode", 2, TWO, name)
+    found = (
+        nxd_result("xla-mode", 1, ALONE, name) if name == "alone" else nxd_result("xla-mode", 2, TWO, name)
+    )
     counts = found["counts"]
     assert len(counts) == 20 and len(set(counts[1:])) == 1, counts
     assert found["unexpected"] == 0 and len(found["lines"]) >= 2

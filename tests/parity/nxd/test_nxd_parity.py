@@ -14,7 +14,12 @@ CASES = {
         "tp2": ["parallel.tp=2"],
         "tp2-sequence": ["parallel.tp=2", "parallel.sequence=true"],
         "pp2": ["parallel.pp=2", ACCUMULATE],
-        "pp2-tied-masked": ["parallel.pp=2", ACCUMULATE, "model.tie_embeddings=true", "data.document_mask=true"],
+        "pp2-tied-masked": [
+            "parallel.pp=2",
+            ACCUMULATE,
+            "model.tie_embeddings=true",
+            "data.document_mask=true",
+        ],
         "dp2": ["parallel.dp=2", "data.micro_batch=4"],
         "dp2-zero1": ["parallel.dp=2", "parallel.zero1=true", "data.micro_batch=4"],
         "dp2-zero1-accumulate": ["parallel.dp=2", "parallel.zero1=true", ACCUMULATE],
@@ -28,7 +33,12 @@ CASES = {
     },
     4: {
         "tp2-dp2-zero1": ["parallel.tp=2", "parallel.zero1=true", ACCUMULATE],
-        "tp2-dp2-zero1-sequence": ["parallel.tp=2", "parallel.zero1=true", "parallel.sequence=true", ACCUMULATE],
+        "tp2-dp2-zero1-sequence": [
+            "parallel.tp=2",
+            "parallel.zero1=true",
+            "parallel.sequence=true",
+            ACCUMULATE,
+        ],
         "tp2-pp2": ["parallel.tp=2", "parallel.pp=2", ACCUMULATE],
         "tp2-pp2-sequence-full": [
             "parallel.tp=2",
@@ -43,7 +53,15 @@ CASES = {
 }
 # The XLA mode compiles every case: those that are another path through NxD.
 XLA = {
-    2: ("tp2", "tp2-sequence-selective", "tp2-full", "pp2", "dp2-zero1-accumulate", "tp2-kv1", "tp2-sequence"),
+    2: (
+        "tp2",
+        "tp2-sequence-selective",
+        "tp2-full",
+        "pp2",
+        "dp2-zero1-accumulate",
+        "tp2-kv1",
+        "tp2-sequence",
+    ),
     4: ("tp2-dp2-zero1", "tp2-pp2"),
 }
 BF16 = "precision.compute=bf16"
@@ -55,7 +73,8 @@ LOW = {
     "dp2-stochastic": [
         "parallel.dp=2",
         "data.micro_batch=4",
-        "precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16, rounding: stochastic}",
+        "precision={compute: bf16, master: none, states: bf16, accumulate: bf16, reduce: bf16}",
+        "precision.rounding=stochastic",
     ],
 }
 IDS = [(mode, world, name) for world, group in CASES.items() for name in group for mode in ("cpu-mode",)]
