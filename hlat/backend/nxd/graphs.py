@@ -19,8 +19,8 @@ WARM_UP = 3  # rounds in which a phase may compile: the first step's graph is no
 
 @dataclass(frozen=True)
 class Counts:
-    """What torch-xla has counted since the process started: graphs compiled, seconds that took, values read on
-    the host one by one.
+    """What torch-xla has counted since the process started: graphs compiled, seconds that took, values read
+    on the host one by one.
     """
 
     graphs: int = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import nxd_jobs
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -125,3 +126,38 @@ def planted(folder: Path, fault: str) -> dict[str, Any]:
     except TrainingStopped as error:
         return {"stopped": str(error), "lines": lines[quiet:]}
     return {"stopped": "", "lines": lines[quiet:]}
+
+
+def stage_of_70b(folder: Path, nodes: int) -> dict[str, Any]:
+    """Every stage of hlat-70b as the adapter builds it for one of its ranks, on the meta device, without the
+    other ranks: the process groups are torch's fake ones.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from hlat.backend.nxd import NxdBackend
+    from hlat.recipe import load
+    from hlat.train.nxd_memory import meta_stage, stage_memory, table
+
+    recipe, world = load("hlat-70b"), 32 * nodes
+    layout = recipe.layout(world)
+    dist.destroy_process_group()
+    new_group = dist.new_group
+    dist.new_group = lambda ranks=None, **options: new_group(ranks, backend="fake")
+    rows, kinds = [], set()
+    for stage in range(layout.pp):
+        dist.init_process_group(
+            "fake", rank=stage * layout.dp * layout.tp, world_size=world, store=FakeStore()
+        )
+        backend = NxdBackend(layout, kv_heads=recipe.model.kv_heads)
+        model = meta_stage(recipe, layout, backend.place)
+        backend.shard_model(model, torch.bfloat16)
+        kinds |= {type(module).__name__ for module in model.modules()}
+        rows.append(stage_memory(recipe, model, layout, backend.place.pp))
+        dist.destroy_process_group()
+    return {
+        "table": table(rows),
+        "most": max(row.total for row in rows),
+        "stages": [row.stage for row in rows],
+        "parameters": sum(row.parameters for row in rows),
+        "kinds": sorted(kinds),
+    }
