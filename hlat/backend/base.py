@@ -61,6 +61,12 @@ class Backend(Protocol):
         """
         ...
 
+    def rounding(self, wanted: str) -> str:
+        """How software is to round where the recipe wants "nearest" or "stochastic": "nearest" where the
+        hardware rounds every result stochastically by itself.
+        """
+        ...
+
     def memory(self) -> Direct:
         """Where checkpoints are written from and read into."""
         ...

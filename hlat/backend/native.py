@@ -79,6 +79,10 @@ class NativeBackend:
         """torch's, in the variant that works inside compiled blocks."""
         return partial(checkpoint, use_reentrant=False)
 
+    def rounding(self, wanted: str) -> str:
+        """As wanted: the hardware rounds to nearest."""
+        return wanted
+
     def memory(self) -> Direct:
         """The tensors themselves."""
         return Direct()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlat.checkpoint.store import CheckpointStore
 from hlat.errors import UserError
 
 _RANK = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
@@ -25,6 +26,25 @@ class _Reference:
     """Stands in a file for a tensor that has a file of its own."""
 
     tid: int
+
+
+def from_nxd(source: str | Path, run: str | Path) -> list[str]:
+    """Write a checkpoint in NxD's files as one of HLAT's: it continues in any layout, on any backend.
+
+    Args:
+        source: folder of the checkpoint.
+        run: run folder, to which it is added; created if need be.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: a source that is not complete.
+    """
+    wholes, meta = read_nxd(Path(source))
+    store = CheckpointStore(Path(run) / "checkpoints", keep=1 << 30)
+    store.save(int(meta["step"]), wholes, meta, int(meta["tokens"]), wait=True)
+    return ["the tokenizer is not in NxD's checkpoints: copy it from the run that wrote it"]
 
 
 def read_nxd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

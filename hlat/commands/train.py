@@ -30,6 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe values to change, e.g. optim.lr=1e-3"
     )
+    parser.add_argument(
+        "--precompile", action="store_true", help="trn1: compile every graph of the run ahead, then stop"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,6 +40,8 @@ def main(args: argparse.Namespace) -> int:
 
     In a job of several processes a failure ends the process here: others may hang in a thread of it.
     """
+    if getattr(args, "precompile", False):
+        return _precompile(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -54,6 +59,22 @@ def main(args: argparse.Namespace) -> int:
         if job.ending is not None:
             job.ending.end()
         raise
+
+
+def _precompile(args: argparse.Namespace) -> int:
+    """Let Neuron's tool compile the graphs of a short run. Returns its exit status."""
+    import subprocess
+    import tempfile
+
+    from hlat.backend.nxd.precompile import command
+    from hlat.recipe import load
+
+    recipe = load(args.recipe, args.overrides)
+    if recipe.backend != "nxd":
+        fix = "leave --precompile out, or write backend=nxd"
+        raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(command(args.recipe, args.overrides, f"{folder}/run"), check=False).returncode
 
 
 @dataclass

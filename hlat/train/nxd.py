@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hlat.backend.precision import DTYPES
+from hlat.errors import UserError
 from hlat.optim.groups import Group
 from hlat.parallel.buckets import Bucket, ParamSpec, set_parameter
 from hlat.parallel.plan import Part
@@ -25,6 +26,7 @@ from hlat.train.weights import initial_values
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
     from hlat.backend.nxd.zero import Zero1
+    from hlat.model.decoder import Decoder
     from hlat.recipe import Recipe
 
 
@@ -77,6 +79,27 @@ def uses_zero1(recipe: Recipe, backend: Backend) -> bool:
     wide = precision.accumulate == precision.reduce == "fp32" and precision.rounding == "nearest"
     masters = precision.master == "fp32" or precision.compute == "fp32"
     return layout.zero1 and recipe.reduce.name == "dense" and wide and masters
+
+
+def choose_attention(recipe: Recipe, model: Decoder) -> str:
+    """Take NxD's flash kernel for `model.attention` flash, and for auto where it can be used. Returns why
+    not, or nothing.
+
+    Raises:
+        UserError: `flash` where the kernel cannot be used.
+    """
+    from hlat.backend.nxd.flash import flash_attention, unusable
+
+    kind = recipe.model.attention
+    if kind == "plain":
+        return "model.attention is plain"
+    reason = unusable(recipe.data.seq_len, recipe.data.document_mask)
+    if reason and kind == "flash":
+        raise UserError(reason, where="model.attention", fix="write model.attention=auto, or plain")
+    for block in model.layers.values():
+        if not reason:
+            block.attention.core.forward = flash_attention  # type: ignore[union-attr,assignment]
+    return reason
 
 
 def row_buckets(

@@ -149,7 +149,7 @@ class Run:
         if self.zero is not None:
             self.zero.publish()
             return
-        rounding = self.recipe.precision.rounding
+        rounding = self.backend.rounding(self.recipe.precision.rounding)
         seed = self.recipe.run.seed + _PUBLISH_SALT
 
         def rounder(bucket: Bucket, dtype: torch.dtype) -> Tensor:
@@ -203,13 +203,16 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     backend.prepare_model(model)
     if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
         shard_model(model, backend.groups.tp, layout.sequence)
+    if backend.name == "nxd":
+        nxd.choose_attention(recipe, model)
     apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     zero = nxd.zero1(recipe, backend, buckets) if rows else None
     optimizer = _optimizer(recipe, buckets, backend.device) if zero is None else zero.optimizer
     if hasattr(optimizer, "set_precision"):
         precision = recipe.precision
-        optimizer.set_precision(DTYPES[precision.states], precision.rounding, recipe.run.seed)
+        rounding = backend.rounding(precision.rounding)
+        optimizer.set_precision(DTYPES[precision.states], rounding, recipe.run.seed)
     if compiled:
         _compile(model, objective, optimizer)
     reducer = lookup("reduce", recipe.reduce.name)(

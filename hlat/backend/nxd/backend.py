@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from hlat.backend.host import Direct, HostCopies
 from hlat.backend.nxd.graphs import GraphGuard
 from hlat.backend.nxd.groups import make_groups
 from hlat.backend.nxd.layers import shard_model
-from hlat.backend.nxd.start import arrange
+from hlat.backend.nxd.start import arrange, cpu_mode
 from hlat.mesh import Layout
 
 _LOG = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ class NxdBackend:
         from torch_xla.utils.checkpoint import checkpoint
 
         return checkpoint  # type: ignore[no-any-return]
+
+    def rounding(self, wanted: str) -> str:
+        """Neuron cores round stochastically themselves, when told to before they are first used."""
+        on_chip = os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN", "0") == "1"
+        return "nearest" if on_chip and os.environ.get("PJRT_DEVICE") != "CPU" and not cpu_mode() else wanted
 
     def memory(self) -> Direct:
         """Copies on the CPU; on the CPU itself the tensors."""

@@ -144,4 +144,5 @@ def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[st
         "converted": all(torch.equal(wholes[name], other[name]) for name in other),
         "names": sorted(names) == sorted(wholes),
         "step": meta["step"],
+        "folder": str(folder / "nxd" / tag),
     }

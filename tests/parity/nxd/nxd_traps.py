@@ -161,3 +161,93 @@ def stage_of_70b(folder: Path, nodes: int) -> dict[str, Any]:
         "parameters": sum(row.parameters for row in rows),
         "kinds": sorted(kinds),
     }
+
+
+class _Kernel:
+    """A stand-in of an NKI kernel: called as kernel[batch, heads](...), in plain torch."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        return self.function
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, seed: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """q, k, v (B, H, K, S) -> (B, H, S, K), as the kernel's documentation has it."""
+    assert options["use_causal_mask"] and q.shape == k.shape == v.shape
+    scores = (q.transpose(-1, -2) @ k).float() * options["softmax_scale"]
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.to(v.dtype) @ v.transpose(-1, -2), scores.logsumexp(-1)
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """Everything (B, H, K, S)."""
+    assert out.shape == grad.shape == q.shape
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        again, _ = _forward(*inputs, None, **options)
+        return torch.autograd.grad(again, inputs, grad.transpose(-1, -2))
+
+
+def flash(folder: Path) -> dict[str, Any]:
+    """Error of NxD's flash attention through the adapter, its two kernels replaced by plain torch, against
+    HLAT's attention: result and gradients. And what the recipe makes of it.
+    """
+    import sys
+
+    from hlat.backend.nxd.flash import flash_attention
+    from hlat.errors import UserError
+    from hlat.model.attention import plain_attention
+    from hlat.train.nxd import choose_attention
+
+    long = ["model.max_seq_len=2048", "data.seq_len=2048", "data.micro_batch=1"]
+    recipes = {
+        kind: nxd_jobs.make_recipe(folder, [f"model.attention={kind}", *long])
+        for kind in ("auto", "flash", "plain")
+    }
+    model = nxd_jobs.make_run(folder, []).model
+    result: dict[str, Any] = {"without": choose_attention(recipes["auto"], model)}
+    try:
+        choose_attention(recipes["flash"], model)
+    except UserError as error:
+        result["refused"] = str(error)
+    kernels = sys.modules["neuronxcc.nki.kernels"]
+    kernels.flash_fwd, kernels.flash_attn_bwd = _Kernel(_forward), _Kernel(_backward)
+    result["with"] = choose_attention(recipes["auto"], model)
+    result["chosen"] = model.layers["0"].attention.core.forward is flash_attention
+    torch.manual_seed(0)
+    heads = {"q": 4, "k": 2, "v": 2}
+    tensors = [torch.randn(1, 2048, n, 8) for n in heads.values()]
+    grad, answers = torch.randn(1, 2048, 4, 8), []
+    for function in (flash_attention, plain_attention):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        out = function(*inputs, None)
+        answers.append([out, *torch.autograd.grad(out, inputs, grad)])
+    result["errors"] = [_error(a, b) for a, b in zip(*answers, strict=True)]
+    return result
+
+
+def flat_and_rows(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[str, Any]:
+    """Training with NxD's ZeRO-1 and with the shared flat buckets, which another reducer gets."""
+    from hlat.parallel.buckets import Bucket
+    from hlat.reduce.dense import Dense
+    from hlat.registry import register
+    from hlat.train.nxd import RowBucket
+
+    @register("reduce", "dense_again")
+    class Again(Dense):
+        pass
+
+    rows = nxd_jobs.make_run(folder, overrides)
+    flat = nxd_jobs.make_run(folder, [*overrides, "reduce.name=dense_again"])
+    kinds = [{type(bucket) for bucket in run.buckets} for run in (rows, flat)]
+    train = nxd_jobs.shared.train
+    return {
+        "kinds": kinds == [{RowBucket}, {Bucket}],
+        "rows": train(rows, steps),
+        "flat": train(flat, steps),
+    }

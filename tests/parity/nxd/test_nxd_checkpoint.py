@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+
+from hlat.checkpoint.hf import to_hf
+from hlat.checkpoint.nxd import from_nxd
+from hlat.checkpoint.store import open_checkpoint
+from hlat.checkpoint.weights import load_model
 
 pytestmark = pytest.mark.nxd
 
@@ -41,5 +48,20 @@ def test_resume_is_bitwise(mode: str, name: str, nxd_result: Callable) -> None:
 @pytest.mark.parametrize(("mode", "name"), IDS, ids=[f"{m}-{n}" for m, n in IDS])
 def test_nxd_files_resume_and_convert(mode: str, name: str, nxd_result: Callable) -> None:
     result = nxd_result(mode, 2, cases(mode), f"nxd_files-{name}")
-    assert result.pop("step") == 2
-    assert result == {"losses": True, "tensors": True, "converted": True, "names": True}
+    assert result["step"] == 2
+    assert result["losses"] and result["tensors"] and result["converted"] and result["names"]
+
+
+@pytest.mark.parametrize("name", ["tp2-sequence", "pp2-tied"], ids=lambda name: f"cpu-mode-{name}")
+def test_from_nxd_to_hugging_face(name: str, nxd_result: Callable, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    result = nxd_result("cpu-mode", 2, cases("cpu-mode"), f"nxd_files-{name}")
+    from_nxd(result["folder"], tmp_path / "run")
+    to_hf(tmp_path / "run", tmp_path / "hf", dtype="fp32")
+    ours = load_model(open_checkpoint(tmp_path / "run"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.std() > 0.01
+        assert (ours(ids) - expected).abs().max() < 1e-5

@@ -17,6 +17,8 @@ CASES = [
     {"name": "ignored", "job": "ignored"},
     {"name": "clipping", "job": "clipping", "overrides": ZERO1},
 ]
+CASES += [{"name": "flat_and_rows", "job": "flat_and_rows", "overrides": ZERO1}]
+FLASH = [{"name": "flash", "job": "flash"}]
 MODES = pytest.mark.parametrize("mode", ["cpu-mode", "xla-mode"])
 
 
@@ -46,3 +48,19 @@ def test_clipping_uses_the_recipe(mode: str, nxd_result: Callable) -> None:
     found = nxd_result(mode, 2, CASES, "clipping")
     assert found["length"] == pytest.approx(0.05, rel=1e-3)
     assert found["nxd"] == 1.0, "NxD's ZeRO-1 would clip to this"
+
+
+@MODES
+def test_flat_buckets_and_nxds_zero1_agree(mode: str, nxd_result: Callable) -> None:
+    found = nxd_result(mode, 2, CASES, "flat_and_rows")
+    assert found["kinds"]
+    for a, b in zip(found["rows"], found["flat"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["cpu-mode"])
+def test_flash_attention(mode: str, nxd_result: Callable) -> None:
+    found = nxd_result(mode, 1, FLASH, "flash")
+    assert "flash_fwd" in found["without"] and "flash_fwd" in found["refused"]
+    assert found["with"] == "" and found["chosen"]
+    assert max(found["errors"]) < 1e-5
