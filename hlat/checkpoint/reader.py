@@ -93,13 +93,14 @@ class Checkpoint:
             whole[box] = piece
         return whole
 
-    def load_into(self, tensors: Mapping[str, Tensor], partial: bool = False) -> None:
+    def load_into(self, tensors: Mapping[str, Tensor], partial: bool = False, ignore: str = "") -> None:
         """Fill tensors in place, whatever layout they or the checkpoint have. Collective among the peers.
 
         Args:
             tensors: global name -> plain tensor, DTensor or subclass with DCP's `__create_chunk_list__`; each
                 rank names those of which it holds a part.
             partial: allow stored tensors that no rank asks for.
+            ignore: allow those whose names begin like this.
 
         Raises:
             UserError: a name the checkpoint lacks, another shape or dtype, a stored tensor that nobody asked
@@ -110,6 +111,8 @@ class Checkpoint:
         if problem := next((problem for problem, _ in answers if problem), None):
             raise problem
         unasked = sorted(set(self._index.tensors).difference(*(names for _, names in answers)))
+        if ignore:
+            unasked = [name for name in unasked if not name.startswith(ignore)]
         if unasked and not partial:
             raise self._error(
                 f"holds {len(unasked)} tensors that the run has no place for: {_listed(unasked)}",

@@ -26,12 +26,12 @@ class Backprop:
             tokens: int64 (): targets in the global batch.
 
         Returns:
-            `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`; device
-            scalars.
+            `loss` (global token mean before the update), `grad_norm` (before clipping), `skipped`, what
+            guard and optimizer say of themselves; device scalars.
         """
         loss = run.engine.forward_backward(batches, tokens)
         shards = run.reduce()
         loss, norm, clip = run.agree(loss, shards)
         keep = run.guard(loss, norm)
         run.update(shards, keep, clip)
-        return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.guard.metrics()}
+        return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.metrics()}

@@ -204,7 +204,12 @@ def draw(state: Progress, now: float, width: int, name: str = "", mfu_note: str 
         ("skipped   ", "dim"), (f"{state.skipped:<11}", "yellow bold" if state.skipped else "")
     )
     note.append(f"MFU against {mfu_note}" if mfu_note else "", style="dim")
-    lines = [loss, *_values(state, now, width), note]
+    lines = [loss, *_values(state, now, width)]
+    if learned := optimizer_values(row):
+        lines.append(Text.assemble((f"{'optimizer':<10}", "dim"), learned))
+    if wire := wire_text(row):
+        lines.append(Text.assemble((f"{'reduced':<10}", "dim"), wire))
+    lines.append(note)
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -232,6 +237,12 @@ def _cells(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [part for name, value in cells for part in ((f"{name:<10}", "dim"), (f"{value:<11}", ""))]
 
 
+def optimizer_values(row: Mapping[str, Any]) -> str:
+    """What the optimizer says of itself (keys `optim/…`), as `beta1 0.900  rho 0.412`; "" if nothing."""
+    names = [key for key in row if key.startswith("optim/")]
+    return "  ".join(f"{name.removeprefix('optim/')} {fixed(row[name], 3)}" for name in names)
+
+
 def step_line(state: Progress) -> str:
     """One step as a line of a log: fixed columns, smoothed loss first, skipped steps when there are any."""
     row, digits, left = state.last, len(str(state.total)), state.seconds_left()
@@ -244,9 +255,24 @@ def step_line(state: Progress) -> str:
         f"mfu {percent(state.mfu.value):>6}",
         f"eta {'-' if left is None else duration(left)}",
     ]
+    if learned := optimizer_values(row):
+        parts.append(learned)
+    if wire := wire_text(row):
+        parts.append(wire)
     if state.skipped:
         parts.append(f"skipped {state.skipped}")
     return "  ".join(parts)
+
+
+def wire_text(row: Mapping[str, Any]) -> str:
+    """What a compressed reduction sent and what it keeps; empty for one that reports nothing."""
+    wire, dense, norm, held = (
+        row.get(f"reduce/{name}") for name in ("wire_bytes", "dense_bytes", "error_norm", "error_bytes")
+    )
+    if wire is None or dense is None:
+        return ""
+    text = f"wire {wire / 1e6:.3g} of {dense / 1e6:.3g} MB"
+    return text if norm is None or held is None else f"{text}, error {norm:.2g} in {held / 1e6:.3g} MB"
 
 
 def _eval_text(row: Mapping[str, Any]) -> str:

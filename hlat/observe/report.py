@@ -50,7 +50,9 @@ def render(runs: Sequence[Run], made: datetime | None = None) -> str:
 
 
 def make_charts(runs: Sequence[Run]) -> list[Chart]:
-    """The five plots. The x axis counts steps, or tokens when the runs' steps are not equally large."""
+    """The five plots, and one for each value an optimizer logs (`optim/…`). The x axis counts steps, or
+    tokens when the runs' steps are not equally large.
+    """
     sizes = [run.tokens_per_step for run in runs]
     by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
     x_title = "tokens" if by_tokens else "step"
@@ -66,6 +68,7 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
     speed = [_noisy(run, index, x_title, "tokens_per_second") for index, run in enumerate(runs)]
     norms = [_noisy(run, index, x_title, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[x_title], run.train.get("lr")) for index, run in enumerate(runs)]
+    learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
     furthest = [_last(run.train[x_title]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
@@ -75,6 +78,16 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
         Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),
+        *(
+            Chart(
+                name.replace("/", "-"),
+                f"Optimizer: {name.removeprefix('optim/')}",
+                x_title,
+                [_clean(run, i, run.train[x_title], run.train.get(name)) for i, run in enumerate(runs)],
+                x_range=x_range,
+            )
+            for name in learned
+        ),
     ]
 
 

@@ -24,6 +24,8 @@ from hlat.backend.precision import round_to
 Decay = Annotated[float, Field(ge=0, lt=1)]  # checked when it comes from a recipe
 
 COMPILE_FROM = 1 << 16  # smaller tensors are not worth a compiled kernel
+# What the run says of a shard in its group, which the arithmetic does not need.
+NOT_OPTIONS = ("params", "lr", "peak_lr", "first", "counted", "pieces", "matrix")
 CHUNK = 1 << 18  # elements an eager update works on at a time: temporaries stay in the cache
 
 
@@ -93,6 +95,18 @@ class Elementwise(torch.optim.Optimizer):
                     self._step_one(p, group, keep, clip)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but every tensor keeps the dtype it was saved with: torch would round fp32 moments to
+        the dtype of a bf16 parameter.
+        """
+        super().load_state_dict(state_dict)
+        saved = [name for group in state_dict["param_groups"] for name in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for name, p in zip(saved, params, strict=True):
+            for slot, value in state_dict["state"].get(name, {}).items():
+                if torch.is_tensor(value):
+                    self.state[p][slot] = value.detach().to(p.device, copy=True)
+
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
@@ -107,8 +121,9 @@ class Elementwise(torch.optim.Optimizer):
         clip = torch.ones((), device=device) if clip is None else clip
         lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         step = state["step"] + 1
-        tensors = [p.detach().view(-1), p.grad.view(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
-        options = {k: v for k, v in group.items() if k not in ("params", "lr", "first")}
+        own = p.detach().reshape(-1)  # a copy where the parameter does not lie in one piece
+        tensors = [own, p.grad.reshape(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
+        options = self.options(group, step)
         first = group.get("first", 0)  # where a shard begins: its elements round as in the whole
         if self._compiled is not None and p.numel() >= COMPILE_FROM:
             self._compiled(tensors, first, options, lr, step, keep, clip)
@@ -117,7 +132,13 @@ class Elementwise(torch.optim.Optimizer):
             for start in range(0, p.numel(), size):
                 chunk = [t[start : start + size] for t in tensors]
                 self._apply(chunk, first + start, options, lr, step, keep, clip)
+        if not p.is_contiguous():
+            p.copy_(own.view(p.shape))
         state["step"].copy_(torch.where(keep, step, state["step"]))
+
+    def options(self, group: dict[str, Any], step: Tensor) -> dict[str, Any]:
+        """What `update` gets as `group`: the options of the optimizer, and tensors that change by step."""
+        return {k: v for k, v in group.items() if k not in NOT_OPTIONS}
 
     def _apply(
         self,
@@ -133,13 +154,16 @@ class Elementwise(torch.optim.Optimizer):
         p, g, *slots = tensors
         state = {name: slot.float() for name, slot in zip(self.slots, slots, strict=True)}
         new_p, new_state = self.update(p.float(), g.float() * clip, state, options, lr, step)
+        chosen = []  # all before the first is written: a new slot may be an old one under another name
         for i, (old, new) in enumerate(
             zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)
         ):
             rounded = round_to(
                 new, old.dtype, self.rounding, seed=self.seed + 7919 * i, step=step, offset=offset
             )
-            old.copy_(torch.where(keep, rounded, old))
+            chosen.append(torch.where(keep, rounded, old))
+        for old, new in zip([p, *slots], chosen, strict=True):
+            old.copy_(new)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -> None:

@@ -16,10 +16,13 @@ from hlat.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """The optimizer options of a set of parameters: peak learning rate and weight decay."""
+    """The optimizer options of a set of parameters: peak learning rate, weight decay, and whether they are
+    matrices that the optimizer must see whole.
+    """
 
     lr: float
     weight_decay: float
+    matrix: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ dtype), and `publish` copies the rounded masters into the parameters.
 
 Length is padded so that it divides evenly over the replicas and each share into runs of `PAD`; padding is
 zero and stays zero. Identity in a checkpoint is always parameter name + global slice, never an offset here.
+Matrices that an optimizer must see whole (`Group.matrix`) are laid so that no share cuts one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +150,10 @@ class Bucket:
                 spec.view(self.grad).zero_()
         self._fresh.clear()
 
+    def computed_with(self) -> list[Tensor]:
+        """What the model computes with, of each parameter, in the order of the specs."""
+        return [*self.parameters] or [spec.view(self.weights) for spec in self.specs]
+
     def hand_out(self, flat: Tensor) -> None:
         """Copy the weights, all of the bucket, into parameters that are apart."""
         with torch.no_grad():
@@ -206,13 +212,13 @@ def build_buckets(
     """
     buckets = []
     for paths in _partition(parameters, max_elements):
-        specs, offset = [], 0
-        for path in paths:
-            name, part, group = parameters[path]
-            specs.append(ParamSpec(name, part, offset, path))
-            offset += specs[-1].numel
-        step = PAD * share.count
-        length = -(-offset // step) * step
+        group = parameters[paths[0]][2]
+        sizes = [torch.Size(parameters[path][1].size).numel() for path in paths]
+        offsets, length = _place(sizes, share.count, group.matrix)
+        specs = [
+            ParamSpec(parameters[path][0], parameters[path][1], offset, path)
+            for path, offset in zip(paths, offsets, strict=True)
+        ]
         apart = device.type == "xla"
         weights = torch.zeros(length, dtype=dtypes.weights, device="meta" if apart else device)
         first, size = share.index * length // share.count, length // share.count
@@ -232,6 +238,25 @@ def build_buckets(
         _adopt(model, bucket)
         buckets.append(bucket)
     return buckets
+
+
+def _place(sizes: Sequence[int], shares: int, whole: bool) -> tuple[list[int], int]:
+    """Where each parameter of a bucket begins, and the bucket's length.
+
+    One behind the other, cut wherever a share ends; or, with `whole`, each on one share: the largest first,
+    always to the emptiest share, and all shares as long as the fullest.
+    """
+    if not whole or shares == 1:
+        ends = list(accumulate(sizes))
+        step = PAD * shares
+        return [end - size for end, size in zip(ends, sizes, strict=True)], -(-ends[-1] // step) * step
+    filled, places = [0] * shares, {}
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        share = filled.index(min(filled))
+        places[index] = share, filled[share]
+        filled[share] += sizes[index]
+    length = -(-max(filled) // PAD) * PAD
+    return [places[i][0] * length + places[i][1] for i in range(len(sizes))], length * shares
 
 
 def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor]) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hlat.backend.groups import Group, Pending
 from hlat.parallel.buckets import Bucket
+from hlat.reduce.base import Reducer
 from hlat.registry import register
 
 
 @register("reduce", "dense")
-class Dense:
+class Dense(Reducer):
     """Sum each bucket over the replicas in `dtype`: all-reduce, or reduce-scatter where each replica keeps a
     share (ZeRO-1).
 
@@ -38,6 +39,10 @@ class Dense:
             shard = grad.new_empty(bucket.master.numel())
             self._started[id(bucket)] = shard, self.group.start_reduce_scatter(shard, grad)
 
+    def started(self, bucket: Bucket) -> bool:
+        """Whether the sum of this bucket is under way."""
+        return id(bucket) in self._started
+
     def reduce(self, buckets: Sequence[Bucket]) -> list[Tensor]:
         """This rank's share of each reduced bucket, 1-D (all of it without ZeRO-1)."""
         for bucket in buckets:
@@ -49,7 +54,3 @@ class Dense:
             pending.wait()
             shards.append(shard)
         return shards
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that belong in a checkpoint, by name: none, the dense sum has no memory."""
-        return {}

@@ -62,6 +62,7 @@ def banner(
         lines.append(("layout", f"{layout}; {_held_text(run)}"))
     elif recipe.parallel.zero1 or recipe.parallel.sequence:
         lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
+    lines += [("reduce", line) for line in run.reducer.describe()]
     lines += [("data", line) for line in run.data.report_lines()]
     if checkpoint is not None:
         lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
@@ -88,7 +89,8 @@ def _groups_text(run: Run) -> str:
     """Name of the optimizer and what each of its groups holds in the whole model."""
     counts = Counter(trained_groups(run.recipe).values())
     groups = [
-        f"{count} tensors lr {group.lr:g} decay {group.weight_decay:g}" for group, count in counts.items()
+        f"{count} {'matrices' if group.matrix else 'tensors'} lr {group.lr:g} decay {group.weight_decay:g}"
+        for group, count in counts.items()
     ]
     return f"{run.recipe.optim.name}: {'; '.join(groups)}"
 

@@ -7,9 +7,9 @@ the shared flat buckets, whose collectives the backend's groups send through tor
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from hlat.errors import UserError
 from hlat.optim.groups import Group
 from hlat.parallel.buckets import Bucket, ParamSpec, set_parameter
 from hlat.parallel.plan import Part
+from hlat.reduce.base import Reducer
 from hlat.registry import lookup
 from hlat.train.weights import initial_values
 
@@ -55,20 +56,16 @@ class RowBucket(Bucket):
         """Nothing: what no backward pass reached is zero since `begin`."""
 
 
-@dataclass
-class RowSums:
+class RowSums(Reducer):
     """The reducer of `RowBucket`s: NxD's reduce-scatter."""
 
-    zero: Zero1
+    def __init__(self, zero: Zero1) -> None:
+        self.zero = zero
 
     def reduce(self, buckets: Sequence[Bucket]) -> list[Tensor]:
         """This rank's rows of each summed gradient."""
         self.zero.reduce()
         return [bucket.master.grad for bucket in buckets]  # type: ignore[misc]
-
-    def state(self) -> dict[str, Tensor]:
-        """No memory."""
-        return {}
 
 
 def uses_zero1(recipe: Recipe, backend: Backend) -> bool:
@@ -78,7 +75,10 @@ def uses_zero1(recipe: Recipe, backend: Backend) -> bool:
     layout, precision = backend.layout, recipe.precision
     wide = precision.accumulate == precision.reduce == "fp32" and precision.rounding == "nearest"
     masters = precision.master == "fp32" or precision.compute == "fp32"
-    return layout.zero1 and recipe.reduce.name == "dense" and wide and masters
+    kind = lookup("optim", recipe.optim.name)
+    alone = getattr(kind, "needs", "") == "elementwise" and not getattr(kind, "own_scalars", ())
+    alone &= "all_reduce" not in inspect.signature(kind).parameters  # each shard by itself
+    return layout.zero1 and recipe.reduce.name == "dense" and wide and masters and alone
 
 
 def choose_attention(recipe: Recipe, model: Decoder) -> str:

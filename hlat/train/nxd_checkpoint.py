@@ -67,9 +67,8 @@ def _weights(run: Run) -> dict[str, Tensor]:
     """What the model computes with, by global name."""
     out = {name: value for name, (value, _) in run.frozen.items()}
     for bucket in run.buckets:
-        parameters: list[Tensor] = [*bucket.parameters]
-        parameters = parameters or [spec.view(bucket.weights) for spec in bucket.specs]
-        out |= {spec.path: p.detach() for spec, p in zip(bucket.specs, parameters, strict=True)}
+        held = zip(bucket.specs, bucket.computed_with(), strict=True)
+        out |= {spec.path: weights.detach() for spec, weights in held}
     return out
 
 

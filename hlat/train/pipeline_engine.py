@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-)
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from hlat.backend.groups import Group
+from hlat.backend.pipelining import ScheduledStage
 from hlat.parallel.buckets import Bucket
 from hlat.parallel.pipeline import StagePart, stage_view
 from hlat.train.engine import Objective
@@ -69,17 +65,6 @@ class _Stage(nn.Module):
         return self.view.hidden(batch.ids, batch.positions, batch.documents)
 
 
-class _ScheduledStage(PipelineStage):
-    """A stage with a repair of torch 2.9; later releases do not call this function."""
-
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # The neighbours' first contact: torch 2.9 sends 8 bytes to a receiver of 4, and gloo aborts.
-        ops = super()._get_init_p2p_neighbors_ops()
-        for op in ops:
-            op.tensor = torch.zeros(1, device=self.device)
-        return ops
-
-
 class PipelineEngine:
     """Runs the stages that this rank of a pipeline holds.
 
@@ -96,7 +81,6 @@ class PipelineEngine:
         rows, seq_len: shape of a micro-batch.
         dtype: of the residual stream.
         device: this rank's.
-
     """
 
     def __init__(
@@ -130,7 +114,7 @@ class PipelineEngine:
             self._schedule = single(wrapped[0], micro_batches, **options)
         self._wrapped = wrapped
 
-    def _wrap(self, stage: _Stage, rows: int, seq_len: int) -> _ScheduledStage:
+    def _wrap(self, stage: _Stage, rows: int, seq_len: int) -> ScheduledStage:
         """With example inputs and outputs given, the first step does not run the model once more to learn
         their shapes; gradients flow only through examples that ask for one.
         """
@@ -139,7 +123,7 @@ class PipelineEngine:
             states = torch.empty(shape, dtype=self.dtype, requires_grad=True)
             loss = torch.empty(1, dtype=torch.float32, requires_grad=True)
         part = stage.part
-        return _ScheduledStage(
+        return ScheduledStage(
             stage,
             part.index,
             part.count,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,11 @@ from hlat.optim.groups import Group, Override, assign_groups
 from hlat.optim.schedule import Schedule, make_schedule
 from hlat.parallel.buckets import Bucket, round_masters, squared_norm
 from hlat.parallel.pipeline import StagePart, prune, rank_parts
-from hlat.parallel.plan import Part
+from hlat.parallel.plan import Part, role_of
 from hlat.parallel.recompute import apply_recompute
 from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
+from hlat.reduce.base import Reducer
 from hlat.registry import lookup
 from hlat.train import nxd
 from hlat.train.engine import Engine
@@ -54,7 +55,7 @@ class Run:
     buckets: list[Bucket]
     engine: Engine | PipelineEngine | NxdPipelineEngine
     objective: Any
-    reducer: Any
+    reducer: Reducer
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     guard: Any
@@ -84,12 +85,14 @@ class Run:
 
     def set_learning_rate(self) -> None:
         """Write the next update's rate into each group, as a tensor: a changed number never reaches a
-        compiled graph.
+        compiled graph. The reducer is told the step and how much the rate changed.
         """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             if "peak_lr" in group:
                 group["lr"].fill_(group["peak_lr"] * factor)
+        before = self.schedule(self.step - 1) if self.step else 0.0
+        self.reducer.begin(self.step, factor / before if before else 1.0)
 
     def reduce(self) -> list[Tensor]:
         """The gradient of the global batch: this rank's share of each bucket, 1-D.
@@ -122,6 +125,8 @@ class Run:
             squared_norm(shard) * float(bucket.primary and counts)
             for bucket, shard in zip(self.buckets, shards, strict=True)
         ]
+        unsent = self.reducer.health()  # what was not sent may be bad too
+        squares += [] if unsent is None else [unsent]
         zero = torch.zeros((), device=self.backend.device)  # a pipeline rank may train nothing
         parts = [loss * float(place.tp == 0), torch.stack([zero, *squares]).sum()]
         loss, square = self.backend.all_reduce(torch.stack(parts)).unbind(0)
@@ -138,9 +143,16 @@ class Run:
             bucket.master.grad = shard.to(bucket.master.dtype)
         guarded_step(self.optimizer, keep, clip)
         self.updates.add_(keep)
+        self.reducer.commit(keep)
         for bucket in self.buckets:
             bucket.master.grad = None
         self.publish()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What guard, optimizer and reducer say of themselves; device scalars."""
+        own: dict[str, Tensor] = getattr(self.optimizer, "metrics", dict)()
+        named = {f"optim/{name}": value for name, value in own.items()}
+        return {**self.guard.metrics(), **named, **self.reducer.metrics()}
 
     def publish(self) -> None:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
@@ -208,7 +220,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     zero = nxd.zero1(recipe, backend, buckets) if rows else None
-    optimizer = _optimizer(recipe, buckets, backend.device) if zero is None else zero.optimizer
+    optimizer = _optimizer(recipe, buckets, backend) if zero is None else zero.optimizer
     if hasattr(optimizer, "set_precision"):
         precision = recipe.precision
         rounding = backend.rounding(precision.rounding)
@@ -220,8 +232,9 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     )
     if zero is not None:
         reducer = nxd.RowSums(zero)
+    reducer.prepare(buckets)
     for bucket in buckets:
-        bucket.on_ready = getattr(reducer, "start", None)
+        bucket.on_ready = reducer.start
     run = Run(
         recipe=recipe,
         backend=backend,
@@ -281,6 +294,17 @@ def refuse_unsupported(recipe: Recipe) -> None:
                 where="precision.master",
                 fix="write precision.master=fp32, or take one of HLAT's own optimizers",
             )
+    if recipe.parallel.tp > 1 and _needs(recipe) == "matrix":
+        raise UserError(
+            f"optimizer {recipe.optim.name!r} needs whole matrices, and tensor parallelism cuts every matrix",
+            where="parallel.tp",
+            fix="write parallel.tp=1 (dp, pp and zero1 keep them whole), or take an elementwise optimizer",
+        )
+
+
+def _needs(recipe: Recipe) -> str:
+    """What the optimizer wants to see: "elementwise", any run of elements, or "matrix", whole matrices."""
+    return str(getattr(lookup("optim", recipe.optim.name), "needs", "elementwise"))
 
 
 def trained_groups(recipe: Recipe) -> dict[str, Group]:
@@ -299,26 +323,45 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
     ]
     optim = recipe.optim
     overrides = [Override(g.match, g.lr, g.weight_decay) for g in optim.groups]
-    return assign_groups(
+    groups = assign_groups(
         trained, lr=optim.lr, weight_decay=optim.weight_decay, decay=optim.decay, overrides=overrides
     )
+    if _needs(recipe) != "matrix":
+        return groups
+    hidden = {name: role_of(name) not in ("vocab", "norm") for name in groups}
+    return {name: replace(group, matrix=hidden[name]) for name, group in groups.items()}
 
 
-def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], device: torch.device) -> torch.optim.Optimizer:
-    section = recipe.optim
+def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the master shards.
+
+    Beside its options a group says what its shard is: `pieces` (each parameter's spec, where in the shard it
+    lies, and how many of its elements come before), and `counted`: False where another rank holds the same
+    elements and counts them in sums over the world.
+    """
+    section, layout, place = recipe.optim, backend.layout, backend.place
     groups = [
         {
             "params": [bucket.master],
-            "lr": torch.zeros((), device=device),
+            "lr": torch.zeros((), device=backend.device),
             "peak_lr": bucket.group.lr,
             "weight_decay": bucket.group.weight_decay,
             "first": bucket.first,
+            "matrix": bucket.group.matrix,
+            "pieces": tuple(bucket.runs()),
+            "counted": bucket.primary and (layout.zero1 or place.dp == 0),
         }
         for bucket in buckets
     ]
     # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
-    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=device))]}]
-    optimizer: torch.optim.Optimizer = lookup("optim", section.name)(groups or nothing, **section.options)
+    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
+    make = lookup("optim", section.name)
+    try:
+        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
+    except ValueError as error:
+        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
+    if hasattr(optimizer, "all_reduce"):
+        optimizer.all_reduce = backend.all_reduce
     return optimizer
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 
+_LOCAL = "reduce/local/"  # a reducer's tensors that mean something in the layout they were saved in only
+
+
 class Turns:
     """Which replica writes each tensor that all of them hold: the one that has the fewest bytes to write so
     far. All replicas ask in the same order and so agree without a message.
@@ -46,7 +49,8 @@ def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
     load writes into them (or, with `memory`, of what stands for it).
 
     `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
-    all parameters share. Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
+    all parameters share (those that an optimizer lists in `own_scalars` differ by parameter group and are
+    named like slots). Where a rank holds a part of a parameter it is a `hlat.checkpoint.piece`. Exactly
     one rank writes each element; whoever else holds it only loads it.
     """
     named: dict[str, Tensor] = {}
@@ -56,7 +60,9 @@ def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
         for slot, value in run.optimizer.state[bucket.master].items():
             if not torch.is_tensor(value):
                 continue
-            if value.dim() == 0:
+            if slot in own_scalars(run.optimizer):
+                named.update(_named_scalars(f"optim/{slot}", bucket, memory(value), turns))
+            elif value.dim() == 0:
                 named.setdefault(f"optim/{slot}", memory(value))
             else:
                 named.update(_named_parts(f"optim/{slot}", bucket, memory(value), turns))
@@ -69,6 +75,18 @@ def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
         named.update((f"{kind}/{name}", memory(value)) for name, value in state.items())
     named["run/updates"] = memory(run.updates)
     return named
+
+
+def own_scalars(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """State tensors () that are not the same for all parameters."""
+    return tuple(getattr(optimizer, "own_scalars", ()))
+
+
+def _named_scalars(prefix: str, bucket: Bucket, value: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
+    """A bucket's scalar under the name of each of its parameters: another layout has other buckets."""
+    for spec in bucket.specs:
+        write = spec.part.primary and not any(spec.part.offset) and turns.mine(value.nbytes)
+        yield f"{prefix}/{spec.name}", piece(value.view(1), (1,), (0,), (1,), 0, 1, write)
 
 
 def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
@@ -127,17 +145,40 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     rank calls it.
 
     Raises UserError when the checkpoint lacks a tensor, or holds one of another shape, or one that no rank
-    has a place for.
+    has a place for. What a reducer keeps for one layout alone (`local/...` in its state) is loaded in that
+    layout; in another one the reducer is told to forget it.
     """
     memory = run.backend.memory()
-    checkpoint.load_into(tensors(run, memory))
+    wanted = tensors(run, memory)
+    change = _layout_change(run, checkpoint, wanted)
+    if change:
+        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith(_LOCAL)}
+        run.reducer.forget(change)
+    checkpoint.load_into(wanted, ignore=_LOCAL if change else "")
     memory.put_back()
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():
-            if torch.is_tensor(value) and value.dim() == 0:
+            if torch.is_tensor(value) and value.dim() == 0 and slot not in own_scalars(run.optimizer):
                 value.copy_(states[0][slot])
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
     run.backend.mark_step("checkpoint")
+
+
+def _layout_change(run: Run, checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> str:
+    """Why a reducer's local tensors cannot be loaded, the same on every rank; empty when they can or there
+    are none.
+    """
+    own = [name for name in wanted if name.startswith(_LOCAL)]
+    stored = {name for name in checkpoint.names() if name.startswith(_LOCAL)}
+    layout, saved = str(run.backend.layout), str(checkpoint.meta.get("layout"))
+    text = f"saved as {saved}, this is {layout}"
+    changed = saved.partition(",")[0] != layout.partition(",")[0]  # with or without ZeRO-1 it is the same
+    now, then = run.recipe.to_dict()["parallel"], checkpoint.meta["recipe"].get("parallel", {})
+    changed |= any(now[key] != then.get(key, now[key]) for key in ("schedule", "stages", "cuts"))
+    fits = all(name in stored and checkpoint.shape(name) == wanted[name].shape for name in own)
+    bad = torch.tensor([changed and bool(own or stored), not fits], dtype=torch.float32)
+    changed, unfit = (run.backend.all_reduce(bad.to(run.backend.device)) > 0).tolist()
+    return text if changed else "saved with other buckets" if unfit else ""
