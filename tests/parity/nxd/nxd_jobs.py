@@ -146,3 +146,38 @@ def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[st
         "step": meta["step"],
         "folder": str(folder / "nxd" / tag),
     }
+
+
+def across(folder: Path, overrides: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
+    """Checkpoints in HLAT's format from the native backend to NxD and back, by how far the next two steps are
+    apart; and NxD's own files in another layout.
+    """
+    from hlat.checkpoint.store import CheckpointStore
+    from hlat.errors import UserError
+    from hlat.train import nxd_checkpoint
+
+    alone = [word for word in overrides if not word.startswith(("parallel", "data.micro_batch"))]
+    recipe = make_recipe(folder, [*alone, "backend=native"])
+    result = {}
+
+    def native() -> Run:
+        return build_run(recipe, shared.RaggedData(recipe))
+
+    def nxd() -> Run:
+        return make_run(folder, overrides)
+
+    for name, first, second in (("to_nxd", native, nxd), ("to_native", nxd, native)):
+        one, store = first(), CheckpointStore(folder / name, keep=1)
+        shared.train(one, 2)
+        store.save(one.step, state.tensors(one), state.meta(one), 0, wait=True)
+        two = second()
+        state.restore(two, store.newest())
+        pairs = zip(shared.train(one, 2), shared.train(two, 2), strict=True)
+        result[name] = max(abs(a - b) / abs(b) for x, y in pairs for a, b in zip(x, y, strict=True))
+    saved = nxd()
+    nxd_checkpoint.save(saved, folder / "nxd")
+    try:
+        nxd_checkpoint.restore(make_run(folder, other), folder / "nxd")
+    except UserError as error:
+        result["refused"] = str(error)
+    return result

@@ -27,13 +27,22 @@ IDS = [("cpu-mode", name) for name in LAYOUTS] + [
 ]
 
 
+ACROSS = {
+    "name": "across",
+    "job": "across",
+    "overrides": LAYOUTS["tp2-sequence"],
+    "other": ["parallel.dp=2", ROWS],
+}
+
+
 def cases(mode: str) -> list[dict[str, object]]:
     own = [name for m, name in IDS if m == mode]
-    return [
+    named = [
         {"name": f"{job}-{name}", "job": job, "overrides": LAYOUTS[name]}
         for name in own
         for job in ("resume", "nxd_files")
     ]
+    return [*named, ACROSS]
 
 
 @pytest.mark.parametrize(("mode", "name"), IDS, ids=[f"{m}-{n}" for m, n in IDS])
@@ -65,3 +74,10 @@ def test_from_nxd_to_hugging_face(name: str, nxd_result: Callable, tmp_path: Pat
         expected = theirs(ids).logits
         assert expected.std() > 0.01
         assert (ours(ids) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["cpu-mode", "xla-mode"])
+def test_native_and_nxd_continue_each_other(mode: str, nxd_result: Callable) -> None:
+    found = nxd_result(mode, 2, cases(mode), "across")
+    assert found["to_nxd"] < 1e-5 and found["to_native"] < 1e-5
+    assert "was saved as dp 1 x pp 1 x tp 2, sequence" in found["refused"]
