@@ -68,6 +68,18 @@ class RowSums(Reducer):
         return [bucket.master.grad for bucket in buckets]  # type: ignore[misc]
 
 
+def check(recipe: Recipe) -> None:
+    """Raise UserError where NxD is not installed, or cannot do what the recipe asks for."""
+    from hlat.backend.nxd.start import process_group
+
+    process_group()
+    section = recipe.parallel
+    if section.pp > 1 and (section.schedule != "1f1b" or section.stages > 1):
+        what = f"NxD runs pipelines as 1f1b with one stage a rank, not {section.schedule}"
+        fix = "write parallel.schedule=1f1b and parallel.stages=1"
+        raise UserError(what, where="parallel.schedule", fix=fix)
+
+
 def uses_zero1(recipe: Recipe, backend: Backend) -> bool:
     """Whether NxD's ZeRO-1 keeps the masters: it is there, and does what the recipe asks for."""
     if backend.name != "nxd":

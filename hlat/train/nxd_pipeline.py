@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hlat.errors import UserError
 from hlat.parallel.buckets import Bucket
 from hlat.parallel.pipeline import StagePart, stage_view
 from hlat.train.engine import Objective
@@ -32,9 +31,6 @@ class NxdPipelineEngine:
         parts: its one stage.
         objective: the loss, taken inside the last stage.
         buckets: receive the gradients.
-
-    Raises:
-        UserError: a schedule other than 1f1b, or too few micro-batches.
     """
 
     def __init__(
@@ -46,15 +42,7 @@ class NxdPipelineEngine:
         objective: Objective,
         buckets: Sequence[Bucket],
     ) -> None:
-        section, layout = recipe.parallel, backend.layout
-        if section.schedule != "1f1b" or len(parts) > 1:
-            fix = "write parallel.schedule=1f1b and parallel.stages=1"
-            raise UserError(
-                f"NxD's manual pipeline has no {section.schedule} with {len(parts)} stages a rank",
-                where="parallel.schedule",
-                fix=fix,
-            )
-        micro_batches = recipe.accumulate(backend.world)
+        layout, micro_batches = backend.layout, recipe.accumulate(backend.world)
         self.view, self.part, self.objective, self.buckets = (
             stage_view(model, parts[0]),
             parts[0],

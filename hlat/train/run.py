@@ -285,7 +285,9 @@ def _engine(
 
 
 def refuse_unsupported(recipe: Recipe) -> None:
-    """Raise UserError for what this version cannot do, rather than ignore it."""
+    """Raise UserError for what cannot be done here, rather than ignore it."""
+    if recipe.backend == "nxd":
+        nxd.check(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:
