@@ -194,11 +194,19 @@ class Cluster:
         torch.cuda.set_device(self.device)
         return f"cuda {getattr(torch.cuda.get_device_properties(self.device), 'uuid', self.device.index)}"
 
-    def connect(self, first_timeout: float) -> None:
-        """Make the default process group (gloo on CPUs, nccl too where there are GPUs) and `stop`."""
+    def connect(self, first_timeout: float, kind: str = "") -> None:
+        """Make the default process group and `stop`.
+
+        Args:
+            first_timeout: seconds.
+            kind: torch.distributed's backend, then also for one process; default: gloo on CPUs, nccl too
+                where there are GPUs, nothing for one process.
+        """
         if self.world == 1:
+            if kind:
+                dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
             return
-        kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        kind = kind or ("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         limit = timedelta(seconds=first_timeout)
         store = self.new_client("groups", self._store)
         dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.world, timeout=limit)

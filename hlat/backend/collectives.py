@@ -18,11 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlat.backend.groups import Group
+
 _ops = torch.ops._c10d_functional
 
 
-def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """The sum (or "max") of x over a group, by name; a new tensor, no gradient."""
+def all_reduce(x: Tensor, group: str | Group, op: str = "sum") -> Tensor:
+    """The sum (or "max") of x over a group, by name or, where there is no named process group, the group
+    itself; a new tensor, no gradient.
+    """
+    if not isinstance(group, str):
+        return group.all_reduce(x.detach().clone(), op)
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group))  # type: ignore[no-any-return]
 
 
@@ -90,11 +96,12 @@ class _Scatter(torch.autograd.Function):
 class Region:
     """The borders of tensor-parallel regions of one group.
 
-    group, size, rank: name of the group, its size and this rank's place in it.
+    group, size, rank: name of the group (or the group itself, see `all_reduce`), its size and this rank's
+        place in it.
     sequence: whether the stream outside is split along the sequence.
     """
 
-    group: str
+    group: str | Group
     size: int
     rank: int
     sequence: bool

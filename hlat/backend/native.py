@@ -6,12 +6,17 @@ import contextlib
 import ctypes
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hlat.backend.groups import make_groups
+from hlat.backend.host import Direct
 from hlat.mesh import ONE_PROCESS, Layout
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,6 +44,7 @@ class NativeBackend:
         if layout.world > 1 and dist.get_world_size() != layout.world:
             raise ValueError(f"{layout} needs {layout.world} ranks, there are {dist.get_world_size()}")
         self.layout, self.place = layout, layout.place(self.rank)
+        self.head_place = self.place
         self.groups = make_groups(layout, self.rank, kv_heads=kv_heads)
         cuda = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.device = device or cuda
@@ -49,7 +55,7 @@ class NativeBackend:
         """Sum over all ranks, in place."""
         return self.groups.world.all_reduce(tensor)
 
-    def mark_step(self) -> None:
+    def mark_step(self, phase: str = "step") -> None:
         """Nothing: this device runs operations as they come."""
 
     def synchronize(self) -> None:
@@ -63,6 +69,23 @@ class NativeBackend:
             for module in model.modules():
                 if hasattr(module, "joint"):
                     module.joint = True  # type: ignore[assignment]
+
+    def shard_model(self, model: nn.Module, dtype: torch.dtype) -> bool:
+        """HLAT's own layers are used."""
+        return False
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        """torch's, in the variant that works inside compiled blocks."""
+        return partial(checkpoint, use_reentrant=False)
+
+    def rounding(self, wanted: str) -> str:
+        """As wanted: the hardware rounds to nearest."""
+        return wanted
+
+    def memory(self) -> Direct:
+        """The tensors themselves."""
+        return Direct()
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """On where a compiler is found and the run is long enough to earn back the minute it takes."""

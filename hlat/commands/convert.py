@@ -1,4 +1,4 @@
-"""`hlat convert`: weights to and from Hugging Face, and from GGUF."""
+"""`hlat convert`: weights to and from Hugging Face, and from GGUF; whole checkpoints from NxD's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPE = "bf16, fp16, fp32, or keep (as stored)"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the directions and their arguments."""
-    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf | from-hf | from-gguf")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf | from-hf | from-gguf | from-nxd")
     to_hf = ways.add_parser("to-hf", help="a run or checkpoint to a folder for AutoModelForCausalLM")
     to_hf.add_argument(
         "source", metavar="RUN_OR_CHECKPOINT", help="run folder (its newest checkpoint) or step folder"
@@ -21,6 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from_hf.add_argument("source", metavar="DIR", help="folder with config.json and safetensors files")
     from_gguf = ways.add_parser("from-gguf", help="a llama.cpp file of a Llama model to a checkpoint")
     from_gguf.add_argument("source", metavar="FILE", help="the .gguf file; quantised tensors become fp32")
+    from_nxd = ways.add_parser(
+        "from-nxd", help="a checkpoint in NxD's files to one of HLAT's, all of its state"
+    )
+    from_nxd.add_argument("source", metavar="DIR", help="folder with the files done and optim/")
+    from_nxd.add_argument("out", metavar="RUN", help="run folder; the checkpoint goes to its checkpoints/")
     for way, default in ((to_hf, "bf16"), (from_hf, "keep"), (from_gguf, "keep")):
         way.add_argument("out", metavar="OUT", help="folder to create")
         way.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "keep"), default=default, help=_DTYPE)
@@ -34,6 +39,10 @@ def main(args: argparse.Namespace) -> int:
         warnings = to_hf(args.source, args.out, args.dtype, parse_size(args.shard_size))
     elif args.way == "from-hf":
         warnings = from_hf(args.source, args.out, args.dtype)
+    elif args.way == "from-nxd":
+        from hlat.checkpoint.nxd import from_nxd
+
+        warnings = from_nxd(args.source, args.out)
     else:
         from hlat.checkpoint.gguf import from_gguf
 

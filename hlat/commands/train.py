@@ -30,6 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe values to change, e.g. optim.lr=1e-3"
     )
+    parser.add_argument(
+        "--precompile", action="store_true", help="trn1: compile every graph of the run ahead, then stop"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,6 +40,8 @@ def main(args: argparse.Namespace) -> int:
 
     In a job of several processes a failure ends the process here: others may hang in a thread of it.
     """
+    if getattr(args, "precompile", False):
+        return _precompile(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -54,6 +59,22 @@ def main(args: argparse.Namespace) -> int:
         if job.ending is not None:
             job.ending.end()
         raise
+
+
+def _precompile(args: argparse.Namespace) -> int:
+    """Let Neuron's tool compile the graphs of a short run. Returns its exit status."""
+    import subprocess
+    import tempfile
+
+    from hlat.backend.nxd.precompile import command
+    from hlat.recipe import load
+
+    recipe = load(args.recipe, args.overrides)
+    if recipe.backend != "nxd":
+        fix = "leave --precompile out, or write backend=nxd"
+        raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(command(args.recipe, args.overrides, f"{folder}/run"), check=False).returncode
 
 
 @dataclass
@@ -207,8 +228,8 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
-    cluster.connect(limit)
-    backend, compiled, reason = _backend(recipe, cluster)
+    cluster.connect(limit, _process_group(recipe))
+    backend, compiled, reason = _backend(recipe, cluster, _warn(cluster) if console is None else console.warn)
     run = build_run(recipe, data, backend, compiled=compiled)
     cluster.note_groups()
     section = recipe.checkpoint
@@ -278,8 +299,23 @@ def _metrics(
     )
 
 
-def _backend(recipe: Recipe, cluster: Cluster) -> tuple[Any, bool, str]:
+def _process_group(recipe: Recipe) -> str:
+    """What the backend wants torch.distributed to be; empty: no wish."""
+    if recipe.backend != "nxd":
+        return ""
+    from hlat.backend.nxd.start import process_group
+
+    return process_group()
+
+
+def _backend(recipe: Recipe, cluster: Cluster, warn: Callable[[str], None]) -> tuple[Any, bool, str]:
     """The backend, whether to compile, and why; the last two as rank 0 decides."""
+    if recipe.backend == "nxd":
+        from hlat.backend.nxd import NxdBackend
+
+        layout = recipe.layout(cluster.world)
+        made = NxdBackend(layout, kv_heads=recipe.model.kv_heads, say=warn)
+        return made, *made.compile_by_default(recipe.run.steps)
     from hlat.backend.native import NativeBackend
 
     backend = NativeBackend(

@@ -7,20 +7,25 @@ accelerator would; so a backend decides, and one that splits the layers over ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def project(x_BSD: Tensor, layers: Sequence[nn.Linear], joint: bool) -> tuple[Tensor, ...]:
+def project(
+    x_BSD: Tensor, layers: Sequence[nn.Linear], joint: bool | Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """The outputs of layers without bias, each (B, S, rows of its weight).
 
     Args:
         x_BSD: their common input.
         layers: called one by one, or, with `joint`, multiplied as one matrix.
+        joint: or what a backend computes all of them with.
     """
+    if callable(joint):
+        return joint(x_BSD)
     if not joint:
         return tuple(layer(x_BSD) for layer in layers)
     weights = [layer.weight for layer in layers]

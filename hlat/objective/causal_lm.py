@@ -22,6 +22,7 @@ from hlat.backend.collectives import VocabShard, all_reduce
 from hlat.registry import register
 
 if TYPE_CHECKING:
+    from hlat.backend.groups import Group
     from hlat.data.batch import Batch
 
 IGNORE = -100
@@ -93,7 +94,7 @@ def softmax_gradient(logits_TV: Tensor, targets_T: Tensor, scale: Tensor) -> tup
 
 
 def part_softmax_gradient(
-    logits_Tv: Tensor, targets_T: Tensor, scale: Tensor, *, start: int, group: str
+    logits_Tv: Tensor, targets_T: Tensor, scale: Tensor, *, start: int, group: str | Group
 ) -> tuple[Tensor, Tensor]:
     """`softmax_gradient` of logits whose columns are spread over ranks: (T, v) are columns `start` and on.
     The loss is that of the whole softmax, the gradient that of this rank's columns.

@@ -37,7 +37,11 @@ class _Step:
 
 
 def fetch(tensors: list[Tensor]) -> list[float]:
-    """All elements of 1-D tensors of one device, in order, by one transfer to the host."""
+    """All elements of 1-D tensors of one device, in order, by one transfer to the host. XLA's come one by
+    one: joining them would be a graph to compile for every number of tensors.
+    """
+    if tensors and tensors[0].device.type == "xla":
+        return [float(tensor.cpu()) for tensor in tensors]
     return torch.cat(tensors).tolist() if tensors else []
 
 
@@ -234,7 +238,7 @@ def _pack(tensors: list[Tensor]) -> list[Tensor]:
     if len(by_device) <= 1:
         for device, group in by_device.items():
             if device.type == "xla":
-                packed.extend(tensor.reshape(1) for tensor in group)
+                packed.extend(group)
             else:
                 packed.append(torch.stack([tensor.reshape(()).to(_wide(device)) for tensor in group]))
         return packed

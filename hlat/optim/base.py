@@ -128,8 +128,9 @@ class Elementwise(torch.optim.Optimizer):
         if self._compiled is not None and p.numel() >= COMPILE_FROM:
             self._compiled(tensors, first, options, lr, step, keep, clip)
         else:
-            for start in range(0, p.numel(), CHUNK):
-                chunk = [t[start : start + CHUNK] for t in tensors]
+            size = CHUNK if device.type == "cpu" else p.numel()
+            for start in range(0, p.numel(), size):
+                chunk = [t[start : start + size] for t in tensors]
                 self._apply(chunk, first + start, options, lr, step, keep, clip)
         if not p.is_contiguous():
             p.copy_(own.view(p.shape))

@@ -8,6 +8,11 @@ behind the other in a bucket. A bucket holds up to three flat tensors:
     master    what the optimizer moves (fp32; the weights themselves with precision.master none): as long as
               the others, or with ZeRO-1 this replica's share of them, elements [first, last)
 
+On XLA devices a view is not memory but an expression, computed anew in every graph that uses it and
+sometimes kept, so that the same step would have several graphs. There a bucket is "apart": parameters and
+masters are tensors of their own, `weights` has no memory (it is on the meta device, for its length and
+dtype), and `publish` copies the rounded masters into the parameters.
+
 Length is padded so that it divides evenly over the replicas and each share into runs of `PAD`; padding is
 zero and stays zero. Identity in a checkpoint is always parameter name + global slice, never an offset here.
 Matrices that an optimizer must see whole (`Group.matrix`) are laid so that no share cuts one.
@@ -66,6 +71,7 @@ class Bucket:
 
     weights, grad: 1-D, `length` elements. master: 1-D, elements [first, last) of the bucket.
     primary, sum_over: as in `Part`, the same for all parameters of the bucket.
+    parameters: those of the specs, where they are not views of the weights.
     on_ready: told once a step, when the last gradient of the step has arrived, often while backward goes on.
     """
 
@@ -76,6 +82,7 @@ class Bucket:
     master: nn.Parameter
     first: int = 0
     on_ready: Callable[[Bucket], None] | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
     _fresh: set[str] = field(default_factory=set)
     _awaited: int = 0
 
@@ -88,6 +95,16 @@ class Bucket:
     def last(self) -> int:
         """End of this replica's share."""
         return self.first + self.master.numel()
+
+    @property
+    def own_master(self) -> bool:
+        """Whether the weights are their own masters: then both are of one dtype, and only then."""
+        return self.master.dtype == self.weights.dtype and not self.apart
+
+    @property
+    def apart(self) -> bool:
+        """Whether the parameters are tensors of their own."""
+        return self.weights.device.type == "meta"
 
     @property
     def copies(self) -> int:
@@ -132,6 +149,16 @@ class Bucket:
             if spec.path in self._fresh:
                 spec.view(self.grad).zero_()
         self._fresh.clear()
+
+    def computed_with(self) -> list[Tensor]:
+        """What the model computes with, of each parameter, in the order of the specs."""
+        return [*self.parameters] or [spec.view(self.weights) for spec in self.specs]
+
+    def hand_out(self, flat: Tensor) -> None:
+        """Copy the weights, all of the bucket, into parameters that are apart."""
+        with torch.no_grad():
+            for spec, parameter in zip(self.specs, self.parameters, strict=True):
+                parameter.copy_(spec.view(flat))
 
     def runs(self) -> Iterator[tuple[ParamSpec, slice, int]]:
         """The parameters in this replica's share: each one's spec, where in `master` (and in the optimizer's
@@ -192,13 +219,22 @@ def build_buckets(
             ParamSpec(parameters[path][0], parameters[path][1], offset, path)
             for path, offset in zip(paths, offsets, strict=True)
         ]
-        weights = torch.zeros(length, dtype=dtypes.weights, device=device)
+        apart = device.type == "xla"
+        weights = torch.zeros(length, dtype=dtypes.weights, device="meta" if apart else device)
         first, size = share.index * length // share.count, length // share.count
-        own = weights[first : first + size]
-        master = own if dtypes.master is None else torch.zeros(size, dtype=dtypes.master, device=device)
+        master = weights[first : first + size]
+        if apart or dtypes.master is not None:
+            # Filled on the CPU: piece by piece on an XLA device it would be one large graph.
+            where = torch.device("cpu") if apart else device
+            master = torch.zeros(size, dtype=dtypes.master or dtypes.weights, device=where)
         grad = torch.zeros(length, dtype=dtypes.grad, device=device)
         bucket = Bucket(group, specs, weights, grad, nn.Parameter(master, requires_grad=False), first)
-        _fill(bucket, initial, dtypes.master is not None)
+        _fill(bucket, initial)
+        if apart:
+            bucket.master = nn.Parameter(bucket.master.data.to(device), requires_grad=False)
+            bucket.parameters = [
+                nn.Parameter(torch.zeros(spec.shape, dtype=dtypes.weights, device=device)) for spec in specs
+            ]
         _adopt(model, bucket)
         buckets.append(bucket)
     return buckets
@@ -223,13 +259,16 @@ def _place(sizes: Sequence[int], shares: int, whole: bool) -> tuple[list[int], i
     return [places[i][0] * length + places[i][1] for i in range(len(sizes))], length * shares
 
 
-def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor], has_master: bool) -> None:
-    """Initial values: the weights rounded from them, the masters exactly."""
+def _fill(bucket: Bucket, initial: Callable[[str, Part], Tensor]) -> None:
+    """Initial values: the weights rounded from them, the masters exactly. Parameters that are apart get
+    theirs when the masters are published.
+    """
     share = {spec.path: (where, skip) for spec, where, skip in bucket.runs()}
     for spec in bucket.specs:
-        value = initial(spec.name, spec.part).to(bucket.weights.device)
-        spec.view(bucket.weights).copy_(value)
-        if has_master and spec.path in share:
+        value = initial(spec.name, spec.part).to(bucket.master.device)
+        if not bucket.apart:
+            spec.view(bucket.weights).copy_(value)
+        if not bucket.own_master and spec.path in share:
             where, skip = share[spec.path]
             run = value.reshape(-1)[skip : skip + where.stop - where.start]
             bucket.master.data[where].copy_(run)
@@ -240,19 +279,22 @@ def round_masters(
 ) -> None:
     """Round every master into the weights the model computes with; only this replica's share of them."""
     for bucket in buckets:
-        own = bucket.weights[bucket.first : bucket.last]
-        if bucket.master.data_ptr() != own.data_ptr():
+        if not (bucket.own_master or bucket.apart):
+            own = bucket.weights[bucket.first : bucket.last]
             new = bucket.master if rounder is None else rounder(bucket, bucket.weights.dtype)
             own.copy_(new)
 
 
 def squared_norm(flat: Tensor) -> Tensor:
-    """Sum of squares of a 1-D tensor whose length is a multiple of PAD, fp32 ().
+    """Sum of squares of a tensor, 1-D with a length that is a multiple of PAD, or with more dimensions; fp32.
 
-    In two levels: rows of PAD elements, then the rows. A single running sum over 1e8 elements would lose
-    digits.
+    In two levels: rows (of PAD elements where there are none), then the rows. A single running sum over 1e8
+    elements would lose digits.
     """
-    rows = torch.linalg.vector_norm(flat.view(-1, PAD), dim=1, dtype=torch.float32)
+    table = (
+        flat.view(-1, PAD) if flat.dim() == 1 and flat.numel() % PAD == 0 else flat.view(flat.shape[0], -1)
+    )
+    rows = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
     return rows.square().sum()
 
 
@@ -276,9 +318,9 @@ def _partition(parameters: dict[str, tuple[str, Part, Group]], max_elements: int
 def _adopt(model: nn.Module, bucket: Bucket) -> None:
     """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each."""
     shared = dict(model.named_parameters(remove_duplicate=False))
-    for spec in bucket.specs:
+    for i, spec in enumerate(bucket.specs):
         old = shared[spec.path]
-        new = nn.Parameter(spec.view(bucket.weights))
+        new = bucket.parameters[i] if bucket.apart else nn.Parameter(spec.view(bucket.weights))
         for alias, parameter in shared.items():  # a tied head is the same parameter under a second name
             if parameter is old:
                 set_parameter(model, alias, new)

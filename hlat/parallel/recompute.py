@@ -7,28 +7,32 @@ keep their names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
-def apply_recompute(model: nn.Module, mode: str) -> None:
-    """Wrap the modules that `mode` (none, selective, full) names. Call it before compiling."""
+def apply_recompute(model: nn.Module, mode: str, checkpoint: Callable[..., Any]) -> None:
+    """Wrap the modules that `mode` (none, selective, full) names. Call it before compiling.
+
+    Args:
+        checkpoint: `checkpoint(function, *args)` calls the function so that backward calls it again.
+    """
     for block in model.layers.values():  # type: ignore[operator,union-attr]
         if mode == "selective":
-            _wrap(block.attention.core)
-            _wrap(block.mlp.product)
+            _wrap(block.attention.core, checkpoint)
+            _wrap(block.mlp.product, checkpoint)
         elif mode == "full":
-            _wrap(block)
+            _wrap(block, checkpoint)
 
 
-def _wrap(module: nn.Module) -> None:
+def _wrap(module: nn.Module, checkpoint: Callable[..., Any]) -> None:
     forward = module.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not module.training:
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, **kwargs)
 
     module.forward = recomputed  # type: ignore[method-assign]

@@ -99,14 +99,16 @@ def _held_text(run: Run) -> str:
     """What this rank holds in memory for good, padding included."""
     frozen = [value for value, _ in run.frozen.values()]
     parameters = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
+    weights: list[Tensor] = [*frozen]
     masters: list[Tensor] = []
     states: list[Tensor] = []
     for bucket in run.buckets:
+        weights += bucket.parameters or [bucket.weights]
         states += [v for v in run.optimizer.state[bucket.master].values() if torch.is_tensor(v)]
-        if bucket.master.untyped_storage().data_ptr() != bucket.weights.untyped_storage().data_ptr():
+        if not bucket.own_master:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
-        "weights": [bucket.weights for bucket in run.buckets] + frozen,
+        "weights": weights,
         "gradients": [bucket.grad for bucket in run.buckets],
         "masters": masters,
         "optimizer state": states,

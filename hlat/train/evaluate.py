@@ -53,7 +53,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             batch = batch.to(device)
             total += run.engine.forward([batch], one).to(wide)
             tokens += batch.targets_count()
-            run.backend.mark_step()
+            run.backend.mark_step("eval")
     # The loss is there once for each tensor-parallel rank of the last stage, the batch on every rank.
     total, tokens = total * (place.tp == 0), tokens * (place.tp == place.pp == 0)
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)
@@ -81,7 +81,10 @@ def sample(run: Run, checkpoint: Path, tokens: int) -> str:
     from hlat.evaluate.generate import generate, stream_text
 
     dtype = DTYPES[run.recipe.precision.compute]
-    model = load_model(open_checkpoint(checkpoint), dtype, run.backend.device)
+    device = run.backend.device
+    if device.type == "xla":  # a graph for every length of text: not worth a minute's compilation each
+        device, dtype = torch.device("cpu"), torch.float32
+    model = load_model(open_checkpoint(checkpoint), dtype, device)
     tokenizer = run.data.tokenizer
     prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
     ids = generate(model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id})

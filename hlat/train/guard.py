@@ -69,7 +69,7 @@ class SkipGuard:
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars for metrics.jsonl."""
-        return {"skips_in_a_row": self._state["skips_in_a_row"]}
+        return {"skips_in_a_row": self._state["skips_in_a_row"].clone()}  # the state changes in place
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that belong in a checkpoint, by name; a load writes into them."""

@@ -32,6 +32,8 @@ def checksum(flat: Tensor) -> Tensor:
     rows of 1024 elements. They wrap around. Any single changed bit changes the first; elements that change
     places, the others.
     """
+    if flat.device.type == "xla":  # there a view of the bits is no view
+        flat = flat.cpu()
     bits = flat.detach().reshape(-1).view(_BITS[flat.element_size()])
     total = torch.zeros(3, dtype=torch.int64, device=flat.device)
     for start in range(0, bits.numel(), _BLOCK):
@@ -83,6 +85,9 @@ def _whole(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     """A bucket's weights, and its masters unless ZeRO-1 cut them, each with a text that is the same on all
     ranks that hold the same.
     """
+    if bucket.apart:
+        yield from _single(bucket)
+        return
     key = _key([s.name for s in bucket.specs], [s.part for s in bucket.specs])
     yield key, bucket.weights
     if bucket.master.numel() == bucket.length:
@@ -91,9 +96,9 @@ def _whole(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
 
 def _single(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     """`_whole`, parameter by parameter."""
-    for spec in bucket.specs:
+    for spec, weights in zip(bucket.specs, bucket.computed_with(), strict=True):
         key = _key([spec.name], [spec.part])
-        yield key, spec.view(bucket.weights)
+        yield key, weights.detach()
         if bucket.master.numel() == bucket.length:
             yield f"the master of {key}", spec.view(bucket.master)
 

@@ -27,9 +27,11 @@ from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
+from hlat.train import nxd
 from hlat.train.engine import Engine
+from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
-from hlat.train.weights import build_weights
+from hlat.train.weights import build_weights, flat_buckets
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
@@ -43,7 +45,7 @@ class Run:
 
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
-    those not skipped.
+    those not skipped. `zero` keeps the masters where NxD does it, by rows of each parameter.
     """
 
     recipe: Recipe
@@ -51,7 +53,7 @@ class Run:
     model: nn.Module
     data: Any
     buckets: list[Bucket]
-    engine: Engine | PipelineEngine
+    engine: Engine | PipelineEngine | NxdPipelineEngine
     objective: Any
     reducer: Reducer
     optimizer: torch.optim.Optimizer
@@ -61,6 +63,7 @@ class Run:
     updates: Tensor
     frozen: dict[str, tuple[Tensor, Part]]
     step: int = 0
+    zero: Any = None
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a
@@ -155,7 +158,10 @@ class Run:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
         them.
         """
-        rounding = self.recipe.precision.rounding
+        if self.zero is not None:
+            self.zero.publish()
+            return
+        rounding = self.backend.rounding(self.recipe.precision.rounding)
         seed = self.recipe.run.seed + _PUBLISH_SALT
 
         def rounder(bucket: Bucket, dtype: torch.dtype) -> Tensor:
@@ -163,7 +169,15 @@ class Run:
             return round_to(bucket.master, dtype, rounding, seed=seed, step=step, offset=first)
 
         round_masters(self.buckets, None if rounding == "nearest" else rounder)
-        if self.backend.layout.zero1:
+        for bucket in self.buckets:
+            if bucket.apart:
+                own = rounder(bucket, bucket.weights.dtype)
+                if own.numel() < bucket.length:
+                    whole = own.new_empty(bucket.length)
+                    self.backend.groups.dp.start_all_gather(whole, own).wait()
+                    own = whole
+                bucket.hand_out(own)
+        if self.backend.layout.zero1 and not any(bucket.apart for bucket in self.buckets):
             waiting = []
             for bucket in self.buckets:
                 own = bucket.weights[bucket.first : bucket.last].clone()
@@ -175,6 +189,9 @@ class Run:
         """Create the optimizer's state, which a checkpoint is loaded into."""
         create_state(self.optimizer)
         self.publish()
+        self.backend.mark_step(
+            "build"
+        )  # else the first step's graph would hold all this and be one of its own
 
 
 def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, compiled: bool = False) -> Run:
@@ -192,17 +209,29 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         model = Decoder(recipe.model)
     parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
     prune(model, parts)
-    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend)
+    rows = nxd.uses_zero1(recipe, backend)
+    lay_out = nxd.row_buckets if rows else flat_buckets
+    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend, lay_out)
     backend.prepare_model(model)
-    shard_model(model, backend.groups.tp, layout.sequence)
-    apply_recompute(model, recipe.parallel.recompute)
+    if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
+        shard_model(model, backend.groups.tp, layout.sequence)
+    if backend.name == "nxd":
+        nxd.choose_attention(recipe, model)
+    apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
-    optimizer = _optimizer(recipe, buckets, backend)
+    zero = nxd.zero1(recipe, backend, buckets) if rows else None
+    optimizer = _optimizer(recipe, buckets, backend) if zero is None else zero.optimizer
+    if hasattr(optimizer, "set_precision"):
+        precision = recipe.precision
+        rounding = backend.rounding(precision.rounding)
+        optimizer.set_precision(DTYPES[precision.states], rounding, recipe.run.seed)
     if compiled:
         _compile(model, objective, optimizer)
     reducer = lookup("reduce", recipe.reduce.name)(
         DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
     )
+    if zero is not None:
+        reducer = nxd.RowSums(zero)
     reducer.prepare(buckets)
     for bucket in buckets:
         bucket.on_ready = reducer.start
@@ -221,6 +250,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         method=lookup("method", recipe.method.name)(**recipe.method.options),
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
         frozen=frozen,
+        zero=zero,
     )
     run.initialise()
     return run
@@ -233,9 +263,11 @@ def _engine(
     parts: Sequence[StagePart],
     objective: Any,
     buckets: list[Bucket],
-) -> Engine | PipelineEngine:
+) -> Engine | PipelineEngine | NxdPipelineEngine:
     if backend.layout.pp == 1:
         return Engine(model, objective, buckets)
+    if backend.name == "nxd":
+        return NxdPipelineEngine(recipe, backend, model, parts, objective, buckets)
     return PipelineEngine(
         model,
         parts,
@@ -253,13 +285,9 @@ def _engine(
 
 
 def refuse_unsupported(recipe: Recipe) -> None:
-    """Raise UserError for what this version cannot do, rather than ignore it."""
-    if recipe.backend != "native":
-        raise UserError(
-            f"backend {recipe.backend!r} is not in this version of HLAT",
-            where="backend",
-            fix="write backend=native to train with plain PyTorch",
-        )
+    """Raise UserError for what cannot be done here, rather than ignore it."""
+    if recipe.backend == "nxd":
+        nxd.check(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:
@@ -336,9 +364,6 @@ def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> t
         raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
     if hasattr(optimizer, "all_reduce"):
         optimizer.all_reduce = backend.all_reduce
-    if hasattr(optimizer, "set_precision"):
-        precision = recipe.precision
-        optimizer.set_precision(DTYPES[precision.states], precision.rounding, recipe.run.seed)
     return optimizer
 
 

@@ -16,6 +16,7 @@ from hlat.recipe import identity_diff
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hlat.backend.host import Direct
     from hlat.checkpoint.reader import Checkpoint
     from hlat.parallel.buckets import Bucket
     from hlat.recipe import Recipe
@@ -43,9 +44,9 @@ class Turns:
         return writer == self.own
 
 
-def tensors(run: Run) -> dict[str, Tensor]:
+def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
     """What this rank holds of the run's tensors, under their global names: views of the live storage, so a
-    load writes into them.
+    load writes into them (or, with `memory`, of what stands for it).
 
     `model/<parameter>` is the master, `optim/<slot>/<parameter>` an optimizer slot; `optim/<slot>` a scalar
     all parameters share (those that an optimizer lists in `own_scalars` differ by parameter group and are
@@ -53,26 +54,26 @@ def tensors(run: Run) -> dict[str, Tensor]:
     one rank writes each element; whoever else holds it only loads it.
     """
     named: dict[str, Tensor] = {}
-    turns = Turns(run.backend.layout.dp, run.backend.place.dp)
+    turns, memory = Turns(run.backend.layout.dp, run.backend.place.dp), memory or run.backend.memory()
     for bucket in run.buckets:
-        named.update(_named_parts("model", bucket, bucket.master.detach(), turns))
+        named.update(_named_parts("model", bucket, memory(bucket.master), turns))
         for slot, value in run.optimizer.state[bucket.master].items():
             if not torch.is_tensor(value):
                 continue
             if slot in own_scalars(run.optimizer):
-                named.update(_named_scalars(f"optim/{slot}", bucket, value, turns))
+                named.update(_named_scalars(f"optim/{slot}", bucket, memory(value), turns))
             elif value.dim() == 0:
-                named.setdefault(f"optim/{slot}", value)
+                named.setdefault(f"optim/{slot}", memory(value))
             else:
-                named.update(_named_parts(f"optim/{slot}", bucket, value, turns))
+                named.update(_named_parts(f"optim/{slot}", bucket, memory(value), turns))
     for name, (value, part) in run.frozen.items():
-        flat = value.detach().view(-1)
+        flat = memory(value).view(-1)
         write = part.primary and turns.mine(flat.nbytes)
         named[f"model/{name}"] = piece(flat, part.shape, part.offset, part.size, 0, flat.numel(), write)
     for kind, owner in (("guard", run.guard), ("reduce", run.reducer), ("method", run.method)):
         state = owner.state() if hasattr(owner, "state") else {}
-        named.update((f"{kind}/{name}", value) for name, value in state.items())
-    named["run/updates"] = run.updates
+        named.update((f"{kind}/{name}", memory(value)) for name, value in state.items())
+    named["run/updates"] = memory(run.updates)
     return named
 
 
@@ -89,7 +90,7 @@ def _named_scalars(prefix: str, bucket: Bucket, value: Tensor, turns: Turns) -> 
 
 
 def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Iterator[tuple[str, Tensor]]:
-    """Name and piece of each parameter in a 1-D tensor that lies like the bucket's master."""
+    """Name and piece of each parameter in a tensor that lies like the bucket's master."""
     if flat.shape != bucket.master.shape:
         raise UserError(
             f"state '{prefix}' has shape {list(flat.shape)} for a parameter of {list(bucket.master.shape)}",
@@ -98,7 +99,7 @@ def _named_parts(prefix: str, bucket: Bucket, flat: Tensor, turns: Turns) -> Ite
         )
     everywhere = flat.numel() == bucket.length  # every replica holds all of it, unless ZeRO-1 cut it
     for spec, where, skip in bucket.runs():
-        run, part = flat[where], spec.part
+        run, part = flat.view(-1)[where], spec.part
         write = part.primary and (not everywhere or turns.mine(run.nbytes))
         last = skip + run.numel()
         yield f"{prefix}/{spec.name}", piece(run, part.shape, part.offset, part.size, skip, last, write)
@@ -147,12 +148,14 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     has a place for. What a reducer keeps for one layout alone (`local/...` in its state) is loaded in that
     layout; in another one the reducer is told to forget it.
     """
-    wanted = tensors(run)
+    memory = run.backend.memory()
+    wanted = tensors(run, memory)
     change = _layout_change(run, checkpoint, wanted)
     if change:
         wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith(_LOCAL)}
         run.reducer.forget(change)
     checkpoint.load_into(wanted, ignore=_LOCAL if change else "")
+    memory.put_back()
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():
@@ -161,6 +164,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step = int(checkpoint.meta["step"])
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
+    run.backend.mark_step("checkpoint")
 
 
 def _layout_change(run: Run, checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> str:

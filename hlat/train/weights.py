@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,11 @@ _OVERLAP_ELEMENTS = 1 << 23  # 32 MiB of fp32: small enough that most reductions
 
 
 def build_weights(
-    recipe: Recipe, model: Decoder, groups: dict[str, Group], backend: Backend
+    recipe: Recipe,
+    model: Decoder,
+    groups: dict[str, Group],
+    backend: Backend,
+    lay_out: Callable[..., list[Bucket]] | None = None,
 ) -> tuple[list[Bucket], dict[str, tuple[Tensor, Part]]]:
     """Replace a meta model's parameters by this rank's parts, initialised from the recipe's seed.
 
@@ -33,42 +38,63 @@ def build_weights(
         model: whole parameters on the meta device; layers of other pipeline stages are gone already.
         groups: optimizer group of each trained parameter, by global name.
         backend: the rank and its device.
+        lay_out: how trained parameters become buckets; default: `flat_buckets`.
 
     Returns:
         The buckets, and the frozen parameters by global name.
     """
-    layout, place = backend.layout, backend.place
+    layout = backend.layout
     shapes = parameter_shapes(recipe.model)
     parts = {}
     for path, _ in model.named_parameters():
         name = path if path in shapes else "embed.weight"  # a tied head on a stage without the embedding
-        parts[path] = name, part_of(name, shapes[name], recipe.model, layout, place, path=path)
+        where = backend.head_place if ".attention." in name else backend.place
+        parts[path] = name, part_of(name, shapes[name], recipe.model, layout, where, path=path)
 
-    def initial(name: str, part: Part) -> Tensor:
-        return init_tensor(recipe.model, name, part.shape, recipe.run.seed)[part.box]
-
-    # With many replicas a bucket is larger, so that each one's share of it is worth a message.
-    overlapping = min(MAX_ELEMENTS, max(_OVERLAP_ELEMENTS, layout.dp << 20))
-    precision = recipe.precision
-    own_master = precision.master == "none" or precision.compute == "fp32"
-    buckets = build_buckets(
-        model,
-        {path: (name, part, groups[name]) for path, (name, part) in parts.items() if name in groups},
-        initial,
-        dtypes=BucketDtypes(
-            DTYPES[precision.compute], DTYPES[precision.accumulate], None if own_master else torch.float32
-        ),
-        device=backend.device,
-        share=Share(place.dp, layout.dp) if layout.zero1 else Share(),
-        max_elements=overlapping if layout.dp > 1 else MAX_ELEMENTS,
-    )
+    initial = initial_values(recipe)
+    trained = {path: (name, part, groups[name]) for path, (name, part) in parts.items() if name in groups}
+    buckets = (lay_out or flat_buckets)(recipe, backend, model, trained, initial)
     frozen = {}
     for path, (name, part) in parts.items():
         if name not in groups:
-            value = initial(name, part).to(backend.device, DTYPES[precision.compute])
+            value = initial(name, part).to(backend.device, DTYPES[recipe.precision.compute])
             value = value.clone(memory_format=torch.contiguous_format)  # not a view of the whole tensor
             set_parameter(model, path, nn.Parameter(value, requires_grad=False))
             frozen[name] = value, part
     model.tie()
     model.rope.to_empty(device=backend.device)
     return buckets, frozen
+
+
+def initial_values(recipe: Recipe) -> Callable[[str, Part], Tensor]:
+    """The fp32 value, on the CPU, of a part of a parameter when training starts."""
+
+    def initial(name: str, part: Part) -> Tensor:
+        return init_tensor(recipe.model, name, part.shape, recipe.run.seed)[part.box]
+
+    return initial
+
+
+def flat_buckets(
+    recipe: Recipe,
+    backend: Backend,
+    model: nn.Module,
+    trained: dict[str, tuple[str, Part, Group]],
+    initial: Callable[[str, Part], Tensor],
+) -> list[Bucket]:
+    """Lay the trained parameters (path -> global name, part, group) into flat buckets as the recipe says."""
+    layout, precision = backend.layout, recipe.precision
+    # With many replicas a bucket is larger, so that each one's share of it is worth a message.
+    overlapping = min(MAX_ELEMENTS, max(_OVERLAP_ELEMENTS, layout.dp << 20))
+    own_master = precision.master == "none" or precision.compute == "fp32"
+    return build_buckets(
+        model,
+        trained,
+        initial,
+        dtypes=BucketDtypes(
+            DTYPES[precision.compute], DTYPES[precision.accumulate], None if own_master else torch.float32
+        ),
+        device=backend.device,
+        share=Share(backend.place.dp, layout.dp) if layout.zero1 else Share(),
+        max_elements=overlapping if layout.dp > 1 else MAX_ELEMENTS,
+    )

@@ -1,0 +1,85 @@
+"""Parts of the NxD backend that need neither NxD nor torch-xla."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hlat.backend.nxd.flash import unusable
+from hlat.backend.nxd.graphs import Counts, GraphGuard
+from hlat.backend.nxd.precompile import command
+from hlat.checkpoint.nxd import read_nxd
+from hlat.cli import main
+from hlat.errors import TrainingStopped, UserError
+
+
+def guard(counts: list[Counts], **options: int) -> tuple[GraphGuard, list[str]]:
+    lines: list[str] = []
+    return GraphGuard(say=lines.append, count=iter(counts).__next__, **options), lines
+
+
+def test_compilations_of_the_warm_up_are_expected() -> None:
+    watch, lines = guard([Counts(2, 3.5), Counts(3, 4.0), Counts(3, 4.0), Counts(3, 4.0)], limit=1)
+    for _ in range(4):
+        watch.look("step")
+    assert lines == [
+        "compiled 2 graphs in 3.5 s at step 1 (2 in all): expected: step 1 since the start",
+        "compiled 1 graph in 0.5 s at step 2 (3 in all): expected: step 2 since the start",
+    ]
+
+
+def test_each_phase_has_its_own_warm_up() -> None:
+    watch, lines = guard([Counts(i, float(i)) for i in (1, 1, 1, 1, 2)], limit=1)
+    for phase in ("step", "step", "step", "step", "eval"):
+        watch.look(phase)
+    assert len(lines) == 2 and "eval 1" in lines[1] and watch.unexpected == 0
+
+
+@pytest.mark.parametrize(("reads", "reason"), [(0, "a shape"), (2, "read on the host 2 times")])
+def test_an_unexpected_compilation_ends_the_run(reads: int, reason: str) -> None:
+    watch, lines = guard(
+        [Counts(1), Counts(1), Counts(1), Counts(2, 0.0, reads), Counts(3, 0.0, reads)], limit=2
+    )
+    for _ in range(4):
+        watch.look("step")
+    assert reason in lines[-1]
+    with pytest.raises(TrainingStopped, match="nobody expected"):
+        watch.look("step")
+
+
+def test_nothing_is_unexpected_while_graphs_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURON_EXTRACT_GRAPHS_ONLY", "1")
+    assert GraphGuard().limit == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "masked", "reason"),
+    [(2048, True, "no mask"), (1024, False, "rows of 2048"), (4096, False, "cannot be imported")],
+)
+def test_why_the_flash_kernel_is_not_used(length: int, masked: bool, reason: str) -> None:
+    assert reason in unusable(length, masked)
+
+
+def test_precompile_starts_the_tool_with_a_short_run(tmp_path: Path) -> None:
+    tool = tmp_path / "neuron_parallel_compile"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    words = command("hlat-7b", ["optim.lr=1e-4"], "/tmp/x", {"PATH": str(tmp_path)})
+    assert words[0] == str(tool) and "hlat-7b" in words and "optim.lr=1e-4" in words
+    assert "run.stop_at_step=8" in words and "--nnodes" not in words
+    several = {"PATH": str(tmp_path), "NODES": "16", "NODE_RANK": "3", "MASTER_ADDR": "one"}
+    words = command("hlat-7b", [], "/tmp/x", several)
+    assert words[words.index("--nnodes") + 1] == "16" and words[words.index("--node_rank") + 1] == "3"
+
+
+def test_precompile_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "hlat-7b", "--precompile"]) == 2
+    assert "neuron_parallel_compile is not on the PATH" in capsys.readouterr().err
+    assert main(["train", "tiny", "--precompile"]) == 2
+    assert "compiles nothing ahead" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_nxd_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a complete NxD checkpoint"):
+        read_nxd(tmp_path)
