@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -285,6 +286,9 @@ def test_the_run_records_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     from hlat.commands import train
     from hlat.observe.environment import describe
 
+    def wanted(recipe: str) -> argparse.Namespace:
+        return argparse.Namespace(recipe=recipe, overrides=[])
+
     for name in list(os.environ):
         if name.startswith(
             ("NEURON_", "XLA_", "FI_", "TPU_", "NUM_NEURON", "MALLOC_", "TORCH_DIST", "NXD", "PJRT")
@@ -292,12 +296,12 @@ def test_the_run_records_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     fake = dict(os.environ) | {"NEURON_COMPILE_CACHE_URL": "https://user:secret@host/cache"}
     monkeypatch.setattr(os, "environ", fake)
-    assert train._prepare_neuron(load("tiny")) == []
+    assert train._prepare_neuron(wanted("tiny")) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(fake, "NXD_CPU_MODE", "1")
-    assert train._prepare_neuron(load("hlat-7b")) == []
+    assert train._prepare_neuron(wanted("hlat-7b")) == []
     del fake["NXD_CPU_MODE"]
-    facts = json.loads(json.dumps(describe(train._prepare_neuron(load("hlat-7b")))))
+    facts = json.loads(json.dumps(describe(train._prepare_neuron(wanted("hlat-7b")))))
     found = {item["name"]: item for item in facts["neuron_profile"]}
     assert found["NEURON_COMPILE_CACHE_URL"]["value"] == "https://host/cache"
     assert found["NEURON_COMPILE_CACHE_URL"]["origin"] == "user"
