@@ -171,7 +171,8 @@ class Run:
         round_masters(self.buckets, None if rounding == "nearest" else rounder)
         for bucket in self.buckets:
             if bucket.apart:
-                own = rounder(bucket, bucket.weights.dtype)
+                same = bucket.master.dtype == bucket.weights.dtype
+                own = bucket.master.detach() if same else rounder(bucket, bucket.weights.dtype)
                 if own.numel() < bucket.length:
                     whole = own.new_empty(bucket.length)
                     self.backend.groups.dp.start_all_gather(whole, own).wait()
