@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ class RaggedData:
             masks = (positions[rows], documents[rows]) if self.document_mask else (None, None)
             out.append(Batch(ids[rows], targets[rows], *masks))
         return out
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m nxd` other test files are not even read: they need packages that an environment for NxD may
+    lack.
+    """
+    if config.option.markexpr != "nxd" or collection_path.suffix != ".py":
+        return None
+    return True if "mark.nxd" not in collection_path.read_text(encoding="utf-8") else None
 
 
 @pytest.fixture
