@@ -72,6 +72,7 @@ class Bucket:
     weights, grad: 1-D, `length` elements. master: 1-D, elements [first, last) of the bucket.
     primary, sum_over: as in `Part`, the same for all parameters of the bucket.
     parameters: those of the specs, where they are not views of the weights.
+    own_master: whether the weights are their own masters: the two share memory.
     on_ready: told once a step, when the last gradient of the step has arrived, often while backward goes on.
     """
 
@@ -83,6 +84,7 @@ class Bucket:
     first: int = 0
     on_ready: Callable[[Bucket], None] | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
+    own_master: bool = False
     _fresh: set[str] = field(default_factory=set)
     _awaited: int = 0
 
@@ -95,11 +97,6 @@ class Bucket:
     def last(self) -> int:
         """End of this replica's share."""
         return self.first + self.master.numel()
-
-    @property
-    def own_master(self) -> bool:
-        """Whether the weights are their own masters: then both are of one dtype, and only then."""
-        return self.master.dtype == self.weights.dtype and not self.apart
 
     @property
     def apart(self) -> bool:
@@ -229,6 +226,7 @@ def build_buckets(
             master = torch.zeros(size, dtype=dtypes.master or dtypes.weights, device=where)
         grad = torch.zeros(length, dtype=dtypes.grad, device=device)
         bucket = Bucket(group, specs, weights, grad, nn.Parameter(master, requires_grad=False), first)
+        bucket.own_master = dtypes.master is None and not apart
         _fill(bucket, initial)
         if apart:
             bucket.master = nn.Parameter(bucket.master.data.to(device), requires_grad=False)

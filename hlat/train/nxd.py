@@ -43,11 +43,6 @@ class RowBucket(Bucket):
         """Elements, rows of padding included."""
         return self.padded
 
-    @property
-    def own_master(self) -> bool:
-        """Shards are always apart from the parameters."""
-        return False
-
     def begin(self, micro_batches: int = 1) -> None:
         """Start a step."""
         self.grad.zero_()
