@@ -20,6 +20,7 @@ RING = {  # bytes sent for each byte of the operation's larger tensor, by the ri
     "all_gather_into_tensor": lambda n: (n - 1) / n,
     "_reduce_scatter_base_": lambda n: (n - 1) / n,
     "reduce_scatter_tensor": lambda n: (n - 1) / n,
+    "alltoall_base_": lambda n: (n - 1) / n,  # a reduce-scatter between CPUs: the sum is taken on arrival
     "send": lambda n: 1.0,
 }
 
