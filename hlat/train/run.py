@@ -190,9 +190,8 @@ class Run:
         """Create the optimizer's state, which a checkpoint is loaded into."""
         create_state(self.optimizer)
         self.publish()
-        self.backend.mark_step(
-            "build"
-        )  # else the first step's graph would hold all this and be one of its own
+        # Its own graph on lazy devices: the first step's is then like every other's.
+        self.backend.mark_step("build")
 
 
 def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, compiled: bool = False) -> Run:

@@ -148,7 +148,7 @@ def train(run: Run, steps: int) -> dict[str, Any]:
         out["norms"].append(float(values["grad_norm"]))
         out["skipped"].append(bool(values["skipped"]))
         out["weights"].append(weights(run))
-        out["errors"].append(digest(local(run)) if hasattr(run.reducer, "commit") else "")
+        out["errors"].append(digest(local(run)))
         out["wire"].append(float(values.get("reduce/wire_bytes", 0)))
         out["metrics"] = {k: float(v) for k, v in values.items() if k.startswith("reduce/")}
     place = run.backend.place
