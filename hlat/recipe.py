@@ -121,6 +121,9 @@ class Recipe(Section):
             what = "warmup_steps {a} exceeds the schedule's {b} steps"
             fix = f"take warmup_steps {max(1, horizon // 20)}, or raise run.steps"
             raise problem(what, "schedule.warmup_steps", fix, a=warmup, b=horizon)
+        if self.checkpoint.format == "nxd" and self.backend != "nxd":
+            what = f"backend {self.backend} cannot write NxD's files"
+            raise problem(what, "checkpoint.format", "write format: hlat, or backend: nxd")
         precision = self.precision
         if precision.rounding == "stochastic" and precision.compute == precision.states == "fp32":
             fix = "set precision.compute to bf16, or rounding to nearest"

@@ -231,6 +231,17 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    format: Literal["hlat", "nxd"] = "hlat"
+    """hlat: loads in any layout, on any backend. nxd: NxD's own files while training, for this layout alone;
+    the last step is saved as hlat. `hlat convert from-nxd` turns them into the former.
+    """
+
+    @model_validator(mode="after")
+    def _what_nxd_keeps(self) -> CheckpointSection:
+        if self.format == "nxd" and self.permanent_every_tokens is not None:
+            what = "NxD deletes all but the newest checkpoints: permanent_every_tokens has no effect"
+            raise problem(what, "permanent_every_tokens", "leave it out, or write format: hlat")
+        return self
 
 
 class EvalSection(Section):

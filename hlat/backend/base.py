@@ -37,6 +37,10 @@ class Backend(Protocol):
         """
         ...
 
+    def expect_graphs(self, reason: str) -> None:
+        """The next step differs from the ones before it on purpose: on lazy devices it compiles."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until the device has finished everything it was given."""
         ...

@@ -58,6 +58,9 @@ class NativeBackend:
     def mark_step(self, phase: str = "step") -> None:
         """Nothing: this device runs operations as they come."""
 
+    def expect_graphs(self, reason: str) -> None:
+        """Nothing: there are no graphs to count."""
+
     def synchronize(self) -> None:
         """Wait for the GPU's queue; a CPU has none."""
         if self.device.type == "cuda":

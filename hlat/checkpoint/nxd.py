@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,53 @@ class _Reference:
     tid: int
 
 
+@dataclass(frozen=True)
+class NxdFolder:
+    """A complete checkpoint in NxD's files.
+
+    Attributes:
+        path: its folder, which holds `done`.
+        step: optimizer steps done.
+        meta: see `hlat.train.state.meta`.
+        tokenizer: its files by name, uint8 (bytes,).
+    """
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    tokenizer: dict[str, Tensor]
+
+
+def open_nxd(path: Path) -> NxdFolder:
+    """Open one checkpoint without reading its tensors. Raises UserError if it is not a complete one."""
+    fix = "name a run folder, or a folder that holds the files done, optim/ and user_content.pt"
+    if not (path / "done").exists() or not (path / "optim").is_dir():
+        raise UserError("not a complete NxD checkpoint", where=str(path), fix=fix)
+    try:
+        content = _load(path / "user_content.pt")
+        meta = json.loads(content["meta"])
+        return NxdFolder(path, int(meta["step"]), meta, content.get("tokenizer", {}))
+    except Exception as error:  # torch.load fails in many ways
+        what = f"not a checkpoint that HLAT wrote with NxD ({error!r})"
+        raise UserError(what, where=str(path), fix=fix) from error
+
+
+def newest_nxd(folder: Path) -> NxdFolder | None:
+    """The complete checkpoint of the latest step in a folder of them; None if there is none."""
+    done = [path.parent for path in folder.glob("step-*/done")]
+    return open_nxd(max(done, key=lambda path: int(path.name.removeprefix("step-")))) if done else None
+
+
+def file_bytes(file: Path) -> Tensor:
+    """A file as a tensor, uint8 (bytes,)."""
+    return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+
+
 def from_nxd(source: str | Path, run: str | Path) -> list[str]:
     """Write a checkpoint in NxD's files as one of HLAT's: it continues in any layout, on any backend.
 
     Args:
-        source: folder of the checkpoint.
+        source: folder of the checkpoint, or a run folder (its newest one).
         run: run folder, to which it is added; created if need be.
 
     Returns:
@@ -41,28 +85,28 @@ def from_nxd(source: str | Path, run: str | Path) -> list[str]:
     Raises:
         UserError: a source that is not complete.
     """
-    wholes, meta = read_nxd(Path(source))
+    source = Path(source)
+    inside = source / "nxd-checkpoints"
+    found = newest_nxd(inside if inside.is_dir() else source) or open_nxd(source)
+    wholes = read_nxd(found)
     store = CheckpointStore(Path(run) / "checkpoints", keep=1 << 30)
-    store.save(int(meta["step"]), wholes, meta, int(meta["tokens"]), wait=True)
-    return ["the tokenizer is not in NxD's checkpoints: copy it from the run that wrote it"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / Path(name).name for name in found.tokenizer]
+        for file, content in zip(files, found.tokenizer.values(), strict=True):
+            file.write_bytes(content.numpy().tobytes())
+        store.save(found.step, wholes, found.meta, int(found.meta["tokens"]), tokenizer=files, wait=True)
+    return []
 
 
-def read_nxd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Whole tensors under HLAT's names (see `hlat.train.state.tensors`), and the meta data.
-
-    Args:
-        folder: one checkpoint, the folder that holds `done`.
+def read_nxd(checkpoint: NxdFolder) -> dict[str, Tensor]:
+    """Whole tensors under HLAT's names (see `hlat.train.state.tensors`).
 
     Raises:
-        UserError: not such a folder, or one that lacks a rank.
+        UserError: the files of a rank are missing.
     """
-    fix = "name a folder that holds the files done, optim/ and user_content.pt"
-    if not (folder / "done").exists() or not (folder / "optim").is_dir():
-        raise UserError("not a complete NxD checkpoint", where=str(folder), fix=fix)
-    meta = json.loads(_load(folder / "user_content.pt")["meta"])
     wholes: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
-    for file in sorted(f for f in (folder / "optim").iterdir() if _RANK.fullmatch(f.name)):
+    for file in sorted(f for f in (checkpoint.path / "optim").iterdir() if _RANK.fullmatch(f.name)):
         content = _resolve(_load(file), Path(f"{file}.tensors"))
         for name, shape, box, skip, flat in _runs(content):
             if name not in wholes:
@@ -70,13 +114,13 @@ def read_nxd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             index = torch.arange(math.prod(shape)).view(shape)[box].reshape(-1)
             wholes[name].view(-1)[index[skip : skip + flat.numel()]] = flat
             filled[name] += flat.numel()
-        for name, value in _scalars(content):
+        for name, value in _scalars(content, checkpoint.meta.get("own_scalars", ())):
             wholes.setdefault(name, value)
     for name, count in filled.items():
         if count < wholes[name].numel():
             what = f"{wholes[name].numel() - count} elements of '{name}' are missing"
-            raise UserError(what, where=str(folder), fix="copy the files of all ranks")
-    return wholes, meta
+            raise UserError(what, where=str(checkpoint.path), fix="copy the files of all ranks")
+    return wholes
 
 
 def _runs(content: dict[str, Any]) -> Iterator[tuple[str, list[int], tuple[slice, ...], int, Tensor]]:
@@ -99,10 +143,14 @@ def _runs(content: dict[str, Any]) -> Iterator[tuple[str, list[int], tuple[slice
         yield f"model/{name}", part["shape"], _box(part), 0, frozen["value"].reshape(-1)
 
 
-def _scalars(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """What all ranks hold alike."""
+def _scalars(content: dict[str, Any], own: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """What is not cut: the state of all parameters together, that of each (`own`), of guard and reducer."""
     for bucket in content["buckets"].values():
-        yield from ((f"optim/{slot}", v) for slot, v in bucket["state"].items() if not v.dim())
+        for slot, value in bucket["state"].items():
+            if slot in own:
+                yield from ((f"optim/{slot}/{name}", value.view(1)) for name in bucket["specs"])
+            elif not value.dim():
+                yield f"optim/{slot}", value
     for owner, values in content["owners"].items():
         kind = "reduce" if owner == "reducer" else owner
         yield from ((f"{kind}/{name}", value) for name, value in values.items())

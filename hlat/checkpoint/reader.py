@@ -279,7 +279,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if checkpoint is None:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(skipped.items()))
         what = f"no complete checkpoint here{f' ({reasons})' if reasons else ''}"
-        raise UserError(
-            what, where=str(path), fix="give a run folder or one of its checkpoints/step-* folders"
-        )
+        fix = "give a run folder or one of its checkpoints/step-* folders"
+        if any((path / "nxd-checkpoints").glob("step-*/done")):
+            fix = f"turn NxD's files into one: hlat convert from-nxd {path} {path}"
+        raise UserError(what, where=str(path), fix=fix)
     return checkpoint

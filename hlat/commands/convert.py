@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from_nxd = ways.add_parser(
         "from-nxd", help="a checkpoint in NxD's files to one of HLAT's, all of its state"
     )
-    from_nxd.add_argument("source", metavar="DIR", help="folder with the files done and optim/")
+    from_nxd.add_argument(
+        "source", metavar="RUN_OR_DIR", help="run folder (its newest), or a folder with done and optim/"
+    )
     from_nxd.add_argument("out", metavar="RUN", help="run folder; the checkpoint goes to its checkpoints/")
     for way, default in ((to_hf, "bf16"), (from_hf, "keep"), (from_gguf, "keep")):
         way.add_argument("out", metavar="OUT", help="folder to create")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
+    from hlat.train.saves import Saved
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,19 +63,22 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _precompile(args: argparse.Namespace) -> int:
-    """Let Neuron's tool compile the graphs of a short run. Returns its exit status."""
+    """Let Neuron's tool compile the graphs of short runs. Returns its exit status."""
     import subprocess
-    import tempfile
 
-    from hlat.backend.nxd.precompile import command
+    from hlat.backend.nxd.precompile import commands, scratch
     from hlat.recipe import load
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
-    with tempfile.TemporaryDirectory() as folder:
-        return subprocess.run(command(args.recipe, args.overrides, f"{folder}/run"), check=False).returncode
+    with scratch(recipe.run.dir) as folder:
+        for words in commands(args.recipe, args.overrides, recipe, folder):
+            status = subprocess.run(words, check=False).returncode
+            if status:
+                return status
+    return 0
 
 
 @dataclass
@@ -202,12 +206,14 @@ def _work(
 
 def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
+    from hlat.checkpoint.nxd import newest_nxd
     from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
     from hlat.train import state
 
     if recipe.run.resume == "never":
-        if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()):
+        saved = (folder.checkpoints, folder.nxd_checkpoints)
+        if any(kept.is_dir() and any(kept.iterdir()) for kept in saved):
             raise UserError(
                 "the run folder holds checkpoints and run.resume is never",
                 where=str(folder.path),
@@ -215,42 +221,33 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
             )
         return
     newest, _ = newest_in(folder.checkpoints, False, Peers())
-    if newest is not None:
-        state.check_same_run(recipe, data.fingerprint, newest.meta, str(folder.path))
+    for found in (newest, newest_nxd(folder.nxd_checkpoints)):
+        if found is not None:
+            state.check_same_run(recipe, data.fingerprint, found.meta, str(folder.path))
 
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
-    from hlat.checkpoint.store import CheckpointStore
-    from hlat.train import state
     from hlat.train.describe import summary
     from hlat.train.loop import Loop
     from hlat.train.run import build_run
+    from hlat.train.saves import open_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
     cluster.connect(limit, _process_group(recipe))
-    backend, compiled, reason = _backend(recipe, cluster, _warn(cluster) if console is None else console.warn)
+    warn = _warn(cluster) if console is None else console.warn
+    backend, compiled, reason = _backend(recipe, cluster, warn)
     run = build_run(recipe, data, backend, compiled=compiled)
     cluster.note_groups()
-    section = recipe.checkpoint
-    store = CheckpointStore(
-        folder.checkpoints,
-        keep=section.keep,
-        permanent_every_tokens=section.permanent_every_tokens,
-        async_=section.async_,
-        warn=_warn(cluster) if console is None else console.warn,
-    )
+    saves = open_saves(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, data.tokenizer.files())
     job.watchdog.beat(0, "restoring")
-    checkpoint = store.newest()
-    if checkpoint is not None:
-        state.restore(run, checkpoint)
-    metrics = _metrics(recipe, run, folder, checkpoint, console, f"{'on' if compiled else 'off'} ({reason})")
+    saved = saves.restore(run)
+    metrics = _metrics(recipe, run, folder, saved, console, f"{'on' if compiled else 'off'} ({reason})")
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
     loop = Loop(
         run,
         metrics,
-        store,
-        data.tokenizer.files(),
+        saves,
         on_checkpoint,
         cluster=cluster,
         watchdog=job.watchdog,
@@ -266,12 +263,12 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
             console.close(summary(run, folder.path, loop.held_out, stopped))
     finally:
         metrics.close()
-        store.wait()
+        saves.wait()
     return 0 if stopped is None else 128 + stopped
 
 
 def _metrics(
-    recipe: Recipe, run: Any, folder: RunFolder, checkpoint: Any, console: Console | None, compiled: str
+    recipe: Recipe, run: Any, folder: RunFolder, saved: Saved | None, console: Console | None, compiled: str
 ) -> Any:
     """Where each step's figures go. Rank 0 has the console (and gives it the banner) and the sinks; the guard
     looks on every rank.
@@ -288,7 +285,7 @@ def _metrics(
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
     console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(banner(run, folder.path, checkpoint, compiled, peak))
+    console.banner(banner(run, folder.path, saved, compiled, peak))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
     return MetricBuffer(
         [console, *sinks, guard],

@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind, in one place that may be moved, copied and resumed.
 
-`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`; see
-docs/run-folder.md.
+`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`, and
+nxd-checkpoints/ where NxD's own files are written; see docs/run-folder.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / METRICS_FILE
         self.logs, self.checkpoints, self.profile = (self.path / name for name in _FOLDERS)
+        self.nxd_checkpoints = self.path / "nxd-checkpoints"
         self._lock: Lock | None = None
         self._created: list[Path] = []
 
@@ -96,7 +97,8 @@ class RunFolder:
         For a mistake that shows only after `start` (data, tokenizer): no folder stays behind.
         """
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
-        trained = trained or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        saved = (self.checkpoints, self.nxd_checkpoints)
+        trained = trained or any(folder.is_dir() and any(folder.iterdir()) for folder in saved)
         self.close()
         if self._created and not trained:
             if self._created[0] == self.path:

@@ -21,13 +21,18 @@ class Reducer:
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Called once, before a checkpoint is loaded: make what `state` holds."""
 
-    def begin(self, step: int, change: float) -> None:
+    def begin(self, step: int, change: float) -> str:
         """A global batch begins.
 
         Args:
             step: global batches taken before it, on the host.
             change: its learning rate over that of the one before.
+
+        Returns:
+            Why this step computes something else than the one before, so that a compiled graph cannot be the
+            same; empty if it can.
         """
+        return ""
 
     def start(self, bucket: Bucket) -> None:
         """A bucket's gradient is complete, backward perhaps still goes on: a collective may begin now."""

@@ -154,11 +154,13 @@ class Compressed(Reducer):
         for bucket in buckets:
             self._memory(bucket)
 
-    def begin(self, step: int, change: float) -> None:
+    def begin(self, step: int, change: float) -> str:
         """A global batch begins: the error may be forgotten."""
         self._step = step
         if self.reset_below and change <= self.reset_below:
             self.reset()
+            return "the reducer forgets its error"
+        return "the reducer compresses from here on" if 0 < step == self.start_step else ""
 
     def start(self, bucket: Bucket) -> None:
         """Begin a bucket's reduction as soon as its gradient is complete, while backward goes on."""

@@ -19,9 +19,9 @@ from hlat.train.run import trained_groups
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.peak import Peak
     from hlat.train.run import Run
+    from hlat.train.saves import Saved
 
 _SAMPLE_TOKENS = 120
 _SAMPLE_UP_TO = 300_000_000  # parameters; a larger model is sampled with `hlat generate`
@@ -29,7 +29,7 @@ _COMPRESS_UP_TO = 64 << 20  # bytes of held-out text
 
 
 def banner(
-    run: Run, folder: Path, checkpoint: Checkpoint | None, compiled: str, peak: Peak | None
+    run: Run, folder: Path, saved: Saved | None, compiled: str, peak: Peak | None
 ) -> list[str | tuple[str, str]]:
     """What was chosen and why."""
     recipe, precision = run.recipe, run.recipe.precision
@@ -64,11 +64,11 @@ def banner(
         lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
     lines += [("reduce", line) for line in run.reducer.describe()]
     lines += [("data", line) for line in run.data.report_lines()]
-    if checkpoint is not None:
-        lines.append(("resume", f"step {run.step} of {checkpoint.path}"))
-        saved = checkpoint.meta.get("layout", str(Layout()))
-        if saved != str(layout):
-            lines.append(("layout", f"saved as {saved}; continues as {layout}"))
+    if saved is not None:
+        lines.append(("resume", f"step {run.step} of {saved.path}"))
+        former = saved.meta.get("layout", str(Layout()))
+        if former != str(layout):
+            lines.append(("layout", f"saved as {former}; continues as {layout}"))
     lines.append(("run folder", str(folder)))
     return lines
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from hlat.backend.cluster import Cluster
-from hlat.checkpoint.store import CheckpointStore
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.watchdog import Watchdog
-from hlat.train import state
 from hlat.train.evaluate import evaluate
 from hlat.train.replicas import verify
 from hlat.train.run import Run
+from hlat.train.saves import Saves
 from hlat.train.step import train_step
 
 _MARGIN = 15  # seconds by which collectives outlast the watchdog, whose report says more
@@ -89,8 +88,7 @@ class Loop:
     Args:
         run: built, and restored if it continues.
         metrics: receives every step's scalars.
-        store: receives checkpoints.
-        tokenizer_files: copied into each checkpoint.
+        saves: keeps the state.
         on_checkpoint: told of a checkpoint's step once it is complete.
         cluster: the ranks that train together; each of them runs a loop.
         watchdog: told where the loop is.
@@ -100,15 +98,14 @@ class Loop:
         self,
         run: Run,
         metrics: MetricBuffer,
-        store: CheckpointStore,
-        tokenizer_files: Any = None,
+        saves: Saves,
         on_checkpoint: Callable[[int], None] = lambda step: None,
         *,
         cluster: Cluster | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
-        self.run, self.metrics, self.store = run, metrics, store
-        self.tokenizer_files, self.on_checkpoint = tokenizer_files, on_checkpoint
+        self.run, self.metrics, self.saves = run, metrics, saves
+        self.on_checkpoint = on_checkpoint
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
@@ -117,7 +114,7 @@ class Loop:
         self.held_out: dict[str, Any] | None = None
 
     def train(self) -> int | None:
-        """Train to the last step, evaluate and save. Returns the signal that stopped it early, or None."""
+        """Train to the last step, save and evaluate. Returns the signal that stopped it early, or None."""
         stop, vote = None, StopVote(self.cluster)
         with Signals().watch() as signals, manual_collection() as collector:
             self.metrics.start()
@@ -127,10 +124,10 @@ class Loop:
                 collector()
                 stop = vote.result() if self.cluster.world > 1 else signals.received
             self.metrics.flush()
+            self.save(wait=True)
             if stop is None and self.held_out is None and self.run.data.holdout.documents:
                 self.watchdog.beat(self.run.step, "evaluation")
                 self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
-            self.save(wait=True)
         return stop
 
     def one_step(self) -> None:
@@ -147,7 +144,7 @@ class Loop:
             self.verify()
         if run.step == recipe.run.steps or (recipe.eval.every and run.step % recipe.eval.every == 0):
             self.evaluate()
-        if run.step % recipe.checkpoint.every == 0:
+        if run.step % recipe.checkpoint.every == 0 and run.step != self.last_step:  # `train` saves that
             self.save()
         self._note_saved()
 
@@ -174,29 +171,21 @@ class Loop:
             self.metrics.eval(self.run.step, self.held_out)
 
     def save(self, wait: bool = False) -> None:
-        """Hand a checkpoint of this step to the store, once; `wait` until it is complete on the disk."""
+        """Save this step's state, once; `wait` until it is complete on the disk."""
         run = self.run
         if self._saved != run.step:
             self._saved = run.step
             self.watchdog.beat(run.step, "checkpoint", patient=wait)
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
-                details = state.meta(run)
-                self.store.save(
-                    run.step,
-                    state.tensors(run),
-                    details,
-                    details["tokens"],
-                    tokenizer=self.tokenizer_files,
-                    wait=wait,
-                )
+                self.saves.save(run, wait)
             self._saving = run.step
         if wait:
-            self.store.wait()
+            self.saves.wait()
         self._note_saved()
 
     def _note_saved(self) -> None:
-        if self._saving is not None and not self.store.busy:
+        if self._saving is not None and self.saves.complete(self.run.step):
             self.on_checkpoint(self._saving)
             self._saving = None
 

@@ -7,12 +7,14 @@ parameters lie where in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hlat.checkpoint.nxd import file_bytes, newest_nxd, open_nxd
 from hlat.errors import UserError
 from hlat.train import state
 
@@ -23,22 +25,33 @@ if TYPE_CHECKING:
 _OWNERS = ("guard", "reducer", "method")
 
 
-def save(run: Run, folder: Path, *, keep: int | None = None, background: bool = False) -> str:
-    """Save a run; collective. Returns the checkpoint's name in the folder."""
+def save(
+    run: Run,
+    folder: Path,
+    *,
+    keep: int | None = None,
+    background: bool = False,
+    tokenizer: Sequence[Path] = (),
+) -> str:
+    """Save a run, and the files of its tokenizer; collective. Returns the checkpoint's name in the folder.
+
+    See `hlat.backend.nxd.files.save`.
+    """
     from hlat.backend.nxd import files
 
     tag = f"step-{run.step:09d}"
     run.backend.mark_step("checkpoint")
-    sharded = run.backend.layout.zero1
+    contents = _contents(run)
     files.save(
         folder,
         tag,
         _weights(run),
-        _contents(run),
-        {**state.meta(run), "zero1": sharded},
-        sharded=sharded,
+        contents,
+        {**state.meta(run), "own_scalars": list(state.own_scalars(run.optimizer))},
+        sharded=run.backend.layout.zero1 or _apart(contents),
         keep=keep,
         background=background,
+        extra={"tokenizer": {file.name: file_bytes(file) for file in tokenizer}},
     )
     return tag
 
@@ -51,16 +64,25 @@ def restore(run: Run, folder: Path, tag: str | None = None) -> None:
     """
     from hlat.backend.nxd import files
 
-    loaded: dict[str, Any] = {}
-    meta = files.load(folder, tag, loaded, sharded=run.backend.layout.zero1)
+    found = newest_nxd(folder) if tag is None else open_nxd(folder / tag)
+    if found is None:
+        raise UserError("no complete checkpoint here", where=str(folder), fix="start from step 0")
+    meta = found.meta
     if meta["layout"] != str(run.backend.layout):
-        fix = "convert it to an HLAT checkpoint, which loads in any layout"
+        fix = f"run: hlat convert from-nxd {found.path} {folder.parent}; that loads in any layout"
         what = f"NxD's checkpoint was saved as {meta['layout']}, this run is {run.backend.layout}"
-        raise UserError(what, where=str(folder), fix=fix)
+        raise UserError(what, where=str(found.path), fix=fix)
+    loaded: dict[str, Any] = {}
+    files.load(folder, found.path.name, loaded)
     _put(_contents(run), loaded, str(folder))
     run.step = int(meta["step"])
     run.publish()
     run.backend.mark_step("checkpoint")
+
+
+def _apart(contents: dict[str, Any]) -> bool:
+    """Whether the replicas differ even without ZeRO-1: a reducer remembers what it did not send."""
+    return any(name.startswith("local/") for name in contents["owners"]["reducer"])
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
@@ -74,7 +96,9 @@ def _weights(run: Run) -> dict[str, Tensor]:
 
 def _contents(run: Run) -> dict[str, Any]:
     """The live tensors of everything but the weights."""
-    owners = {kind: owner.state() for kind in _OWNERS if hasattr(owner := getattr(run, kind), "state")}
+    owners: dict[str, dict[str, Tensor]] = {
+        kind: getattr(getattr(run, kind), "state", dict)() for kind in _OWNERS
+    }
     frozen = {name: {"value": value, "part": _table(part)} for name, (value, part) in run.frozen.items()}
     return {
         "buckets": {str(i): _bucket(run, bucket) for i, bucket in enumerate(run.buckets)},

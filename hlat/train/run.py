@@ -92,7 +92,9 @@ class Run:
             if "peak_lr" in group:
                 group["lr"].fill_(group["peak_lr"] * factor)
         before = self.schedule(self.step - 1) if self.step else 0.0
-        self.reducer.begin(self.step, factor / before if before else 1.0)
+        reason = self.reducer.begin(self.step, factor / before if before else 1.0)
+        if reason:
+            self.backend.expect_graphs(reason)
 
     def reduce(self) -> list[Tensor]:
         """The gradient of the global batch: this rank's share of each bucket, 1-D.

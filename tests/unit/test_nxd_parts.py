@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hlat.backend.nxd.flash import unusable
 from hlat.backend.nxd.graphs import Counts, GraphGuard
-from hlat.backend.nxd.precompile import command
-from hlat.checkpoint.nxd import read_nxd
+from hlat.backend.nxd.precompile import commands, scratch
+from hlat.checkpoint.nxd import from_nxd, newest_nxd, open_nxd
 from hlat.cli import main
 from hlat.errors import TrainingStopped, UserError
+from hlat.recipe import load
 
 
 def guard(counts: list[Counts], **options: int) -> tuple[GraphGuard, list[str]]:
@@ -48,6 +51,16 @@ def test_an_unexpected_compilation_ends_the_run(reads: int, reason: str) -> None
         watch.look("step")
 
 
+def test_a_change_that_was_announced_is_expected() -> None:
+    watch, lines = guard([Counts(1), Counts(1), Counts(1), Counts(1), Counts(2)], limit=1)
+    for _ in range(4):
+        watch.look("step")
+    watch.expect("step", "the reducer compresses from here on")
+    watch.look("step")
+    assert lines[-1].endswith("step 5 (2 in all): expected: the reducer compresses from here on")
+    assert watch.unexpected == 0
+
+
 def test_nothing_is_unexpected_while_graphs_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_EXTRACT_GRAPHS_ONLY", "1")
     assert GraphGuard().limit == 0
@@ -65,11 +78,15 @@ def test_precompile_starts_the_tool_with_a_short_run(tmp_path: Path) -> None:
     tool = tmp_path / "neuron_parallel_compile"
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
-    words = command("hlat-7b", ["optim.lr=1e-4"], "/tmp/x", {"PATH": str(tmp_path)})
+    recipe = load("hlat-7b")
+    words, again = commands("hlat-7b", ["optim.lr=1e-4"], recipe, "/tmp/x", {"PATH": str(tmp_path)})
     assert words[0] == str(tool) and "hlat-7b" in words and "optim.lr=1e-4" in words
     assert "run.stop_at_step=8" in words and "--nnodes" not in words
+    assert "run.stop_at_step=12" in again and len(again) == len(words)
     several = {"PATH": str(tmp_path), "NODES": "16", "NODE_RANK": "3", "MASTER_ADDR": "one"}
-    words = command("hlat-7b", [], "/tmp/x", several)
+    short = load("tiny", ["run.steps=5", "schedule.warmup_steps=1", "reduce={name: conef}"])
+    (words,) = commands("mine.yaml", [], short, "/tmp/x", several)
+    assert "run.stop_at_step=5" in words and "reduce.start_step=3" in words
     assert words[words.index("--nnodes") + 1] == "16" and words[words.index("--node_rank") + 1] == "3"
 
 
@@ -82,4 +99,48 @@ def test_precompile_names_what_is_missing(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_folder_that_is_no_nxd_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a complete NxD checkpoint"):
-        read_nxd(tmp_path)
+        from_nxd(tmp_path, tmp_path / "run")
+    assert newest_nxd(tmp_path) is None and newest_nxd(tmp_path / "absent") is None
+
+
+def test_nxds_newest_complete_checkpoint_is_the_one_of_the_latest_step(tmp_path: Path) -> None:
+    for step in (8, 12, 100):
+        folder = tmp_path / f"step-{step:09d}"
+        (folder / "optim").mkdir(parents=True)
+        torch.save({"meta": json.dumps({"step": step})}, folder / "user_content.pt")
+        if step != 100:
+            (folder / "done").touch()
+    (tmp_path / "step-000000008" / "done").touch()  # the older one was marked later
+    found = newest_nxd(tmp_path)
+    assert found is not None and found.step == 12
+    (found.path / "user_content.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="not a checkpoint that HLAT wrote"):
+        open_nxd(found.path)
+
+
+def test_the_short_run_has_a_folder_that_all_nodes_see(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    left = run.with_name("mine.precompile")
+    left.mkdir(parents=True)
+    (left / "file").touch()
+    with scratch(str(run), {"NODE_RANK": "1"}) as folder:
+        assert folder == str(left) and (left / "file").exists()  # only the first node clears it away
+    with scratch(str(run), {}) as folder:
+        assert folder == str(left) and not left.exists()
+        left.mkdir()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoint.format=nxd"], "backend native cannot write NxD's files"),
+        (
+            ["backend=nxd", "checkpoint.format=nxd", "checkpoint.permanent_every_tokens=5"],
+            "permanent_every_tokens has no effect",
+        ),
+    ],
+)
+def test_formats_that_cannot_be(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("tiny", words)

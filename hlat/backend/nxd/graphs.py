@@ -50,7 +50,8 @@ def extracting() -> bool:
 class GraphGuard:
     """Reports every compilation, and stops the run after too many that nobody expected.
 
-    Each phase ("step", "eval", "checkpoint") may compile in its first `WARM_UP` rounds.
+    Each phase ("step", "eval", "checkpoint") may compile in its first `WARM_UP` rounds, and in as many after
+    a change that was announced with `expect`.
 
     Args:
         limit: rounds with unexpected compilations that end the run; 0: never, as while graphs are collected.
@@ -62,10 +63,15 @@ class GraphGuard:
     say: Callable[[str], None] = logging.getLogger(__name__).warning
     count: Callable[[], Counts] = count
     rounds: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, tuple[int, str]] = field(default_factory=dict)
     unexpected: int = 0
     total: int = 0
     _last: Counts = field(default_factory=Counts)
     _last_reads: int = -1
+
+    def expect(self, phase: str, reason: str) -> None:
+        """The next rounds of a phase compile, for this reason."""
+        self.changes[phase] = self.rounds.get(phase, 0), reason
 
     def look(self, phase: str) -> None:
         """Call it at the end of each round of a phase. Raises TrainingStopped."""
@@ -76,9 +82,10 @@ class GraphGuard:
         usual, self._last_reads = new.reads == self._last_reads, new.reads
         if not new.graphs:
             return
-        expected = number <= WARM_UP
+        changed, why = self.changes.get(phase, (0, f"{phase} {number} since the start"))
+        expected = number - changed <= WARM_UP
         if expected:
-            reason = f"expected: {phase} {number} since the start"
+            reason = f"expected: {why}"
         elif new.reads and not usual:
             reason = (
                 f"a value was read on the host {new.reads} times inside the {phase} (.item(), float(), if)"

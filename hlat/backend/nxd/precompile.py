@@ -2,7 +2,8 @@
 
 `neuron_parallel_compile` starts a short run in which nothing is computed, collects its graphs and compiles
 them side by side into the cache. The short run has everything in it that makes a graph of its own: the first
-step and the steady one, an evaluation, a checkpoint, and a step after each.
+step and the steady one, an evaluation, a checkpoint, a step after each, and the step from which a reducer
+compresses. A second one continues from its checkpoint, as the real run will some day.
 """
 
 from __future__ import annotations
@@ -10,24 +11,55 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
 
-_STEPS = 8
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
+
+_STOPS = (8, 12)  # of the short run, and of the one that continues it
+_EVERY = 3
+_SUFFIX = ".precompile"
 _TOOL = "neuron_parallel_compile"
 _FIX = "install neuronx-cc and torch-neuronx from https://pip.repos.neuron.amazonaws.com"
 
 
-def command(
-    recipe: str, overrides: Sequence[str], folder: str, environ: Mapping[str, str] = os.environ
-) -> list[str]:
-    """The command that compiles a run ahead; start it once on every node.
+@contextmanager
+def scratch(run_dir: str, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """A run folder for the short run, beside the real one: all nodes write its checkpoint together, so it
+    must be where they all see it. The first node clears it away, before and after.
+    """
+    folder = Path(run_dir).absolute()
+    folder = folder.with_name(folder.name + _SUFFIX)
+    first = environ.get("NODE_RANK", "0") == "0"
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield str(folder)
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def commands(
+    name: str,
+    overrides: Sequence[str],
+    recipe: Recipe,
+    folder: str,
+    environ: Mapping[str, str] = os.environ,
+) -> list[list[str]]:
+    """The commands that compile a run ahead, one after the other; start them once on every node.
 
     Args:
-        recipe, overrides: as given to `hlat train`.
-        folder: a run folder for the short run, which may be thrown away.
-        environ: NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT describe the cluster; one node without them.
+        name, overrides: as given to `hlat train`.
+        recipe: what they say.
+        folder: a run folder for the short run, which may be thrown away: see `scratch`.
+        environ: NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT describe the cluster, CORES the processes of a
+            node (32); one node without them.
 
     Raises:
         UserError: the tool is not installed.
@@ -41,12 +73,9 @@ def command(
         launch += ["--nnodes", nodes, "--node_rank", environ.get("NODE_RANK", "0")]
         launch += ["--master_addr", environ.get("MASTER_ADDR", "localhost")]
         launch += ["--master_port", environ.get("MASTER_PORT", "29500")]
-    short = [
-        f"run.dir={folder}",
-        "run.resume=never",
-        f"run.stop_at_step={_STEPS}",
-        "eval.every=3",
-        "checkpoint.every=3",
-        "log.every=2",
-    ]
-    return [tool, *launch, "-m", "hlat", "train", recipe, *overrides, *short]
+    short = [f"run.dir={folder}", f"eval.every={_EVERY}", f"checkpoint.every={_EVERY}", "log.every=2"]
+    if recipe.reduce.options.get("start_step", 0) > _EVERY:  # a reducer that is dense for so many steps
+        short.append(f"reduce.start_step={_EVERY}")
+    train = [tool, *launch, "-m", "hlat", "train", name, *overrides, *short]
+    stops = dict.fromkeys(min(stop, recipe.run.steps) for stop in _STOPS)
+    return [[*train, f"run.stop_at_step={stop}", "run.resume=auto"] for stop in stops]

@@ -88,7 +88,9 @@ def flat_state(run: Run) -> dict[str, torch.Tensor]:
         out[f"master.{i}"] = bucket.master.detach().cpu()
         for slot, value in run.optimizer.state[bucket.master].items():
             out[f"{slot}.{i}"] = value.detach().cpu()
-    return out | {f"guard.{name}": value.cpu() for name, value in run.guard.state().items()}
+    for owner in (run.guard, run.reducer):
+        out |= {f"{type(owner).__name__}.{name}": value.cpu() for name, value in owner.state().items()}
+    return out
 
 
 def graphs(folder: Path, overrides: Sequence[str], steps: int = 20) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def graphs(folder: Path, overrides: Sequence[str], steps: int = 20) -> dict[str,
 
 def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[str, Any]:
     """The same with NxD's own files; what they become in HLAT's format, and what HLAT writes itself."""
-    from hlat.checkpoint.nxd import read_nxd
+    from hlat.checkpoint.nxd import open_nxd, read_nxd
     from hlat.checkpoint.store import CheckpointStore
     from hlat.train import nxd_checkpoint
 
@@ -134,16 +136,16 @@ def nxd_files(folder: Path, overrides: Sequence[str], steps: int = 4) -> dict[st
     nxd_checkpoint.restore(again, folder / "nxd")
     repeated = shared.train(again, steps - half)
     checkpoint = store.newest()
-    wholes, meta = read_nxd(folder / "nxd" / tag)
-    names = checkpoint.shapes() if hasattr(checkpoint, "shapes") else wholes
+    files = open_nxd(folder / "nxd" / tag)
+    wholes = read_nxd(files)
     other = {name: torch.zeros_like(value) for name, value in wholes.items()}
     checkpoint.load_into(other)
     return {
         "losses": repeated == rest,
         "tensors": everywhere(run, same_tensors(run, again)),
         "converted": all(torch.equal(wholes[name], other[name]) for name in other),
-        "names": sorted(names) == sorted(wholes),
-        "step": meta["step"],
+        "names": checkpoint.names() == sorted(wholes),
+        "step": files.step,
         "folder": str(folder / "nxd" / tag),
     }
 

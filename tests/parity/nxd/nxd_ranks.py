@@ -45,7 +45,7 @@ def main() -> None:
     join()
     sys.path.insert(0, str(Path(__file__).parent))
     jobs = {}
-    for name in ("nxd_jobs", "nxd_traps"):
+    for name in ("nxd_jobs", "nxd_traps", "nxd_plugins"):
         jobs |= vars(load(Path(__file__).with_name(f"{name}.py")))
     rank = dist.get_rank()
     for case in json.loads((FOLDER / "cases.json").read_text()):

@@ -21,9 +21,11 @@ LAYOUTS = {
     "dp2-zero1-bf16": ["parallel.dp=2", "parallel.zero1=true", BF16, ROWS],
     "dp2-bf16": ["parallel.dp=2", BF16, ROWS],
     "pp2-tied": ["parallel.pp=2", "model.tie_embeddings=true", ROWS],
+    "dp2-conef": ["parallel.dp=2", ROWS, "reduce={name: conef, start_step: 1}"],
+    "dp2-zero1-mada": ["parallel.dp=2", "parallel.zero1=true", ROWS, "optim={name: mada, hyper_start: 1}"],
 }
 IDS = [("cpu-mode", name) for name in LAYOUTS] + [
-    ("xla-mode", name) for name in ("tp2-sequence", "dp2-zero1-bf16")
+    ("xla-mode", name) for name in ("tp2-sequence", "dp2-zero1-bf16", "dp2-conef")
 ]
 
 
