@@ -140,6 +140,17 @@ def geometry(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def held_out(run: Run, batches: int = 16) -> float:
+    """Loss on rows that are not trained on, of the whole model."""
+    data, place, total = run.recipe.data, run.backend.place, 0.0
+    count = run.recipe.accumulate(run.backend.world)
+    for i in range(batches):
+        rows = run.data.batches(10_000 + i, data.micro_batch, count, place.dp, run.backend.layout.dp)
+        loss = run.engine.forward(rows, run.count_targets(rows)) * float(place.tp == 0)
+        total += float(run.backend.all_reduce(loss.reshape(1))) / batches
+    return total
+
+
 def train(run: Run, steps: int) -> dict[str, Any]:
     out: dict[str, Any] = {key: [] for key in ("losses", "norms", "weights", "errors", "skipped", "wire")}
     for _ in range(steps):
@@ -151,6 +162,8 @@ def train(run: Run, steps: int) -> dict[str, Any]:
         out["errors"].append(digest(local(run)))
         out["wire"].append(float(values.get("reduce/wire_bytes", 0)))
         out["metrics"] = {k: float(v) for k, v in values.items() if k.startswith("reduce/")}
+        if run.step == 40:
+            out["held_out"] = held_out(run)
     place = run.backend.place
     return {**out, "place": [place.dp, place.pp, place.tp], "geometry": geometry(run)}
 

@@ -337,6 +337,15 @@ def test_the_documented_table_is_current() -> None:
     assert all(f"`{row.name}`" in page for row in TABLE)
 
 
+def test_the_first_step_of_the_page_fits_a_node() -> None:
+    page = (ROOT / "docs" / "trainium.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in page.splitlines() if "-m hlat train tiny" in line)
+    words = line.split("hlat train")[1].split()
+    recipe = load(words[0], words[1:])
+    assert recipe.backend == "nxd" and "--nproc-per-node 32" in line
+    assert recipe.layout(32).tp == 2 and recipe.accumulate(32) >= 1
+
+
 def test_merged_changes_nothing() -> None:
     environ = {"NEURON_CC_FLAGS": "-O1"}
     merged(profile(load("hlat-7b")), environ)
