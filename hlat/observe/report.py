@@ -50,8 +50,8 @@ def render(runs: Sequence[Run], made: datetime | None = None) -> str:
 
 
 def make_charts(runs: Sequence[Run]) -> list[Chart]:
-    """The five plots, and one for each value an optimizer logs (`optim/…`). The x axis counts steps, or
-    tokens when the runs' steps are not equally large.
+    """The plots of every run, and one for each value an optimizer logs (`optim/…`). The x axis counts steps,
+    or tokens when the runs' steps are not equally large.
     """
     sizes = [run.tokens_per_step for run in runs]
     by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
@@ -61,10 +61,13 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
         return run.held_out["step"] * (run.tokens_per_step if by_tokens else 1)
 
     loss = [_noisy(run, index, x_title, "loss") for index, run in enumerate(runs)]
-    held_out = [
-        _clean(run, index, held_out_x(run), run.held_out.get("bits_per_byte"), dots=True)
-        for index, run in enumerate(runs)
-    ]
+
+    def held_out(name: str) -> list[Series]:
+        return [
+            _clean(run, index, held_out_x(run), run.held_out.get(name), dots=True)
+            for index, run in enumerate(runs)
+        ]
+
     speed = [_noisy(run, index, x_title, "tokens_per_second") for index, run in enumerate(runs)]
     norms = [_noisy(run, index, x_title, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[x_title], run.train.get("lr")) for index, run in enumerate(runs)]
@@ -74,7 +77,10 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
-        Chart("held-out", "Held-out bits per byte", x_title, held_out, x_range=x_range),
+        *(
+            Chart(key, f"Held-out {title}", x_title, held_out(name), x_range=x_range)
+            for key, name, title in _held_out_figures(runs)
+        ),
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
         Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),
@@ -97,13 +103,37 @@ def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
         "steps": _steps,
         "tokens": lambda run: "-" if (tokens := _last(run.train["tokens"])) is None else short(tokens),
         "training loss": lambda run: fixed(_mean(run.train["loss"][-_span(run) :])),
-        "held-out bits/byte": lambda run: fixed(_last(run.held_out.get("bits_per_byte", _EMPTY))),
+        **{
+            f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
+            for _, name, title in _held_out_figures(runs)
+        },
         "tokens per second": lambda run: rate(_median(run.train.get("tokens_per_second", _EMPTY))),
         "MFU": lambda run: percent(_median(run.train.get("mfu", _EMPTY))),
         "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
         "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
     }
     return {name: [figure(run) for run in runs] for name, figure in figures.items()}
+
+
+def _held_out_figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """(key of the chart, field, title) of what the runs' evaluations give; bits per byte if nothing."""
+    known = [
+        ("held-out", "bits_per_byte", "bits per byte"),
+        ("accuracy", "accuracy", "accuracy"),
+    ]
+    return [entry for entry in known if any(entry[1] in run.held_out for run in runs)] or known[:1]
+
+
+def _held_out_summary(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
+    return {
+        f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
+        for _, name, title in _held_out_figures(runs)
+    }
+
+
+def _last_held_out(name: str) -> Callable[[Run], str]:
+    show = percent if name == "accuracy" else fixed
+    return lambda run: show(_last(run.held_out.get(name, _EMPTY)))
 
 
 def _noisy(run: Run, index: int, x_name: str, name: str, positive: bool = False) -> Series:

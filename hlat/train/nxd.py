@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +22,13 @@ from hlat.parallel.buckets import Bucket, ParamSpec, set_parameter
 from hlat.parallel.plan import Part
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
-from hlat.train.weights import initial_values
 
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
     from hlat.backend.nxd.zero import Zero1
     from hlat.model.decoder import Decoder
     from hlat.recipe import Recipe
+    from hlat.train.weights import Initial
 
 
 class RowBucket(Bucket):
@@ -69,6 +69,9 @@ def check(recipe: Recipe) -> None:
 
     process_group()
     section = recipe.parallel
+    if recipe.objective.name == "classification":
+        what = "classification has not been proven on NxD"
+        raise UserError(what, where="objective.name", fix="write backend=native, or objective.name=causal_lm")
     if section.pp > 1 and (section.schedule != "1f1b" or section.stages > 1):
         what = f"NxD runs pipelines as 1f1b with one stage a rank, not {section.schedule}"
         fix = "write parallel.schedule=1f1b and parallel.stages=1"
@@ -114,7 +117,7 @@ def row_buckets(
     backend: Backend,
     model: nn.Module,
     trained: dict[str, tuple[str, Part, Group]],
-    initial: Callable[[str, Part], Tensor],
+    initial: Initial,
 ) -> list[Bucket]:
     """Give every trained parameter its value, and a bucket. `zero1` completes them."""
     buckets: list[Bucket] = []
@@ -127,11 +130,11 @@ def row_buckets(
     return buckets
 
 
-def zero1(recipe: Recipe, backend: Backend, buckets: Sequence[Bucket]) -> Zero1:
+def zero1(recipe: Recipe, backend: Backend, buckets: Sequence[Bucket], initial: Initial) -> Zero1:
     """NxD's optimizer over the parameters of `row_buckets`; the shards receive their exact fp32 values."""
     from hlat.backend.nxd.zero import Zero1
 
-    replicas, own, initial = backend.layout.dp, backend.place.dp, initial_values(recipe)
+    replicas, own = backend.layout.dp, backend.place.dp
     groups = [
         {
             "params": [bucket.master for bucket in buckets if bucket.group == group],

@@ -28,10 +28,10 @@ from hlat.recipe import Recipe
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
 from hlat.train import nxd
-from hlat.train.engine import Engine
+from hlat.train.engine import Engine, compile_parts
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
-from hlat.train.weights import build_weights, flat_buckets
+from hlat.train.weights import Initial, build_weights, flat_buckets, initial_values
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
@@ -194,8 +194,15 @@ class Run:
         self.backend.mark_step("build")
 
 
-def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, compiled: bool = False) -> Run:
-    """Put the parts together; weights are initialised from the recipe's seed.
+def build_run(
+    recipe: Recipe,
+    data: Any,
+    backend: Backend | None = None,
+    *,
+    compiled: bool = False,
+    initial: Initial | None = None,
+) -> Run:
+    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`.
 
     Raises:
         UserError: a part of the recipe that cannot run here, with the reason.
@@ -205,28 +212,22 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     layout = recipe.layout(backend.world)
     if layout != backend.layout:
         raise ValueError(f"the recipe says {layout}, the backend was made for {backend.layout}")
-    with torch.device("meta"):
-        model = Decoder(recipe.model)
-    parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
-    prune(model, parts)
     rows = nxd.uses_zero1(recipe, backend)
-    lay_out = nxd.row_buckets if rows else flat_buckets
-    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend, lay_out)
-    backend.prepare_model(model)
-    if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
-        shard_model(model, backend.groups.tp, layout.sequence)
-    if backend.name == "nxd":
-        nxd.choose_attention(recipe, model)
-    apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
+    initial = initial or initial_values(recipe)
+    parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
+    model, buckets, frozen = _model(
+        recipe, backend, parts, nxd.row_buckets if rows else flat_buckets, initial
+    )
+    rows_per_example = getattr(data, "rows_per_example", 1)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
-    zero = nxd.zero1(recipe, backend, buckets) if rows else None
+    zero = nxd.zero1(recipe, backend, buckets, initial) if rows else None
     optimizer = _optimizer(recipe, buckets, backend) if zero is None else zero.optimizer
     if hasattr(optimizer, "set_precision"):
         precision = recipe.precision
         rounding = backend.rounding(precision.rounding)
         optimizer.set_precision(DTYPES[precision.states], rounding, recipe.run.seed)
     if compiled:
-        _compile(model, objective, optimizer)
+        compile_parts(model, objective, optimizer)
     reducer = lookup("reduce", recipe.reduce.name)(
         DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
     )
@@ -241,7 +242,7 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         model=model,
         data=data,
         buckets=buckets,
-        engine=_engine(recipe, backend, model, parts, objective, buckets),
+        engine=_engine(recipe, backend, model, parts, objective, buckets, rows_per_example),
         objective=objective,
         reducer=reducer,
         optimizer=optimizer,
@@ -256,6 +257,23 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     return run
 
 
+def _model(
+    recipe: Recipe, backend: Backend, parts: Sequence[StagePart], lay_out: Any, initial: Initial
+) -> tuple[Decoder, list[Bucket], dict[str, tuple[Tensor, Part]]]:
+    """This rank's layers with their weights, the buckets of what is trained, and what is frozen."""
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+    prune(model, parts)
+    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend, lay_out, initial)
+    backend.prepare_model(model)
+    if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
+        shard_model(model, backend.groups.tp, backend.layout.sequence)
+    if backend.name == "nxd":
+        nxd.choose_attention(recipe, model)
+    apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
+    return model, buckets, frozen
+
+
 def _engine(
     recipe: Recipe,
     backend: Backend,
@@ -263,6 +281,7 @@ def _engine(
     parts: Sequence[StagePart],
     objective: Any,
     buckets: list[Bucket],
+    rows_per_example: int,
 ) -> Engine | PipelineEngine | NxdPipelineEngine:
     if backend.layout.pp == 1:
         return Engine(model, objective, buckets)
@@ -277,7 +296,7 @@ def _engine(
         micro_batches=recipe.accumulate(backend.world),
         group=backend.groups.pp,
         layout=backend.layout,
-        rows=recipe.data.micro_batch,
+        rows=recipe.data.micro_batch * rows_per_example,
         seq_len=recipe.data.seq_len,
         dtype=DTYPES[recipe.precision.compute],
         device=backend.device,
@@ -320,6 +339,8 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
                 where=f"train_only[{i}]",
                 fix=f"names look like {shapes[0][0]!r} and {shapes[1][0]!r}; wildcards are * and ?",
             )
+    if recipe.model.classes and not recipe.model.tie_embeddings:
+        shapes = [s for s in shapes if s[0] != "head.weight"]  # the classifier stands in its place
     trained = [
         s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)
     ]
@@ -330,7 +351,7 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
     )
     if _needs(recipe) != "matrix":
         return groups
-    hidden = {name: role_of(name) not in ("vocab", "norm") for name in groups}
+    hidden = {name: role_of(name) not in ("vocab", "norm", "replicate") for name in groups}
     return {name: replace(group, matrix=hidden[name]) for name, group in groups.items()}
 
 
@@ -376,14 +397,3 @@ def _schedule(recipe: Recipe) -> Schedule:
         floor=section.floor,
         **section.options,
     )
-
-
-def _compile(model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Compile block by block (all blocks share one graph), the loss kernel and the optimizer's update."""
-    for block in model.layers.values():  # type: ignore[operator,union-attr]
-        block.compile(dynamic=False)
-    if model.norm is not None:
-        model.norm.compile(dynamic=False)  # type: ignore[operator,union-attr]
-    for part in (objective, optimizer):
-        if hasattr(part, "compile"):
-            part.compile()
