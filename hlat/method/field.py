@@ -60,7 +60,7 @@ class Field:
         pieces: Sequence[Piece],
         seed: int,
         kind: Kind = "normal",
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | str = "cpu",
     ) -> None:
         names = [piece.name for piece in pieces]
         twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
@@ -69,7 +69,7 @@ class Field:
         self.pieces, self.kind = list(pieces), kind
         self.bases = [piece.view(piece.owner.detach()) for piece in pieces]
         self.live = [b if p.live is None else p.live for p, b in zip(pieces, self.bases, strict=True)]
-        self.device = pieces[0].owner.device if pieces else device
+        self.device = pieces[0].owner.device if pieces else torch.device(device)
         self._seed, self._names = seed_words(seed, self.device), name_words(names, self.device)
         wide = any(piece.owner.dtype == torch.float64 for piece in pieces)
         self.dtype = torch.float64 if wide else torch.float32

@@ -57,7 +57,7 @@ class ForwardOnly:
             what = f"method {name!r} has no backward pass to recompute for"
             where, fix = "parallel.recompute", "write parallel.recompute=none"
         elif recipe.reduce.name != "dense":
-            what = f"method {name!r} sends losses, not gradients: reducer {recipe.reduce.name!r} has nothing to do"
+            what = f"method {name!r} sends losses, no gradients for reducer {recipe.reduce.name!r}"
             where, fix = "reduce.name", "leave the reduce section out"
         elif precision.master == "none" and precision.compute == "bf16":
             what = f"method {name!r} moves weights by less than bf16 can hold"

@@ -68,7 +68,9 @@ class MeZOSVRG(ZerothOrder):
         if anchor_every < 2:
             raise ValueError(f"anchor_every must be at least 2, got {anchor_every}")
         if snapshot not in ("copy", "seed_log") or compat not in ("none", "authors"):
-            raise ValueError(f"snapshot is copy or seed_log, compat none or authors: {snapshot!r}, {compat!r}")
+            raise ValueError(
+                f"snapshot is copy or seed_log, compat none or authors: {snapshot!r}, {compat!r}"
+            )
         rates = {"lr_anchor": lr_anchor, "lr_inner": lr_inner}
         super().__init__(params, rates, mu=mu, seed=seed, noise=noise, restore=restore)
         self.anchor_every, self.shared_z, self.authors = anchor_every, shared_z, compat == "authors"

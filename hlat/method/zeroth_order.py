@@ -81,6 +81,9 @@ class ZerothOrder(torch.optim.Optimizer):
         for name in self._rate_names:
             self.rate(name)
 
+    def init_state(self) -> None:
+        """Make the state that a checkpoint is loaded into."""
+
     def compile(self) -> None:
         """Fuse the arithmetic of the noise."""
         self.field.compile()
@@ -121,7 +124,12 @@ class ZerothOrder(torch.optim.Optimizer):
             self.field.copy(self.field.bases, self._kept)
 
     def two_points(
-        self, closure: Closure, z: Direction, *, at: Change | None = None, source: Sequence[Tensor] | None = None
+        self,
+        closure: Closure,
+        z: Direction,
+        *,
+        at: Change | None = None,
+        source: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Losses at a point + mu z and - mu z; the parameters are left at the second.
 

@@ -18,7 +18,7 @@ from hlat.model.decoder import Decoder
 from hlat.model.init import parameter_shapes
 from hlat.optim.base import create_state, guarded_step
 from hlat.optim.groups import Group, Override, assign_groups
-from hlat.optim.schedule import Schedule, make_schedule
+from hlat.optim.schedule import Schedule
 from hlat.parallel.buckets import Bucket, round_masters, squared_norm
 from hlat.parallel.pipeline import StagePart, prune, rank_parts
 from hlat.parallel.plan import Part, role_of
@@ -31,6 +31,7 @@ from hlat.train import nxd
 from hlat.train.engine import Engine, compile_parts
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
+from hlat.train.update import needs_backward, optimizer_of, schedule_of
 from hlat.train.weights import Initial, build_weights, flat_buckets, initial_values
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Run:
 
     def learning_rate(self, step: int | None = None) -> float:
         """Peak times schedule for the update after `step` updates (default: the next one)."""
-        return float(self.recipe.optim.lr * self.schedule(self.step if step is None else step))
+        step = self.step if step is None else step
+        peak = self.method.peak_rate(step) if hasattr(self.method, "peak_rate") else self.recipe.optim.lr
+        return float(peak * self.schedule(step))
 
     def set_learning_rate(self) -> None:
         """Write the next update's rate into each group, as a tensor: a changed number never reaches a
@@ -221,7 +224,11 @@ def build_run(
     rows_per_example = getattr(data, "rows_per_example", 1)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     zero = nxd.zero1(recipe, backend, buckets, initial) if rows else None
-    optimizer = _optimizer(recipe, buckets, backend) if zero is None else zero.optimizer
+    method = lookup("method", recipe.method.name)(**recipe.method.options)
+    if not needs_backward(recipe):
+        optimizer = method.make_optimizer(recipe, buckets, backend.device)
+    else:
+        optimizer = optimizer_of(recipe, buckets, backend) if zero is None else zero.optimizer
     if hasattr(optimizer, "set_precision"):
         precision = recipe.precision
         rounding = backend.rounding(precision.rounding)
@@ -233,7 +240,7 @@ def build_run(
     )
     if zero is not None:
         reducer = nxd.RowSums(zero)
-    reducer.prepare(buckets)
+    reducer.prepare(buckets if needs_backward(recipe) else [])
     for bucket in buckets:
         bucket.on_ready = reducer.start
     run = Run(
@@ -246,9 +253,9 @@ def build_run(
         objective=objective,
         reducer=reducer,
         optimizer=optimizer,
-        schedule=_schedule(recipe),
+        schedule=schedule_of(recipe),
         guard=lookup("guard", recipe.guard.name)(**recipe.guard.options).to(backend.device),
-        method=lookup("method", recipe.method.name)(**recipe.method.options),
+        method=method,
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
         frozen=frozen,
         zero=zero,
@@ -307,6 +314,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what cannot be done here, rather than ignore it."""
     if recipe.backend == "nxd":
         nxd.check(recipe)
+    getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:
@@ -353,47 +361,3 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
         return groups
     hidden = {name: role_of(name) not in ("vocab", "norm", "replicate") for name in groups}
     return {name: replace(group, matrix=hidden[name]) for name, group in groups.items()}
-
-
-def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the master shards.
-
-    Beside its options a group says what its shard is: `pieces` (each parameter's spec, where in the shard it
-    lies, and how many of its elements come before), and `counted`: False where another rank holds the same
-    elements and counts them in sums over the world.
-    """
-    section, layout, place = recipe.optim, backend.layout, backend.place
-    groups = [
-        {
-            "params": [bucket.master],
-            "lr": torch.zeros((), device=backend.device),
-            "peak_lr": bucket.group.lr,
-            "weight_decay": bucket.group.weight_decay,
-            "first": bucket.first,
-            "matrix": bucket.group.matrix,
-            "pieces": tuple(bucket.runs()),
-            "counted": bucket.primary and (layout.zero1 or place.dp == 0),
-        }
-        for bucket in buckets
-    ]
-    # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
-    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
-    make = lookup("optim", section.name)
-    try:
-        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
-    except ValueError as error:
-        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
-    if hasattr(optimizer, "all_reduce"):
-        optimizer.all_reduce = backend.all_reduce
-    return optimizer
-
-
-def _schedule(recipe: Recipe) -> Schedule:
-    section = recipe.schedule
-    return make_schedule(
-        section.name,
-        warmup_steps=section.warmup_steps,
-        horizon_steps=section.horizon_steps or recipe.run.steps,
-        floor=section.floor,
-        **section.options,
-    )

@@ -13,6 +13,7 @@ from hlat.model.decoder import Decoder
 from hlat.model.init import init_tensor, parameter_shapes
 from hlat.parallel.buckets import MAX_ELEMENTS, Bucket, BucketDtypes, Share, build_buckets, set_parameter
 from hlat.parallel.plan import Part, part_of
+from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
@@ -96,7 +97,9 @@ def flat_buckets(
         trained,
         initial,
         dtypes=BucketDtypes(
-            DTYPES[precision.compute], DTYPES[precision.accumulate], None if own_master else torch.float32
+            DTYPES[precision.compute],
+            DTYPES[precision.accumulate] if needs_backward(recipe) else None,
+            None if own_master else torch.float32,
         ),
         device=backend.device,
         share=Share(backend.place.dp, layout.dp) if layout.zero1 else Share(),
