@@ -302,11 +302,13 @@ def _metrics(
     console.start(run.step, mfu_note=str(peak) if peak else "")
     console.banner(banner(run, folder.path, checkpoint, compiled, peak, began))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     return MetricBuffer(
         [console, *sinks, guard],
         every=recipe.log.every,
         tokens_per_step=recipe.tokens_per_step,
-        flops_per_token=flops_per_token(
+        flops_per_token=work
+        * flops_per_token(
             recipe.model, recipe.data.seq_len, head=getattr(run.objective, "every_token", True)
         ),
         peak_flops=peak.flops * run.backend.world if peak else None,

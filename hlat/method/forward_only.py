@@ -103,8 +103,15 @@ class ForwardOnly:
         return self.optimizer.own
 
     def queries(self, recipe: Recipe, steps: int) -> int:
-        """Rows that went forward through the model in the first `steps` steps, on all ranks."""
+        """Examples that went forward through the model in the first `steps` steps, on all ranks."""
         raise NotImplementedError
+
+    def work(self, recipe: Recipe) -> float:
+        """FLOPs of a step over those of a forward and backward pass (three forwards) of the global batch, in
+        the mean of the run.
+        """
+        steps = recipe.run.steps
+        return self.queries(recipe, steps) / (3 * recipe.data.global_batch * steps)
 
     def peak_rate(self, step: int) -> float:
         """Learning rate of the step after `step` steps, before the schedule."""

@@ -69,12 +69,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self.field = Field(pieces, seed, noise, self.param_groups[0]["params"][0].device)
         self._apart = any(piece.live is not None for piece in pieces)
         narrow = any(base.dtype in (torch.bfloat16, torch.float16) for base in self.field.bases)
-        self._kept: list[Tensor] | None = None
+        self.kept: list[Tensor] | None = None
         if not self._apart and (restore == "copy" or (restore == "auto" and narrow)):
-            self._kept = [torch.empty_like(base) for base in self.field.bases]
+            self.kept = [torch.empty_like(base) for base in self.field.bases]
         self.agree: Callable[[Tensor], Tensor] = lambda losses: losses
         self.guard: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.count, self._moved = 0, {}
+        self.count = 0
+        self._moved: dict[Direction, Tensor | float] = {}  # where the parameters are meanwhile, in place
         self.own: dict[str, Tensor] = {"t": torch.zeros((), dtype=torch.int32, device=self.field.device)}
         self.scale = torch.ones((), dtype=self.field.dtype, device=self.field.device)
         self.report: dict[str, Tensor] = {}
@@ -114,14 +115,18 @@ class ZerothOrder(torch.optim.Optimizer):
         for name, value in saved.items():
             self.own[name].copy_(value)
 
+    def step(self, closure: Closure, anchor_closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """One update; returns the mean of the losses around the parameters, ()."""
+        raise NotImplementedError
+
     def direction(self, draw: int = 0, step: Tensor | None = None) -> Direction:
         """A direction of this step, or of another one, int32 ()."""
         return self.field.direction(self.own["t"] if step is None else step, draw)
 
     def begin(self) -> None:
         """Start of a step."""
-        if self._kept is not None:
-            self.field.copy(self.field.bases, self._kept)
+        if self.kept is not None:
+            self.field.copy(self.field.bases, self.kept)
 
     def two_points(
         self,
@@ -151,22 +156,22 @@ class ZerothOrder(torch.optim.Optimizer):
             self.field.add(_difference(wanted, self._moved))
             self._moved = dict(wanted)
         else:
-            self.field.write(wanted, source if source is not None else self._kept)
+            self.field.write(wanted, source if source is not None else self.kept)
 
     def commit(self, update: Change) -> None:
         """Move the parameters, from where they were when the step began."""
         if self.in_place:
             self.field.add(_difference(update, self._moved))
             self._moved = {}
-        elif self._kept is not None:
-            self.field.write(update, self._kept)
+        elif self.kept is not None:
+            self.field.write(update, self.kept)
         else:
             self.field.add(update)  # whoever keeps the masters also rounds them into the live tensors
 
     @property
     def in_place(self) -> bool:
         """Whether the parameters themselves are moved to where losses are taken."""
-        return self._kept is None and not self._apart
+        return self.kept is None and not self._apart
 
     def agreed(self, losses: Sequence[Tensor]) -> Tensor:
         """Losses of the whole batch, (number), in at least fp32."""

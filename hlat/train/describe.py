@@ -15,6 +15,7 @@ from hlat.model.init import parameter_shapes
 from hlat.observe.text import printable
 from hlat.train.evaluate import compressors, sample
 from hlat.train.run import trained_groups
+from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,7 @@ def banner(
             f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
             f"rounding {precision.rounding}{note}",
         ),
-        ("optimizer", _groups_text(run)),
+        *_update_lines(run),
         ("device", f"{device}{threads}"),
         ("compile", compiled),
     ]
@@ -92,6 +93,17 @@ def _model_text(run: Run) -> str:
     return f"{model.layers} layers x {model.hidden}, {total:,} parameters{part}"
 
 
+def _update_lines(run: Run) -> list[str | tuple[str, str]]:
+    """What moves the parameters."""
+    if needs_backward(run.recipe):
+        return [("optimizer", _groups_text(run))]
+    name = run.recipe.method.name
+    return [
+        ("method", f"{name}: {run.method.describe()}"),
+        ("optimizer", f"none: {name} moves the parameters itself, and the optim section is not used"),
+    ]
+
+
 def _groups_text(run: Run) -> str:
     """Name of the optimizer and what each of its groups holds in the whole model."""
     counts = Counter(trained_groups(run.recipe).values())
@@ -116,7 +128,7 @@ def _held_text(run: Run) -> str:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
         "weights": weights,
-        "gradients": [bucket.grad for bucket in run.buckets],
+        "gradients": [bucket.grad for bucket in run.buckets if bucket.grad.device.type != "meta"],
         "masters": masters,
         "optimizer state": states,
     }
