@@ -47,6 +47,7 @@ def kind(schema: dict[str, Any]) -> str:
         "integer": "integer",
         "boolean": "true or false",
         "null": "null",
+        "object": "mapping of texts",
     }
     name = schema.get("type", "")
     if name == "array":
@@ -111,6 +112,7 @@ def reference() -> str:
         if target == "DataSection":
             source = sections["SourceSection"]
             lines += rows(source["properties"], source.get("required", []), "data.sources[].")
+            lines += rows(sections["ExamplesSection"]["properties"], [], "data.examples.")
         if target == "OptimSection":
             group = sections["GroupSection"]
             lines += rows(group["properties"], group.get("required", []), "optim.groups[].")

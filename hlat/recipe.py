@@ -22,6 +22,7 @@ from hlat.recipe_sections import (
     DataSection,
     EvalSection,
     GuardSection,
+    InitSection,
     LogSection,
     MethodSection,
     ObjectiveSection,
@@ -47,6 +48,11 @@ _FREE = (
     "data.tokenizer",
     "data.sources.*.path",
     "data.sources.*.dataset",
+    "data.examples.path",
+    "data.examples.dataset",
+    "data.examples.eval_path",
+    "data.examples.eval_dataset",
+    "init",
     "parallel",
     "checkpoint",
     "eval",
@@ -65,6 +71,8 @@ class Recipe(Section):
     """The decoder: a preset, its fields, or both."""
     data: DataSection
     """What is read, how it becomes tokens, and how many of them make a step."""
+    init: InitSection = InitSection()
+    """Which weights training starts from."""
     parallel: ParallelSection = ParallelSection()
     """How many ranks share the model and the batch."""
     precision: PrecisionSection = PrecisionSection()
@@ -96,6 +104,21 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _what_follows(cls, data: Any) -> Any:
+        """The tokenizer comes with the weights; a linear head has as many classes as there are labels."""
+        if not isinstance(data, dict):
+            return data
+        init, section, objective, model = (_mapping(data, k) for k in ("init", "data", "objective", "model"))
+        update: dict[str, Any] = {}
+        if init.get("from") and section and "tokenizer" not in section:
+            update["data"] = {**section, "tokenizer": "init"}
+        if objective.get("name") == "classification" and objective.get("by") == "head" and model:
+            labels = _mapping(_mapping(section, "examples"), "labels")
+            update["model"] = {"classes": len(labels), **model}
+        return {**data, **update}
+
+    @model_validator(mode="before")
+    @classmethod
     def _rows_as_long_as_the_model(cls, data: Any) -> Any:
         section = data.get("data") if isinstance(data, dict) else None
         if not isinstance(section, dict) or "seq_len" in section:
@@ -114,6 +137,10 @@ class Recipe(Section):
             what = "seq_len {a} exceeds the model's max_seq_len {b}"
             raise problem(what, "data.seq_len", fix, a=seq_len, b=longest)
         check_layout(self.model, seq_len, self.parallel)
+        if self.data.tokenizer == "init" and self.init.from_ is None:
+            fix = "give init.from, or another tokenizer"
+            raise problem("init is the tokenizer of init.from, which is not given", "data.tokenizer", fix)
+        self._check_labels()
         if isinstance(self.parallel.dp, int):
             self._accumulate(self.parallel.dp)
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
@@ -129,6 +156,20 @@ class Recipe(Section):
             fix = "set precision.compute to bf16, or rounding to nearest"
             raise problem("stochastic rounding has nothing to round: all is fp32", "precision.rounding", fix)
         return self
+
+    def _check_labels(self) -> None:
+        """Objective, labels and the model's classes must belong together."""
+        examples, objective = self.data.examples, self.objective
+        labelled = objective.name == "classification"
+        if labelled and (examples is None or examples.label_field is None):
+            fix = "give data.examples with label_field and labels, or objective.name=causal_lm"
+            raise problem("classification needs labelled examples", "objective.name", fix)
+        by_head = labelled and objective.options.get("by") == "head"
+        wanted = len(examples.labels) if by_head and examples else 0
+        if self.model.classes != wanted:
+            what = "the model has {a} classes, the objective needs {b}"
+            fix = "leave model.classes out: objective.by=head sets it to the number of labels"
+            raise problem(what, "model.classes", fix, a=self.model.classes, b=wanted)
 
     def _accumulate(self, dp: int) -> int:
         data = self.data
@@ -205,6 +246,12 @@ class Recipe(Section):
         """SHA-256 (hex) over what must not change across a resume: see `identity`."""
         text = json.dumps(identity(self.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under a key of values that are not validated yet; empty if it is none."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

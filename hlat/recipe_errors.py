@@ -27,7 +27,10 @@ _LIMITS = {
     "string_pattern_mismatch": "letters, digits, dot, dash and underscore, starting with a letter or digit",
     "finite_number": "a finite number",
 }
-_MISSING = {"model": "for example model: {preset: tiny}", "data": "give at least data.sources"}
+_MISSING = {
+    "model": "for example model: {preset: tiny}",
+    "data": "give data.sources or data.examples",
+}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 _FLAGS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
@@ -55,7 +58,9 @@ def in_brackets(key: str) -> str:
 
 
 def annotation(key: str) -> Any:
-    """The type of the recipe field a dotted key names; None if there is none."""
+    """The type of the recipe field a dotted key names; None if there is none. Of an optional section, the
+    section.
+    """
     from hlat.recipe import Recipe
 
     hint: Any = Recipe
@@ -135,10 +140,18 @@ def _inside(hint: Any, part: str) -> Any:
     """The type one step down: a field of a section, an element of a tuple."""
     if is_section(hint):
         fields = {field.alias or name: field for name, field in hint.model_fields.items()}
-        return fields[part].annotation if part in fields else None
+        return _section_of(fields[part].annotation) if part in fields else None
     if get_origin(hint) is tuple and part.isdigit():
         return get_args(hint)[0]
+    if get_origin(hint) is dict:
+        return get_args(hint)[1]
     return None
+
+
+def _section_of(hint: Any) -> Any:
+    """The section in `Section | None`; any other type as it is."""
+    inner = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else ()
+    return next((choice for choice in inner if is_section(choice)), hint)
 
 
 def _describe(hint: Any) -> str:

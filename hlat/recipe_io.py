@@ -8,6 +8,7 @@ other one:
   What all plug-ins of the kind share is inherited (optim: lr, weight_decay, decay, clip_norm, groups;
   schedule: warmup_steps, horizon_steps, floor).
 * `model.preset`: the base's other model fields are dropped.
+* `data.sources` or `data.examples`: the base's other one is dropped, and its tokenizer.
 
 `run.name` and `run.dir` are never inherited, so that two recipes do not share a run folder by accident.
 """
@@ -79,6 +80,11 @@ def _inherited(section: str, old: dict[str, Any], new: dict[str, Any]) -> dict[s
     if section == "model":
         preset = new.get("preset")
         return old if preset is None or preset == old.get("preset") else {}
+    if section == "data":
+        # Text or examples: what was chosen before, and its tokenizer, belong to the other kind.
+        other = {"examples": "sources", "sources": "examples"}
+        dropped = {other[key] for key in other.keys() & new.keys() if old.get(other[key])}
+        return {k: v for k, v in old.items() if k not in dropped and not (dropped and k == "tokenizer")}
     field = Recipe.model_fields.get(section)
     kind = None if field is None else field.annotation
     if not (isinstance(kind, type) and issubclass(kind, PluginSection)) or "name" not in new:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hlat.data.template import parse_template
 from hlat.section import (
     Fraction,
     NonNegative,
@@ -76,14 +77,68 @@ class SourceSection(Section):
         return self
 
 
+class ExamplesSection(Section):
+    """Finetuning data, in place of `data.sources`: records with a prompt and its completion or its label."""
+
+    path: Text | None = None
+    """A jsonl, parquet or arrow file of records, or a folder of them; relative to the working directory."""
+    dataset: Text | None = None
+    """A Hugging Face data set NAME[:CONFIG][@SPLIT]; stdlib-packages or stdlib-docstrings, which are always
+    there.
+    """
+    eval_path: Text | None = None
+    """Held-out records, as path. With it or eval_dataset, data.holdout takes none of the others."""
+    eval_dataset: Text | None = None
+    """Held-out records, as dataset: such as glue:sst2@validation."""
+    prompt: Text = "{prompt}"
+    """Template of the prompt: text with the names of fields in braces; {{ and }} are braces."""
+    completion: Text = "{completion}"
+    """Template of what follows the prompt directly, space included; not read where label_field is given."""
+    label_field: Text | None = None
+    """Field with the label of a record, a text or a number: the completion is then the label's word."""
+    labels: dict[str, Text] = Field(default_factory=dict)
+    """Each label and the word that follows the prompt for it, space included: {"0": " bad", "1": " good"}."""
+    limit: Positive | None = None
+    """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> ExamplesSection:
+        for name, path, dataset, needed in (
+            ("path", self.path, self.dataset, True),
+            ("eval_path", self.eval_path, self.eval_dataset, False),
+        ):
+            other = name.replace("path", "dataset")
+            if path and dataset or (needed and not path and not dataset):
+                what = f"{'both' if path else 'neither'} {name} {'and' if path else 'nor'} {other}"
+                raise problem(f"examples have {what}", "", "give exactly one of them")
+        for key in ("prompt", "completion"):
+            try:
+                parse_template(getattr(self, key))
+            except ValueError as error:
+                fix = "write fields as {name}, and braces themselves as {{ and }}"
+                raise problem("{why}", key, fix, why=str(error)) from None
+        if self.label_field is not None and len(self.labels) < 2:
+            fix = "list all labels with their words, such as {'0': ' bad', '1': ' good'}"
+            raise problem("label_field needs at least two labels", "labels", fix)
+        if self.label_field is None and self.labels:
+            fix = "name the field that holds the label"
+            raise problem("there are labels but no label_field", "label_field", fix)
+        if len(set(self.labels.values())) < len(self.labels):
+            raise problem("two labels have the same word", "labels", "give each a word of its own")
+        return self
+
+
 class DataSection(Section):
     """What is read, how it becomes tokens, and how many of them make a step."""
 
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
-    """Where the text comes from."""
+    sources: tuple[SourceSection, ...] = ()
+    """Where the text comes from; needed unless there are examples."""
+    examples: ExamplesSection | None = None
+    """Finetuning data in place of sources: see the keys below."""
     tokenizer: Text = "bytes"
-    """A SentencePiece .model, a tokenizer.json or a folder with one of them; `bytes`; or `train:bpe-4096` to
-    train a byte-pair encoding of that size on the sources.
+    """A SentencePiece .model, a tokenizer.json or a folder with one of them; `bytes`; `train:bpe-4096` to
+    train a byte-pair encoding of that size on the sources; or `init`, the one that comes with init.from.
+    Default: init where there is init.from, else bytes.
     """
     seq_len: Positive = 1024
     """Tokens a row. Default: model.max_seq_len."""
@@ -97,12 +152,37 @@ class DataSection(Section):
     """Fraction of the documents held out for evaluation, always the same ones; 0: none."""
 
     @model_validator(mode="after")
+    def _one_kind(self) -> DataSection:
+        if self.examples is None and not self.sources:
+            given = "sources" in self.model_fields_set
+            what = "must be a list with at least 1 entry, got []" if given else "this key is missing"
+            raise problem(what, "sources", "give at least one source, or data.examples to finetune")
+        if self.examples is not None and self.sources:
+            raise problem("both sources and examples are given", "examples", "give exactly one of them")
+        if self.examples is not None and self.document_mask:
+            fix = "write document_mask: false"
+            raise problem("each example has a row of its own: nothing to mask", "document_mask", fix)
+        if self.examples is not None and self.tokenizer.startswith("train:"):
+            fix = "take the tokenizer of the pretrained model: tokenizer: init"
+            raise problem("a tokenizer is not trained on examples", "tokenizer", fix)
+        return self
+
+    @model_validator(mode="after")
     def _whole_micro_batches(self) -> DataSection:
         if self.global_batch % self.micro_batch:
             what = "global_batch {a} is not a multiple of micro_batch {b}"
             fix = f"take global_batch {near_multiple(self.global_batch, self.micro_batch)}"
             raise problem(what, "global_batch", fix, a=self.global_batch, b=self.micro_batch)
         return self
+
+
+class InitSection(Section):
+    """Which weights training starts from."""
+
+    from_: Annotated[Text | None, Field(alias="from")] = None
+    """Start from these weights: an HLAT run folder, a step folder, or a Hugging Face folder. Only weights are
+    taken; the optimizer starts anew. The model section may be left out then. null: start from run.seed.
+    """
 
 
 class ParallelSection(Section):

@@ -95,9 +95,9 @@ def source_tokenizer(source: WeightSource) -> Tokenizer | None:
 
     if source.tokenizer is not None:
         return load_tokenizer(source.tokenizer)
-    # The tokenizer of bytes has no files.
+    # The tokenizer of bytes has no files, and it alone.
     spec = source.meta.get("recipe", {}).get("data", {}).get("tokenizer")
-    return load_tokenizer("bytes") if spec == "bytes" else None
+    return load_tokenizer("bytes") if spec in ("bytes", "init") else None
 
 
 @torch.no_grad()

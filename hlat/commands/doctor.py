@@ -82,7 +82,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         if args.profile:
             raise UserError("--profile needs a recipe", fix="write: hlat doctor --profile hlat-7b")
         return None
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
 
     return load(args.recipe, args.overrides)
 

@@ -67,7 +67,7 @@ def _list(args: argparse.Namespace, console: Console) -> int:
 
 
 def _show(args: argparse.Namespace, console: Console) -> int:
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
     from hlat.recipe_io import dump_yaml
 
     recipe = load(args.recipe, args.overrides)
@@ -81,7 +81,8 @@ def _show(args: argparse.Namespace, console: Console) -> int:
 
 
 def _diff(args: argparse.Namespace, console: Console) -> int:
-    from hlat.recipe import diff, load
+    from hlat.commands.recipe_file import load
+    from hlat.recipe import diff
 
     rows = diff(load(args.a), load(args.b))
     if not rows:
@@ -94,7 +95,7 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
     from hlat.recipe_io import shipped_recipes
 
     for name in args.recipes or shipped_recipes():

@@ -16,6 +16,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--x",
+        choices=("auto", "step", "tokens", "queries"),
+        default="auto",
+        help="x axis of the curves: steps, tokens of the batches, or queries (examples that went forward "
+        "through the model); auto: steps, or tokens where steps are not equally large",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -26,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     from hlat.observe.text import byte_size
 
     runs = load_runs(args.runs)
-    content = render(runs).encode()
+    content = render(runs, x=args.x).encode()
     if args.out.is_dir():
         raise UserError(
             "is a folder", where=f"--out {args.out}", fix="give the name of a file, as report.html"

@@ -86,7 +86,7 @@ def plan(
 
     Raises UserError for a combination that is no recipe, before anything runs.
     """
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
 
     if seeds < 1:
         raise UserError(f"a combination needs a seed, not {seeds}", where="--seeds", fix="give 1 or more")
@@ -138,9 +138,10 @@ def result(recipe: str, trial: Trial) -> float | None:
     """
     import yaml
 
+    from hlat.commands.recipe_file import load
     from hlat.observe.jsonl import read_rows
     from hlat.observe.runfolder import RunFolder
-    from hlat.recipe import identity_diff, load
+    from hlat.recipe import identity_diff
 
     folder, wanted = RunFolder(trial.folder), load(recipe, trial.overrides)
     last = wanted.run.stop_at_step or wanted.run.steps

@@ -15,12 +15,13 @@ from hlat.errors import UserError
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
+    from hlat.checkpoint.nxd import NxdFolder
+    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
     from hlat.observe.failures import Ending
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
-    from hlat.train.saves import Saved
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
@@ -132,7 +133,7 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     from hlat.backend.neuron import machine
     from hlat.backend.neuron.profile import cluster, prepare
-    from hlat.recipe import load
+    from hlat.commands.recipe_file import load
 
     try:
         recipe = load(args.recipe, args.overrides)
@@ -146,9 +147,9 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _main(args: argparse.Namespace, job: Job) -> int:
+    from hlat.commands.recipe_file import load
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
-    from hlat.recipe import load
     from hlat.train.run import refuse_unsupported
     from hlat.train.same import check_machines, check_recipe
 
@@ -182,11 +183,13 @@ def _work(
     from hlat.data import open_data
     from hlat.observe.environment import describe
     from hlat.recipe_io import find_recipe
+    from hlat.train.initial import starting_tokenizer
     from hlat.train.same import check_data
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "data")
-    data = cluster.in_turn("data-ready", lambda: open_data(recipe), limit)
+    tokenizer = starting_tokenizer(recipe, folder.checkpoints)
+    data = cluster.in_turn("data-ready", lambda: open_data(recipe, tokenizer=tokenizer), limit)
     check_data(cluster, data.fingerprint, limit)
     if console is None:
         cluster.from_first("started", None, limit)
@@ -228,6 +231,7 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.train.describe import summary
+    from hlat.train.initial import initial_from
     from hlat.train.loop import Loop
     from hlat.train.run import build_run
     from hlat.train.saves import open_saves
@@ -237,12 +241,17 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
-    run = build_run(recipe, data, backend, compiled=compiled)
-    cluster.note_groups()
     saves = open_saves(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, data.tokenizer.files())
+    saved = saves.find()
+    # A run that continues has its own weights: those it began with are not read again.
+    initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
+    run = build_run(recipe, data, backend, compiled=compiled, initial=initial)
+    cluster.note_groups()
     job.watchdog.beat(0, "restoring")
-    saved = saves.restore(run)
-    metrics = _metrics(recipe, run, folder, saved, console, f"{'on' if compiled else 'off'} ({reason})")
+    if saved is not None:
+        saves.restore(run, saved)
+    note = f"{'on' if compiled else 'off'} ({reason})"
+    metrics = _metrics(recipe, run, folder, saved, console, note, began)
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
     loop = Loop(
         run,
@@ -268,7 +277,13 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
 
 
 def _metrics(
-    recipe: Recipe, run: Any, folder: RunFolder, saved: Saved | None, console: Console | None, compiled: str
+    recipe: Recipe,
+    run: Any,
+    folder: RunFolder,
+    saved: Checkpoint | NxdFolder | None,
+    console: Console | None,
+    compiled: str,
+    began: str = "",
 ) -> Any:
     """Where each step's figures go. Rank 0 has the console (and gives it the banner) and the sinks; the guard
     looks on every rank.
@@ -285,13 +300,17 @@ def _metrics(
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
     console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(banner(run, folder.path, saved, compiled, peak))
+    console.banner(banner(run, folder.path, saved, compiled, peak, began))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     return MetricBuffer(
         [console, *sinks, guard],
         every=recipe.log.every,
         tokens_per_step=recipe.tokens_per_step,
-        flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
+        flops_per_token=work
+        * flops_per_token(
+            recipe.model, recipe.data.seq_len, head=getattr(run.objective, "every_token", True)
+        ),
         peak_flops=peak.flops * run.backend.world if peak else None,
     )
 

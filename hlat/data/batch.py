@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,18 +31,37 @@ class Batch:
     positions: Tensor | None = None
     documents: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device (the copy may still be under way on an accelerator)."""
-        moved = [
-            None if part is None else part.to(device, non_blocking=True)
-            for part in (self.ids, self.targets, self.positions, self.documents)
-        ]
-        assert moved[0] is not None and moved[1] is not None
-        return Batch(moved[0], moved[1], moved[2], moved[3])
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(
+            self, **{name: p.to(device, non_blocking=True) for name, p in parts.items() if p is not None}
+        )
 
     def targets_count(self) -> Tensor:
         """Number of targets that are not -100: int64 scalar, on the batch's device."""
         return (self.targets != IGNORE).sum()
+
+
+@dataclass
+class LabelledBatch(Batch):
+    """B examples with C possible labels each, in rows of S tokens.
+
+    An example has one row, its prompt, when every label is one token or labels are not spelled; else C rows,
+    row c ending in label c. `targets` has what the loss is divided by: one target for each example (its last
+    prompt token), or each token of its right label.
+
+    Attributes:
+        labels: (B,) int64, the right label; -100 for a row that only fills the batch.
+        places: (B C, L) int64, or (B, 1) without spelled labels: the places in a row where the L tokens of a
+            label are predicted. Candidate n of the first axis is in row n // (B C / rows).
+        tokens: (B C, L) int64, the tokens of the labels, -100 beyond the end of a shorter one; None without
+            spelled labels.
+    """
+
+    labels: Tensor = field(kw_only=True)
+    places: Tensor = field(kw_only=True)
+    tokens: Tensor | None = field(default=None, kw_only=True)
 
 
 def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool) -> Batch:

@@ -13,6 +13,7 @@ import numpy as np
 
 from hlat.data.batch import Batch, make_batch
 from hlat.data.cache import tokenized, trained_tokenizer
+from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
 from hlat.data.mixture import SourceRows, TrainStream
 from hlat.data.packed import TokenFolder
@@ -211,7 +212,7 @@ def _merged(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 
 def prepare(
     specs: Sequence[SourceSpec],
-    tokenizer: str,
+    tokenizer: str | Tokenizer,
     holdout: float,
     *,
     max_vocab: int | None = None,
@@ -254,13 +255,16 @@ def prepare(
 
 
 def _tokenizer(
-    spec: str,
+    spec: str | Tokenizer,
     texts: list[Source],
     ready: list[Path | None],
     holdout: float,
     max_vocab: int | None,
     quiet: bool,
 ) -> Tokenizer:
+    if isinstance(spec, Tokenizer):
+        _check_vocab(spec.vocab_size, max_vocab, spec.spec)
+        return spec
     vocab = trained_vocab(spec)
     if vocab is None:
         loaded = load_tokenizer(spec)
@@ -286,18 +290,34 @@ def _check_vocab(size: int, limit: int | None, spec: str) -> None:
         )
 
 
-def open_data(recipe: Recipe, *, workers: int | None = None, quiet: bool = False) -> Data:
-    """The data of a recipe.
+def open_data(
+    recipe: Recipe,
+    *,
+    tokenizer: Tokenizer | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Data | Examples:
+    """The data of a recipe: packed text, or examples to finetune on.
 
     Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
+    `tokenizer` is the one of `init.from`, for recipes whose `data.tokenizer` is `init`.
 
     Raises UserError: missing or empty source, tokenizer and model or shards that do not fit, truncated shard,
     full disk.
     """
     data = recipe.data
+    spec: str | Tokenizer = str(data.tokenizer)
+    if spec == "init":
+        if tokenizer is None:
+            raise ValueError("data.tokenizer is 'init': open_data needs the tokenizer of init.from")
+        spec = tokenizer
+    if data.examples is not None:
+        loaded = spec if isinstance(spec, Tokenizer) else load_tokenizer(spec)
+        _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
+        return open_examples(recipe, loaded)
     specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
     folders, tokenizer = prepare(
-        specs, str(data.tokenizer), data.holdout, max_vocab=recipe.model.vocab, workers=workers, quiet=quiet
+        specs, spec, data.holdout, max_vocab=recipe.model.vocab, workers=workers, quiet=quiet
     )
     return Data(
         folders,

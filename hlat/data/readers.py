@@ -107,11 +107,11 @@ def _value(name: str, value: Any, text_field: str) -> Document:
 def columnar_parts(file: InputFile, wanted: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, bytes) of the parts of a parquet file (row groups) or an arrow file (rows)."""
     if file.kind == "parquet":
-        metadata = _parquet(file).metadata
+        metadata = parquet_file(file).metadata
         for group in range(metadata.num_row_groups):
             yield group, group + 1, metadata.row_group(group).total_byte_size
         return
-    rows = _arrow_table(file).num_rows
+    rows = arrow_table(file).num_rows
     step = max(1, rows * wanted // max(file.size, 1))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -128,12 +128,12 @@ def _columnar(file: InputFile, piece: Piece, text_field: str) -> Iterator[Docume
 def _columns(file: InputFile, piece: Piece, text_field: str) -> Iterator[tuple[int, Any]]:
     """(first row number, column) of the piece; row numbers of a parquet file count within the row group."""
     if file.kind == "parquet":
-        parquet = _parquet(file)
+        parquet = parquet_file(file)
         _check_field(file, parquet.schema_arrow.names, text_field)
         for group in range(piece.start, piece.stop):
             yield 0, parquet.read_row_group(group, columns=[text_field]).column(0)
     else:
-        table = _arrow_table(file)
+        table = arrow_table(file)
         _check_field(file, table.column_names, text_field)
         yield piece.start, table.column(text_field).slice(piece.start, piece.stop - piece.start)
 
@@ -145,7 +145,8 @@ def _check_field(file: InputFile, names: Sequence[str], text_field: str) -> None
         )
 
 
-def _parquet(file: InputFile) -> Any:
+def parquet_file(file: InputFile) -> Any:
+    """A `pyarrow.parquet.ParquetFile` over a memory map. Raises UserError."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -160,7 +161,7 @@ def _parquet(file: InputFile) -> Any:
         ) from error
 
 
-def _arrow_table(file: InputFile) -> Any:
+def arrow_table(file: InputFile) -> Any:
     """The whole table over a memory map: nothing is copied until rows are read.
 
     Both IPC forms, file and stream.

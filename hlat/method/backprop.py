@@ -10,6 +10,7 @@ from hlat.registry import register
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
+    from hlat.recipe import Recipe
     from hlat.train.run import Run
 
 
@@ -35,3 +36,9 @@ class Backprop:
         keep = run.guard(loss, norm)
         run.update(shards, keep, clip)
         return {"loss": loss, "grad_norm": norm, "skipped": ~keep, **run.metrics()}
+
+    def queries(self, recipe: Recipe, steps: int) -> int:
+        """Examples that went forward through the model in the first `steps` steps, on all ranks; what a
+        backward pass costs is not in it.
+        """
+        return recipe.data.global_batch * steps

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from hlat.model.presets import PRESETS
 from hlat.registry import did_you_mean
-from hlat.section import Positive, PositiveFloat, Section, near_multiple, problem
+from hlat.section import NonNegative, Positive, PositiveFloat, Section, near_multiple, problem
 
 SHAPE = ("layers", "hidden", "heads", "ffn", "vocab", "max_seq_len")
 
@@ -47,6 +47,10 @@ class ModelConfig(Section):
     """Standard deviation of the normal initialisation of every matrix."""
     scaled_init: bool = True
     """Divide that deviation by sqrt(2 layers) for the attention output and the down projection."""
+    classes: NonNegative = 0
+    """Outputs of a linear classifier on the last token's state, beside the head; 0: none. Set by
+    objective.by=head to the number of labels.
+    """
     attention: Literal["auto", "plain", "flash"] = "auto"
     """Attention kernel: plain matrix products, a fused kernel, or the faster of the two on the device."""
 
@@ -98,4 +102,4 @@ class ModelConfig(Section):
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head_dim
         layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
         tables = (1 if self.tie_embeddings else 2) * self.vocab * self.hidden
-        return self.layers * layer + tables + self.hidden
+        return self.layers * layer + tables + self.hidden + self.classes * self.hidden

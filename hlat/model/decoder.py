@@ -9,6 +9,7 @@ Parameters, V = vocabulary, D = hidden size:
 `layers.{i}.mlp_norm.weight (D)`, `layers.{i}.mlp.{gate,up,down}.weight`
 `norm.weight (D)`
 `head.weight (V, D)`, the same parameter as `embed.weight` when embeddings are tied.
+`classifier.weight (classes, D)`, only if the configuration has classes.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Decoder(nn.Module):
     embed: nn.Embedding | None
     norm: RMSNorm | None
     head: nn.Linear | None
+    classifier: nn.Linear | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,6 +73,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.layers)})
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.classifier = nn.Linear(config.hidden, config.classes, bias=False) if config.classes else None
         self.tie()
 
     def tie(self) -> None:

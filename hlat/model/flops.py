@@ -22,7 +22,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     return config.layers * per_layer + config.hidden * config.vocab
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True, head: bool = True) -> float:
     """Operations per token at this sequence length.
 
     6·(matmul weights) + 6·layers·heads·head_dim·(seq_len + 1): a causal token sees (seq_len + 1) / 2 keys on
@@ -33,7 +33,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True)
     Args:
         seq_len: length of the attended rows.
         backward: False counts the forward pass alone (a third).
+        head: False leaves out the head, for objectives that make logits of a few places only.
     """
-    matmul = 2 * matmul_parameters(config)
+    matmul = 2 * (matmul_parameters(config) - (0 if head else config.hidden * config.vocab))
     attention = 2 * config.layers * config.heads * config.head_dim * (seq_len + 1)
     return float((3 if backward else 1) * (matmul + attention))

@@ -71,4 +71,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             f"layers.{i}.mlp.down.weight": (hidden, ffn),
         }
     shapes["norm.weight"] = (hidden,)
-    return shapes if config.tie_embeddings else shapes | {"head.weight": (config.vocab, hidden)}
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab, hidden)
+    return shapes | {"classifier.weight": (config.classes, hidden)} if config.classes else shapes

@@ -1,5 +1,6 @@
 """Objectives: what is minimised."""
 
 from hlat.objective.causal_lm import CausalLM
+from hlat.objective.classification import Classification
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "Classification"]

@@ -220,7 +220,7 @@ def _values(state: Progress, now: float, width: int) -> list[Text]:
     """The named values in three aligned columns, in two on a narrow terminal."""
     row, held, saved = state.last, "-", "no checkpoint yet"
     if state.held_out:
-        held = f"{fixed(state.held_out[1].get('bits_per_byte'))} bits/byte, step {state.held_out[0]:,}"
+        held = f"{_held_out_text(state.held_out[1])}, step {state.held_out[0]:,}"
     if state.checkpoint:
         saved = f"step {state.checkpoint[0]:,}, {duration(now - state.checkpoint[1])} ago"
     speed = [("tokens/s", rate(state.per_second.value)), ("MFU", percent(state.mfu.value))]
@@ -277,8 +277,17 @@ def wire_text(row: Mapping[str, Any]) -> str:
 
 def _eval_text(row: Mapping[str, Any]) -> str:
     text = f"held-out at step {int(row['step']):,}: loss {fixed(row.get('loss'))}"
+    if row.get("accuracy") is not None:
+        return f"{text}, accuracy {percent(row['accuracy'])}"
     bits = row.get("bits_per_byte")
     return text if bits is None else f"{text}, {fixed(bits)} bits per byte"
+
+
+def _held_out_text(row: Mapping[str, Any]) -> str:
+    """The one figure of an evaluation: accuracy if it has one."""
+    if row.get("accuracy") is not None:
+        return f"{percent(row['accuracy'])} right"
+    return f"{fixed(row.get('bits_per_byte'))} bits/byte"
 
 
 def _without_control(text: Text) -> Text:

@@ -11,25 +11,30 @@ from typing import Any
 import numpy as np
 
 import hlat
+from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
 from hlat.observe.page import page
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
-from hlat.observe.text import duration, fixed, percent, rate, short
+from hlat.observe.text import byte_size, duration, fixed, percent, rate, short
 
 _EMPTY = np.empty(0)
+_FIELDS = {"queries": "method/queries"}  # x axes whose name is not their field's
 _SMOOTHING = 50  # a curve is averaged over this fraction of its run
 
 
-def render(runs: Sequence[Run], made: datetime | None = None) -> str:
+def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -> str:
     """The report as a complete HTML document that needs nothing else: no network, no other file.
 
     Args:
         runs: loaded by `runs.load_runs`; drawn over each other, in this order.
         made: the time printed in its head (default: now).
+        x: what curves are drawn over: auto, step, tokens or queries.
+
+    Raises UserError when a run does not say how many queries it made.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     when = (made or datetime.now()).strftime("%Y-%m-%d %H:%M")
-    charts = make_charts(runs)
+    charts = make_charts(runs, x)
     figures = "\n".join(
         f"<figure><figcaption><b>{escape(chart.title)}</b>"
         f'<span class="note">{escape(chart.note)}</span></figcaption>{draw(chart)}</figure>'
@@ -49,32 +54,41 @@ def render(runs: Sequence[Run], made: datetime | None = None) -> str:
     return page(title, body, {chart.key: data for chart in charts if (data := hover_data(chart))})
 
 
-def make_charts(runs: Sequence[Run]) -> list[Chart]:
-    """The five plots, and one for each value an optimizer logs (`optim/…`). The x axis counts steps, or
-    tokens when the runs' steps are not equally large.
+def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
+    """The plots of every run, and one for each value an optimizer logs (`optim/…`). The x axis counts what
+    `x` says; auto: steps, or tokens when the runs' steps are not equally large.
     """
-    sizes = [run.tokens_per_step for run in runs]
-    by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
-    x_title = "tokens" if by_tokens else "step"
+    x_title = _x_axis(runs) if x == "auto" else x
+    field = _FIELDS.get(x_title, x_title)
+    for run in runs:
+        if field not in run.train:
+            what = f"its metrics have no {field!r}: it was trained by an older version"
+            raise UserError(what, where=f"--x {x}: {run.path}", fix="write --x step")
 
     def held_out_x(run: Run) -> Array:
-        return run.held_out["step"] * (run.tokens_per_step if by_tokens else 1)
+        return np.interp(run.held_out["step"], run.train["step"], run.train[field])
 
-    loss = [_noisy(run, index, x_title, "loss") for index, run in enumerate(runs)]
-    held_out = [
-        _clean(run, index, held_out_x(run), run.held_out.get("bits_per_byte"), dots=True)
-        for index, run in enumerate(runs)
-    ]
-    speed = [_noisy(run, index, x_title, "tokens_per_second") for index, run in enumerate(runs)]
-    norms = [_noisy(run, index, x_title, "grad_norm", positive=True) for index, run in enumerate(runs)]
-    rates = [_clean(run, index, run.train[x_title], run.train.get("lr")) for index, run in enumerate(runs)]
+    loss = [_noisy(run, index, field, "loss") for index, run in enumerate(runs)]
+
+    def held_out(name: str) -> list[Series]:
+        return [
+            _clean(run, index, held_out_x(run), run.held_out.get(name), dots=True)
+            for index, run in enumerate(runs)
+        ]
+
+    speed = [_noisy(run, index, field, "tokens_per_second") for index, run in enumerate(runs)]
+    norms = [_noisy(run, index, field, "grad_norm", positive=True) for index, run in enumerate(runs)]
+    rates = [_clean(run, index, run.train[field], run.train.get("lr")) for index, run in enumerate(runs)]
     learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
-    furthest = [_last(run.train[x_title]) for run in runs]
+    furthest = [_last(run.train[field]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
-        Chart("held-out", "Held-out bits per byte", x_title, held_out, x_range=x_range),
+        *(
+            Chart(key, f"Held-out {title}", x_title, held_out(name), x_range=x_range)
+            for key, name, title in _held_out_figures(runs)
+        ),
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
         Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),
@@ -83,12 +97,18 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
                 name.replace("/", "-"),
                 f"Optimizer: {name.removeprefix('optim/')}",
                 x_title,
-                [_clean(run, i, run.train[x_title], run.train.get(name)) for i, run in enumerate(runs)],
+                [_clean(run, i, run.train[field], run.train.get(name)) for i, run in enumerate(runs)],
                 x_range=x_range,
             )
             for name in learned
         ),
     ]
+
+
+def _x_axis(runs: Sequence[Run]) -> str:
+    sizes = [run.tokens_per_step for run in runs]
+    by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
+    return "tokens" if by_tokens else "step"
 
 
 def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -97,13 +117,58 @@ def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
         "steps": _steps,
         "tokens": lambda run: "-" if (tokens := _last(run.train["tokens"])) is None else short(tokens),
         "training loss": lambda run: fixed(_mean(run.train["loss"][-_span(run) :])),
-        "held-out bits/byte": lambda run: fixed(_last(run.held_out.get("bits_per_byte", _EMPTY))),
+        **{
+            f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
+            for _, name, title in _held_out_figures(runs)
+        },
         "tokens per second": lambda run: rate(_median(run.train.get("tokens_per_second", _EMPTY))),
         "MFU": lambda run: percent(_median(run.train.get("mfu", _EMPTY))),
         "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
+        **_method_figures(runs),
         "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
     }
     return {name: [figure(run) for run in runs] for name, figure in figures.items()}
+
+
+def _method_figures(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
+    """What tells methods apart: how many examples went forward, and the memory of the first rank."""
+
+    def size(field: str) -> Callable[[Run], str]:
+        return lambda run: "-" if (n := _last(run.train.get(field, _EMPTY))) is None else byte_size(int(n))
+
+    figures: dict[str, tuple[str, Callable[[Run], str]]] = {
+        "method": ("method/queries", lambda run: str(run.recipe.get("method.name", "-"))),
+        "queries": (
+            "method/queries",
+            lambda run: "-" if (n := _last(run.train.get("method/queries", _EMPTY))) is None else short(n),
+        ),
+        "persistent memory": ("memory/persistent_bytes", size("memory/persistent_bytes")),
+        "peak memory": ("memory/peak_bytes", size("memory/peak_bytes")),
+    }
+    return {
+        name: figure for name, (needs, figure) in figures.items() if any(needs in run.train for run in runs)
+    }
+
+
+def _held_out_figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """(key of the chart, field, title) of what the runs' evaluations give; bits per byte if nothing."""
+    known = [
+        ("held-out", "bits_per_byte", "bits per byte"),
+        ("accuracy", "accuracy", "accuracy"),
+    ]
+    return [entry for entry in known if any(entry[1] in run.held_out for run in runs)] or known[:1]
+
+
+def _held_out_summary(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
+    return {
+        f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
+        for _, name, title in _held_out_figures(runs)
+    }
+
+
+def _last_held_out(name: str) -> Callable[[Run], str]:
+    show = percent if name == "accuracy" else fixed
+    return lambda run: show(_last(run.held_out.get(name, _EMPTY)))
 
 
 def _noisy(run: Run, index: int, x_name: str, name: str, positive: bool = False) -> Series:

@@ -4,7 +4,8 @@ Parameters that share an optimizer group, a shape class (matrices, vectors) and 
 behind the other in a bucket. A bucket holds up to three flat tensors:
 
     weights   what the model computes with (precision.compute); the model's parameters are views of it
-    grad      this step's gradients, summed (precision.accumulate); hooks fill it as backward goes
+    grad      this step's gradients, summed (precision.accumulate); hooks fill it as backward goes; on the
+              meta device, without memory, where the method takes no gradients
     master    what the optimizer moves (fp32; the weights themselves with precision.master none): as long as
               the others, or with ZeRO-1 this replica's share of them, elements [first, last)
 
@@ -169,10 +170,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketDtypes:
-    """Storage of the three flat tensors. `master` None means the weights are their own masters."""
+    """Storage of the three flat tensors. `master` None means the weights are their own masters, `grad` None
+    that there are no gradients.
+    """
 
     weights: torch.dtype
-    grad: torch.dtype
+    grad: torch.dtype | None
     master: torch.dtype | None
 
 
@@ -224,7 +227,7 @@ def build_buckets(
             # Filled on the CPU: piece by piece on an XLA device it would be one large graph.
             where = torch.device("cpu") if apart else device
             master = torch.zeros(size, dtype=dtypes.master or dtypes.weights, device=where)
-        grad = torch.zeros(length, dtype=dtypes.grad, device=device)
+        grad = torch.zeros(length, dtype=dtypes.grad, device=device if dtypes.grad else "meta")
         bucket = Bucket(group, specs, weights, grad, nn.Parameter(master, requires_grad=False), first)
         bucket.own_master = dtypes.master is None and not apart
         _fill(bucket, initial)
@@ -314,7 +317,9 @@ def _partition(parameters: dict[str, tuple[str, Part, Group]], max_elements: int
 
 
 def _adopt(model: nn.Module, bucket: Bucket) -> None:
-    """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each."""
+    """Replace the model's parameters by views of the bucket's weights, with the accumulation hook on each
+    where there are gradients.
+    """
     shared = dict(model.named_parameters(remove_duplicate=False))
     for i, spec in enumerate(bucket.specs):
         old = shared[spec.path]
@@ -322,7 +327,10 @@ def _adopt(model: nn.Module, bucket: Bucket) -> None:
         for alias, parameter in shared.items():  # a tied head is the same parameter under a second name
             if parameter is old:
                 set_parameter(model, alias, new)
-        new.register_post_accumulate_grad_hook(partial(_hook, bucket, spec))
+        if bucket.grad.device.type == "meta":
+            new.requires_grad_(False)
+        else:
+            new.register_post_accumulate_grad_hook(partial(_hook, bucket, spec))
 
 
 def set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:

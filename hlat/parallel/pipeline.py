@@ -141,7 +141,7 @@ def prune(model: Decoder, parts: Sequence[StagePart]) -> None:
     if not any(part.first for part in parts):
         model.embed = None
     if not any(part.last for part in parts):
-        model.norm = model.head = None
+        model.norm = model.head = model.classifier = None
 
 
 def stage_view(model: Decoder, part: StagePart) -> Decoder:
@@ -154,5 +154,7 @@ def stage_view(model: Decoder, part: StagePart) -> Decoder:
     view._modules = dict(model._modules)
     view.layers = nn.ModuleDict({name: model.layers[name] for name in part.layers})
     view.embed = model.embed if part.first else None
-    view.norm, view.head = (model.norm, model.head) if part.last else (None, None)
+    view.norm, view.head, view.classifier = (
+        (model.norm, model.head, model.classifier) if part.last else (None, None, None)
+    )
     return view

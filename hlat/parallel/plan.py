@@ -8,6 +8,7 @@ A role says how a parameter is cut over the tensor-parallel ranks:
     vocab      rows, i.e. tokens of the vocabulary; the last rank may hold fewer
     norm       not cut; under sequence parallelism each rank sees a part of the tokens, so that its gradient
                is a partial sum
+    replicate  not cut, and every rank sees all tokens
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ PLAN = (
     ("*.mlp.up.weight", "column"),
     ("*.mlp.down.weight", "row"),
     ("*norm.weight", "norm"),
+    ("classifier.weight", "replicate"),
 )
 
 
@@ -83,8 +85,8 @@ def part_of(
             last stage of a pipeline.
     """
     shape, role = tuple(shape), role_of(name)
-    if role == "norm":
-        partial = "tp" if layout.sequence else ""
+    if role in ("norm", "replicate"):
+        partial = "tp" if layout.sequence and role == "norm" else ""
         return Part(shape, (0,) * len(shape), shape, layout.tp, place.tp == 0, partial)
     if role == "key_value" and layout.tp > config.kv_heads:
         sharing = layout.tp // config.kv_heads

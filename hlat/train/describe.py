@@ -15,13 +15,15 @@ from hlat.model.init import parameter_shapes
 from hlat.observe.text import printable
 from hlat.train.evaluate import compressors, sample
 from hlat.train.run import trained_groups
+from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hlat.checkpoint.nxd import NxdFolder
+    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.peak import Peak
     from hlat.train.run import Run
-    from hlat.train.saves import Saved
 
 _SAMPLE_TOKENS = 120
 _SAMPLE_UP_TO = 300_000_000  # parameters; a larger model is sampled with `hlat generate`
@@ -29,7 +31,12 @@ _COMPRESS_UP_TO = 64 << 20  # bytes of held-out text
 
 
 def banner(
-    run: Run, folder: Path, saved: Saved | None, compiled: str, peak: Peak | None
+    run: Run,
+    folder: Path,
+    saved: Checkpoint | NxdFolder | None,
+    compiled: str,
+    peak: Peak | None,
+    began: str = "",
 ) -> list[str | tuple[str, str]]:
     """What was chosen and why."""
     recipe, precision = run.recipe, run.recipe.precision
@@ -52,7 +59,7 @@ def banner(
             f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
             f"rounding {precision.rounding}{note}",
         ),
-        ("optimizer", _groups_text(run)),
+        *_update_lines(run),
         ("device", f"{device}{threads}"),
         ("compile", compiled),
     ]
@@ -64,6 +71,8 @@ def banner(
         lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
     lines += [("reduce", line) for line in run.reducer.describe()]
     lines += [("data", line) for line in run.data.report_lines()]
+    if began:
+        lines.append(("init", began))
     if saved is not None:
         lines.append(("resume", f"step {run.step} of {saved.path}"))
         former = saved.meta.get("layout", str(Layout()))
@@ -83,6 +92,17 @@ def _model_text(run: Run) -> str:
     total, trained = sum(sizes.values()), sum(sizes[name] for name in trained_groups(run.recipe))
     part = f", {trained:,} of them trained" if trained != total else ""
     return f"{model.layers} layers x {model.hidden}, {total:,} parameters{part}"
+
+
+def _update_lines(run: Run) -> list[str | tuple[str, str]]:
+    """What moves the parameters."""
+    if needs_backward(run.recipe):
+        return [("optimizer", _groups_text(run))]
+    name = run.recipe.method.name
+    return [
+        ("method", f"{name}: {run.method.describe()}"),
+        ("optimizer", f"none: {name} moves the parameters itself, and the optim section is not used"),
+    ]
 
 
 def _groups_text(run: Run) -> str:
@@ -109,7 +129,7 @@ def _held_text(run: Run) -> str:
             masters.append(bucket.master)
     held: dict[str, list[Tensor]] = {
         "weights": weights,
-        "gradients": [bucket.grad for bucket in run.buckets],
+        "gradients": [bucket.grad for bucket in run.buckets if bucket.grad.device.type != "meta"],
         "masters": masters,
         "optimizer state": states,
     }
@@ -127,16 +147,31 @@ def summary(
     """
     if stopped is not None:
         return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
+    recipe = run.recipe
     lines: list[str | tuple[str, str]] = []
-    if held_out is not None:
+    if held_out is not None and "accuracy" in held_out:
+        lines += _accuracy_lines(run, held_out)
+    elif held_out is not None:
         figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"
         lines.append(("held-out", figures))
-        if held_out["held_out_bytes"] <= _COMPRESS_UP_TO:
+        if held_out["held_out_bytes"] <= _COMPRESS_UP_TO and recipe.data.examples is None:
             text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
-    if sum(_sizes(run).values()) <= _SAMPLE_UP_TO:
+    if sum(_sizes(run).values()) <= _SAMPLE_UP_TO and not (held_out and "accuracy" in held_out):
         text = printable(sample(run, folder, _SAMPLE_TOKENS)).strip("\n")
         lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
     lines.append(("run folder", str(folder)))
     return lines
+
+
+def _accuracy_lines(run: Run, held_out: dict[str, Any]) -> list[str | tuple[str, str]]:
+    """Held-out accuracy beside what naming the most frequent label would give."""
+    labels = run.data.holdout_labels(run.recipe.data.micro_batch, run.recipe.eval.batches)
+    label, count = max(labels.items(), key=lambda item: item[1])
+    total = held_out["held_out_examples"]
+    unit = "a token" if run.data.kind == "tokens" else "an example"
+    return [
+        ("held-out", f"accuracy {held_out['accuracy']:.1%} of {total:,}, loss {held_out['loss']:.3f} {unit}"),
+        ("", f"always {label!r}: {count / total:.1%}"),
+    ]

@@ -62,3 +62,14 @@ class Engine:
         for batch in batches:
             total = total + self.objective.loss(self.model, batch, tokens)
         return total
+
+
+def compile_parts(model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Compile block by block (all blocks share one graph), the loss kernel and the optimizer's update."""
+    for block in model.layers.values():  # type: ignore[operator,union-attr]
+        block.compile(dynamic=False)
+    if model.norm is not None:
+        model.norm.compile(dynamic=False)  # type: ignore[operator,union-attr]
+    for part in (objective, optimizer):
+        if hasattr(part, "compile"):
+            part.compile()

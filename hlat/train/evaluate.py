@@ -35,7 +35,8 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Mean loss (nats a token) and bits per byte on the held-out documents, with the weights the model
-    computes with. Every rank calls it and gets the same numbers.
+    computes with; for a classification mean loss and accuracy (0 to 1) on the held-out examples. Every rank
+    calls it and gets the same numbers.
 
     The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows. The replicas take
     them in turn; one without a batch in the last round waits for the others.
@@ -46,6 +47,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     one = torch.ones((), device=device)
     total = torch.zeros((), dtype=wide, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
+    counts = hasattr(run.objective, "start_counting")
+    if counts:
+        run.objective.start_counting(device)
     with eval_mode(run.model):
         for number, batch in enumerate(data.holdout_batches(size, count)):
             if number % layout.dp != place.dp:
@@ -57,6 +61,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     # The loss is there once for each tensor-parallel rank of the last stage, the batch on every rank.
     total, tokens = total * (place.tp == 0), tokens * (place.tp == place.pp == 0)
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)
+    if counts:
+        correct = int(run.backend.all_reduce(run.objective.counted() * (place.tp == 0)))
+        examples = sum(data.holdout_labels(size, count).values())
+        loss, accuracy = float(total) / max(1, int(tokens)), correct / max(1, examples)
+        return {"loss": loss, "accuracy": accuracy, "held_out_examples": examples}
     score = Score(float(total), int(tokens), data.holdout_bytes(size, count))
     return {
         "loss": score.loss,
@@ -67,8 +76,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def sample(run: Run, checkpoint: Path, tokens: int) -> str:
-    """Text the model writes from the start of a document, at temperature 0.8; always the same for the same
-    weights.
+    """Text the model writes from the start of a document, at temperature 0.8, or after the first held-out
+    prompt, greedily; always the same for the same weights.
 
     Args:
         run: gives the tokenizer, the format to compute in and the device. Its own weights are not used: one
@@ -86,6 +95,11 @@ def sample(run: Run, checkpoint: Path, tokens: int) -> str:
         device, dtype = torch.device("cpu"), torch.float32
     model = load_model(open_checkpoint(checkpoint), dtype, device)
     tokenizer = run.data.tokenizer
+    if run.recipe.data.examples is not None and run.data.holdout.documents:
+        text, _ = run.data.holdout.texts[0]
+        prompt = [int(i) for i in run.data.holdout.prompts[0]]
+        ids = generate(model, prompt, max_new_tokens=tokens, stop={tokenizer.eos_id})
+        return text + "".join(stream_text(tokenizer, prompt, ids))
     prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
     ids = generate(model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id})
     return "".join(stream_text(tokenizer, prompt, ids))

@@ -14,6 +14,7 @@ from hlat.backend.cluster import Cluster
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.watchdog import Watchdog
 from hlat.train.evaluate import evaluate
+from hlat.train.memory import peak_bytes, persistent_bytes
 from hlat.train.replicas import verify
 from hlat.train.run import Run
 from hlat.train.saves import Saves
@@ -107,6 +108,7 @@ class Loop:
         self.run, self.metrics, self.saves = run, metrics, saves
         self.on_checkpoint = on_checkpoint
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
+        self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
         self._saving: int | None = None
@@ -136,7 +138,7 @@ class Loop:
         self.watchdog.beat(run.step + 1, "training")
         rate = run.learning_rate()
         values = train_step(run)
-        self.metrics.add(run.step, values, {"lr": rate})
+        self.metrics.add(run.step, {"lr": rate, **values}, self._figures())
         if self._timeouts_are_long:
             self._shorten_timeouts()
         self.held_out = None
@@ -147,6 +149,17 @@ class Loop:
         if run.step % recipe.checkpoint.every == 0 and run.step != self.last_step:  # `train` saves that
             self.save()
         self._note_saved()
+
+    def _figures(self) -> dict[str, int | None]:
+        """What the host knows of a step: memory, and how many examples went through the model so far."""
+        run = self.run
+        figures = {
+            "memory/persistent_bytes": self._persistent,
+            "memory/peak_bytes": peak_bytes(run.backend.device),
+        }
+        if hasattr(run.method, "queries"):
+            figures["method/queries"] = run.method.queries(run.recipe, run.step)
+        return figures
 
     def verify(self) -> None:
         """Compare the ranks' weights. Comes before the checkpoint: what differs is never saved."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +22,19 @@ from hlat.parallel.buckets import Bucket, ParamSpec, set_parameter
 from hlat.parallel.plan import Part
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
-from hlat.train.weights import initial_values
+from hlat.train.assembly import Assembly
+from hlat.train.nxd_pipeline import NxdPipelineEngine
 
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
     from hlat.backend.nxd.zero import Zero1
     from hlat.model.decoder import Decoder
+    from hlat.parallel.pipeline import StagePart
     from hlat.recipe import Recipe
+    from hlat.train.engine import Engine
+    from hlat.train.pipeline_engine import PipelineEngine
+    from hlat.train.run import Run
+    from hlat.train.weights import Initial
 
 
 class RowBucket(Bucket):
@@ -63,22 +69,71 @@ class RowSums(Reducer):
         return [bucket.master.grad for bucket in buckets]  # type: ignore[misc]
 
 
-def check(recipe: Recipe) -> None:
-    """Raise UserError where NxD is not installed, or cannot do what the recipe asks for."""
-    from hlat.backend.nxd.start import process_group
+class NxdAssembly(Assembly):
+    """Makes one rank's parts on NxD. See `Assembly`."""
 
-    process_group()
-    section = recipe.parallel
-    if section.pp > 1 and (section.schedule != "1f1b" or section.stages > 1):
-        what = f"NxD runs pipelines as 1f1b with one stage a rank, not {section.schedule}"
-        fix = "write parallel.schedule=1f1b and parallel.stages=1"
-        raise UserError(what, where="parallel.schedule", fix=fix)
+    def __init__(self, recipe: Recipe, backend: Backend, initial: Initial) -> None:
+        super().__init__(recipe, backend, initial)
+        self.rows = uses_zero1(recipe, backend)
+        self.zero: Zero1 | None = None
+        if self.rows:
+            self.lay_out = row_buckets
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Raise UserError where NxD is not installed, or cannot do what the recipe asks for."""
+        from hlat.backend.nxd.start import process_group
+
+        process_group()
+        section = recipe.parallel
+        if recipe.objective.name == "classification":
+            fix = "write backend=native, or objective.name=causal_lm"
+            raise UserError("classification has not been proven on NxD", where="objective.name", fix=fix)
+        if section.pp > 1 and (section.schedule != "1f1b" or section.stages > 1):
+            what = f"NxD runs pipelines as 1f1b with one stage a rank, not {section.schedule}"
+            fix = "write parallel.schedule=1f1b and parallel.stages=1"
+            raise UserError(what, where="parallel.schedule", fix=fix)
+
+    def choose_attention(self, model: Decoder) -> None:
+        """Take NxD's flash kernel where the recipe allows it and it can be used."""
+        choose_attention(self.recipe, model)
+
+    def optimizer(self, buckets: Sequence[Bucket], method: Any) -> torch.optim.Optimizer:
+        """See `Assembly`. NxD's own over the rows of each parameter, where that does what is asked for."""
+        if not self.rows:
+            return super().optimizer(buckets, method)
+        self.zero = zero1(self.recipe, self.backend, buckets, self.initial)
+        optimizer: Any = self.zero.optimizer
+        optimizer.set_precision(DTYPES[self.recipe.precision.states], "nearest", self.recipe.run.seed)
+        return optimizer  # type: ignore[no-any-return]
+
+    def reducer(self) -> Reducer:
+        """See `Assembly`. Called after `optimizer`."""
+        return super().reducer() if self.zero is None else RowSums(self.zero)
+
+    def engine(
+        self,
+        model: Decoder,
+        parts: Sequence[StagePart],
+        objective: Any,
+        buckets: list[Bucket],
+        rows_per_example: int,
+    ) -> Engine | PipelineEngine | NxdPipelineEngine:
+        """See `Assembly`. Pipelines run in NxD's schedule."""
+        if self.backend.layout.pp == 1:
+            return super().engine(model, parts, objective, buckets, rows_per_example)
+        return NxdPipelineEngine(self.recipe, self.backend, model, parts, objective, buckets)
+
+    def publish(self, run: Run) -> None:
+        """See `Assembly`."""
+        if self.zero is None:
+            super().publish(run)
+        else:
+            self.zero.publish()
 
 
 def uses_zero1(recipe: Recipe, backend: Backend) -> bool:
     """Whether NxD's ZeRO-1 keeps the masters: it is there, and does what the recipe asks for."""
-    if backend.name != "nxd":
-        return False
     layout, precision = backend.layout, recipe.precision
     wide = precision.accumulate == precision.reduce == "fp32" and precision.rounding == "nearest"
     masters = precision.master == "fp32" or precision.compute == "fp32"
@@ -114,7 +169,7 @@ def row_buckets(
     backend: Backend,
     model: nn.Module,
     trained: dict[str, tuple[str, Part, Group]],
-    initial: Callable[[str, Part], Tensor],
+    initial: Initial,
 ) -> list[Bucket]:
     """Give every trained parameter its value, and a bucket. `zero1` completes them."""
     buckets: list[Bucket] = []
@@ -127,11 +182,11 @@ def row_buckets(
     return buckets
 
 
-def zero1(recipe: Recipe, backend: Backend, buckets: Sequence[Bucket]) -> Zero1:
+def zero1(recipe: Recipe, backend: Backend, buckets: Sequence[Bucket], initial: Initial) -> Zero1:
     """NxD's optimizer over the parameters of `row_buckets`; the shards receive their exact fp32 values."""
     from hlat.backend.nxd.zero import Zero1
 
-    replicas, own, initial = backend.layout.dp, backend.place.dp, initial_values(recipe)
+    replicas, own = backend.layout.dp, backend.place.dp
     groups = [
         {
             "params": [bucket.master for bucket in buckets if bucket.group == group],

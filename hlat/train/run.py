@@ -12,31 +12,29 @@ from torch import Tensor, nn
 
 from hlat.backend.base import Backend
 from hlat.backend.native import NativeBackend
-from hlat.backend.precision import DTYPES, round_to
 from hlat.errors import UserError
-from hlat.model.decoder import Decoder
 from hlat.model.init import parameter_shapes
 from hlat.optim.base import create_state, guarded_step
 from hlat.optim.groups import Group, Override, assign_groups
-from hlat.optim.schedule import Schedule, make_schedule
-from hlat.parallel.buckets import Bucket, round_masters, squared_norm
-from hlat.parallel.pipeline import StagePart, prune, rank_parts
+from hlat.optim.schedule import Schedule
+from hlat.parallel.buckets import Bucket, squared_norm
+from hlat.parallel.pipeline import rank_parts
 from hlat.parallel.plan import Part, role_of
-from hlat.parallel.recompute import apply_recompute
-from hlat.parallel.tensor import shard_model
 from hlat.recipe import Recipe
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
-from hlat.train import nxd
-from hlat.train.engine import Engine
+from hlat.train.assembly import Assembly
+from hlat.train.engine import Engine, compile_parts
+from hlat.train.nxd import NxdAssembly
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
-from hlat.train.weights import build_weights, flat_buckets
+from hlat.train.update import needs_backward, schedule_of
+from hlat.train.weights import Initial, initial_values
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
 
-_PUBLISH_SALT = 104_729  # keeps the rounding of weights apart from that of moments
+_ASSEMBLIES = {"native": Assembly, "nxd": NxdAssembly}
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Run:
 
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
-    those not skipped. `zero` keeps the masters where NxD does it, by rows of each parameter.
+    those not skipped. `assembly` made the parts, and makes weights of masters.
     """
 
     recipe: Recipe
@@ -62,8 +60,8 @@ class Run:
     method: Any
     updates: Tensor
     frozen: dict[str, tuple[Tensor, Part]]
+    assembly: Assembly
     step: int = 0
-    zero: Any = None
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a
@@ -81,7 +79,9 @@ class Run:
 
     def learning_rate(self, step: int | None = None) -> float:
         """Peak times schedule for the update after `step` updates (default: the next one)."""
-        return float(self.recipe.optim.lr * self.schedule(self.step if step is None else step))
+        step = self.step if step is None else step
+        peak = self.method.peak_rate(step) if hasattr(self.method, "peak_rate") else self.recipe.optim.lr
+        return float(peak * self.schedule(step))
 
     def set_learning_rate(self) -> None:
         """Write the next update's rate into each group, as a tensor: a changed number never reaches a
@@ -160,33 +160,7 @@ class Run:
         """Round the masters into the weights the model computes with, and fetch the other replicas' shares of
         them.
         """
-        if self.zero is not None:
-            self.zero.publish()
-            return
-        rounding = self.backend.rounding(self.recipe.precision.rounding)
-        seed = self.recipe.run.seed + _PUBLISH_SALT
-
-        def rounder(bucket: Bucket, dtype: torch.dtype) -> Tensor:
-            step, first = self.updates, bucket.first
-            return round_to(bucket.master, dtype, rounding, seed=seed, step=step, offset=first)
-
-        round_masters(self.buckets, None if rounding == "nearest" else rounder)
-        for bucket in self.buckets:
-            if bucket.apart:
-                same = bucket.master.dtype == bucket.weights.dtype
-                own = bucket.master.detach() if same else rounder(bucket, bucket.weights.dtype)
-                if own.numel() < bucket.length:
-                    whole = own.new_empty(bucket.length)
-                    self.backend.groups.dp.start_all_gather(whole, own).wait()
-                    own = whole
-                bucket.hand_out(own)
-        if self.backend.layout.zero1 and not any(bucket.apart for bucket in self.buckets):
-            waiting = []
-            for bucket in self.buckets:
-                own = bucket.weights[bucket.first : bucket.last].clone()
-                waiting.append(self.backend.groups.dp.start_all_gather(bucket.weights, own))
-            for pending in waiting:
-                pending.wait()
+        self.assembly.publish(self)
 
     def initialise(self) -> None:
         """Create the optimizer's state, which a checkpoint is loaded into."""
@@ -196,8 +170,15 @@ class Run:
         self.backend.mark_step("build")
 
 
-def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, compiled: bool = False) -> Run:
-    """Put the parts together; weights are initialised from the recipe's seed.
+def build_run(
+    recipe: Recipe,
+    data: Any,
+    backend: Backend | None = None,
+    *,
+    compiled: bool = False,
+    initial: Initial | None = None,
+) -> Run:
+    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`.
 
     Raises:
         UserError: a part of the recipe that cannot run here, with the reason.
@@ -207,34 +188,16 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
     layout = recipe.layout(backend.world)
     if layout != backend.layout:
         raise ValueError(f"the recipe says {layout}, the backend was made for {backend.layout}")
-    with torch.device("meta"):
-        model = Decoder(recipe.model)
+    assembly = _ASSEMBLIES[backend.name](recipe, backend, initial or initial_values(recipe))
     parts = rank_parts(recipe.model, layout, backend.place, recipe.parallel.cuts)
-    prune(model, parts)
-    rows = nxd.uses_zero1(recipe, backend)
-    lay_out = nxd.row_buckets if rows else flat_buckets
-    buckets, frozen = build_weights(recipe, model, trained_groups(recipe), backend, lay_out)
-    backend.prepare_model(model)
-    if not backend.shard_model(model, DTYPES[recipe.precision.compute]):
-        shard_model(model, backend.groups.tp, layout.sequence)
-    if backend.name == "nxd":
-        nxd.choose_attention(recipe, model)
-    apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
+    model, buckets, frozen = assembly.model(parts, trained_groups(recipe))
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
-    zero = nxd.zero1(recipe, backend, buckets) if rows else None
-    optimizer = _optimizer(recipe, buckets, backend) if zero is None else zero.optimizer
-    if hasattr(optimizer, "set_precision"):
-        precision = recipe.precision
-        rounding = backend.rounding(precision.rounding)
-        optimizer.set_precision(DTYPES[precision.states], rounding, recipe.run.seed)
+    method = lookup("method", recipe.method.name)(**recipe.method.options)
+    optimizer = assembly.optimizer(buckets, method)
     if compiled:
-        _compile(model, objective, optimizer)
-    reducer = lookup("reduce", recipe.reduce.name)(
-        DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
-    )
-    if zero is not None:
-        reducer = nxd.RowSums(zero)
-    reducer.prepare(buckets)
+        compile_parts(model, objective, optimizer)
+    reducer = assembly.reducer()
+    reducer.prepare(buckets if needs_backward(recipe) else [])
     for bucket in buckets:
         bucket.on_ready = reducer.start
     run = Run(
@@ -243,53 +206,25 @@ def build_run(recipe: Recipe, data: Any, backend: Backend | None = None, *, comp
         model=model,
         data=data,
         buckets=buckets,
-        engine=_engine(recipe, backend, model, parts, objective, buckets),
+        engine=assembly.engine(model, parts, objective, buckets, getattr(data, "rows_per_example", 1)),
         objective=objective,
         reducer=reducer,
         optimizer=optimizer,
-        schedule=_schedule(recipe),
+        schedule=schedule_of(recipe),
         guard=lookup("guard", recipe.guard.name)(**recipe.guard.options).to(backend.device),
-        method=lookup("method", recipe.method.name)(**recipe.method.options),
+        method=method,
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
         frozen=frozen,
-        zero=zero,
+        assembly=assembly,
     )
     run.initialise()
     return run
 
 
-def _engine(
-    recipe: Recipe,
-    backend: Backend,
-    model: Decoder,
-    parts: Sequence[StagePart],
-    objective: Any,
-    buckets: list[Bucket],
-) -> Engine | PipelineEngine | NxdPipelineEngine:
-    if backend.layout.pp == 1:
-        return Engine(model, objective, buckets)
-    if backend.name == "nxd":
-        return NxdPipelineEngine(recipe, backend, model, parts, objective, buckets)
-    return PipelineEngine(
-        model,
-        parts,
-        objective,
-        buckets,
-        schedule=recipe.parallel.schedule,
-        micro_batches=recipe.accumulate(backend.world),
-        group=backend.groups.pp,
-        layout=backend.layout,
-        rows=recipe.data.micro_batch,
-        seq_len=recipe.data.seq_len,
-        dtype=DTYPES[recipe.precision.compute],
-        device=backend.device,
-    )
-
-
 def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what cannot be done here, rather than ignore it."""
-    if recipe.backend == "nxd":
-        nxd.check(recipe)
+    _ASSEMBLIES[recipe.backend].check(recipe)
+    getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:
@@ -322,6 +257,8 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
                 where=f"train_only[{i}]",
                 fix=f"names look like {shapes[0][0]!r} and {shapes[1][0]!r}; wildcards are * and ?",
             )
+    if recipe.model.classes and not recipe.model.tie_embeddings:
+        shapes = [s for s in shapes if s[0] != "head.weight"]  # the classifier stands in its place
     trained = [
         s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)
     ]
@@ -332,60 +269,5 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
     )
     if _needs(recipe) != "matrix":
         return groups
-    hidden = {name: role_of(name) not in ("vocab", "norm") for name in groups}
+    hidden = {name: role_of(name) not in ("vocab", "norm", "replicate") for name in groups}
     return {name: replace(group, matrix=hidden[name]) for name, group in groups.items()}
-
-
-def _optimizer(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the master shards.
-
-    Beside its options a group says what its shard is: `pieces` (each parameter's spec, where in the shard it
-    lies, and how many of its elements come before), and `counted`: False where another rank holds the same
-    elements and counts them in sums over the world.
-    """
-    section, layout, place = recipe.optim, backend.layout, backend.place
-    groups = [
-        {
-            "params": [bucket.master],
-            "lr": torch.zeros((), device=backend.device),
-            "peak_lr": bucket.group.lr,
-            "weight_decay": bucket.group.weight_decay,
-            "first": bucket.first,
-            "matrix": bucket.group.matrix,
-            "pieces": tuple(bucket.runs()),
-            "counted": bucket.primary and (layout.zero1 or place.dp == 0),
-        }
-        for bucket in buckets
-    ]
-    # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
-    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
-    make = lookup("optim", section.name)
-    try:
-        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
-    except ValueError as error:
-        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
-    if hasattr(optimizer, "all_reduce"):
-        optimizer.all_reduce = backend.all_reduce
-    return optimizer
-
-
-def _schedule(recipe: Recipe) -> Schedule:
-    section = recipe.schedule
-    return make_schedule(
-        section.name,
-        warmup_steps=section.warmup_steps,
-        horizon_steps=section.horizon_steps or recipe.run.steps,
-        floor=section.floor,
-        **section.options,
-    )
-
-
-def _compile(model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Compile block by block (all blocks share one graph), the loss kernel and the optimizer's update."""
-    for block in model.layers.values():  # type: ignore[operator,union-attr]
-        block.compile(dynamic=False)
-    if model.norm is not None:
-        model.norm.compile(dynamic=False)  # type: ignore[operator,union-attr]
-    for part in (objective, optimizer):
-        if hasattr(part, "compile"):
-            part.compile()

@@ -7,9 +7,8 @@ What a run continues from is the newer of the two, whichever of them it writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hlat.checkpoint.nxd import NxdFolder, newest_nxd
 from hlat.checkpoint.store import CheckpointStore
@@ -17,18 +16,11 @@ from hlat.errors import UserError
 from hlat.train import state
 
 if TYPE_CHECKING:
+    from hlat.checkpoint.reader import Checkpoint
     from hlat.recipe import Recipe
     from hlat.train.run import Run
 
 SETTLE = 10  # steps after which a save in NxD's background must be complete
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a run continues from: where it lies, and its meta data (see `hlat.train.state.meta`)."""
-
-    path: Path
-    meta: dict[str, Any]
 
 
 class Saves:
@@ -60,28 +52,25 @@ class Saves:
             warn=warn,
         )
 
-    def restore(self, run: Run) -> Saved | None:
-        """Put the newest state there is into a run; None, and nothing done, where there is none.
-
-        Raises UserError if it cannot be loaded here.
-        """
+    def find(self) -> Checkpoint | NxdFolder | None:
+        """The newest state there is; None where there is none."""
         checkpoint, files = self.store.newest(), newest_nxd(self.nxd_folder)
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
-            return self._restore_files(run, files)
-        if checkpoint is None:
-            return None
-        state.restore(run, checkpoint)
-        return Saved(checkpoint.path, checkpoint.meta)
+            return files
+        return checkpoint
 
-    def _restore_files(self, run: Run, files: NxdFolder) -> Saved:
+    def restore(self, run: Run, found: Checkpoint | NxdFolder) -> None:
+        """Put into a run what `find` found. Raises UserError if it cannot be loaded here."""
+        if not isinstance(found, NxdFolder):
+            state.restore(run, found)
+            return
         if run.backend.name != "nxd":
-            what = f"the newest state, of step {files.step}, is in NxD's files, which need backend nxd"
-            fix = f"run: hlat convert from-nxd {files.path} {self.nxd_folder.parent}"
-            raise UserError(what, where=str(files.path), fix=fix)
+            what = f"the newest state, of step {found.step}, is in NxD's files, which need backend nxd"
+            fix = f"run: hlat convert from-nxd {found.path} {self.nxd_folder.parent}"
+            raise UserError(what, where=str(found.path), fix=fix)
         from hlat.train import nxd_checkpoint
 
-        nxd_checkpoint.restore(run, self.nxd_folder, files.path.name)
-        return Saved(files.path, files.meta)
+        nxd_checkpoint.restore(run, self.nxd_folder, found.path.name)
 
     def save(self, run: Run, wait: bool) -> None:
         """Save a run's state; `wait` until it is complete on the disk. Raises UserError if that failed."""

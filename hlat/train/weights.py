@@ -13,12 +13,15 @@ from hlat.model.decoder import Decoder
 from hlat.model.init import init_tensor, parameter_shapes
 from hlat.parallel.buckets import MAX_ELEMENTS, Bucket, BucketDtypes, Share, build_buckets, set_parameter
 from hlat.parallel.plan import Part, part_of
+from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
     from hlat.optim.groups import Group
     from hlat.recipe import Recipe
 
+Initial = Callable[[str, Part], Tensor]
+"""The fp32 value, on the CPU, of a part of a parameter, by its global name."""
 _OVERLAP_ELEMENTS = 1 << 23  # 32 MiB of fp32: small enough that most reductions start during backward
 
 
@@ -28,10 +31,11 @@ def build_weights(
     groups: dict[str, Group],
     backend: Backend,
     lay_out: Callable[..., list[Bucket]] | None = None,
+    initial: Initial | None = None,
 ) -> tuple[list[Bucket], dict[str, tuple[Tensor, Part]]]:
-    """Replace a meta model's parameters by this rank's parts, initialised from the recipe's seed.
+    """Replace a meta model's parameters by this rank's parts.
 
-    The values do not depend on the layout: each tensor is made whole from its own generator and cut.
+    The values do not depend on the layout: each tensor is made or read whole, and cut.
 
     Args:
         recipe: precision, seed, layout.
@@ -39,6 +43,7 @@ def build_weights(
         groups: optimizer group of each trained parameter, by global name.
         backend: the rank and its device.
         lay_out: how trained parameters become buckets; default: `flat_buckets`.
+        initial: the values training starts from; default: those of the recipe's seed.
 
     Returns:
         The buckets, and the frozen parameters by global name.
@@ -51,7 +56,7 @@ def build_weights(
         where = backend.head_place if ".attention." in name else backend.place
         parts[path] = name, part_of(name, shapes[name], recipe.model, layout, where, path=path)
 
-    initial = initial_values(recipe)
+    initial = initial or initial_values(recipe)
     trained = {path: (name, part, groups[name]) for path, (name, part) in parts.items() if name in groups}
     buckets = (lay_out or flat_buckets)(recipe, backend, model, trained, initial)
     frozen = {}
@@ -66,7 +71,7 @@ def build_weights(
     return buckets, frozen
 
 
-def initial_values(recipe: Recipe) -> Callable[[str, Part], Tensor]:
+def initial_values(recipe: Recipe) -> Initial:
     """The fp32 value, on the CPU, of a part of a parameter when training starts."""
 
     def initial(name: str, part: Part) -> Tensor:
@@ -80,7 +85,7 @@ def flat_buckets(
     backend: Backend,
     model: nn.Module,
     trained: dict[str, tuple[str, Part, Group]],
-    initial: Callable[[str, Part], Tensor],
+    initial: Initial,
 ) -> list[Bucket]:
     """Lay the trained parameters (path -> global name, part, group) into flat buckets as the recipe says."""
     layout, precision = backend.layout, recipe.precision
@@ -92,7 +97,9 @@ def flat_buckets(
         trained,
         initial,
         dtypes=BucketDtypes(
-            DTYPES[precision.compute], DTYPES[precision.accumulate], None if own_master else torch.float32
+            DTYPES[precision.compute],
+            DTYPES[precision.accumulate] if needs_backward(recipe) else None,
+            None if own_master else torch.float32,
         ),
         device=backend.device,
         share=Share(backend.place.dp, layout.dp) if layout.zero1 else Share(),

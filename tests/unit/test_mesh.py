@@ -110,7 +110,7 @@ def test_parts_cover_every_parameter_once(tiny_recipe, tp: int, pp: int, tie: bo
 
 
 def test_who_sums_what() -> None:
-    assert {role_of(name) for name, _ in PLAN if "*" not in name} == {"vocab"}
+    assert {role_of(name) for name, _ in PLAN if "*" not in name} == {"vocab", "replicate"}
     with pytest.raises(KeyError, match="no role"):
         role_of("layers.0.router.weight")
 

@@ -122,7 +122,10 @@ def test_one_clear_line(file, override, message):
             "data: {sources: [{path: x}]}\n",
             "r.yaml: model: this section is missing; for example model: {preset: tiny}",
         ),
-        ("model: {preset: tiny}\n", "r.yaml: data: this section is missing; give at least data.sources"),
+        (
+            "model: {preset: tiny}\n",
+            "r.yaml: data: this section is missing; give data.sources or data.examples",
+        ),
         ("model: {preset: tiny}\ndata: {}\n", "r.yaml:2: data.sources: this key is missing"),
         (
             "model:\n  layers: 2\ndata: {sources: [{path: x}]}\n",

@@ -90,7 +90,7 @@ def clipping(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     train_step(run)
     square = sum((b.master.detach() - old).square().sum() for b, old in zip(run.buckets, before, strict=True))
     length = float(run.backend.groups.dp.all_reduce(square.reshape(1))) ** 0.5
-    return {"length": length, "nxd": getattr(run.zero.nxd, "max_norm", None)}
+    return {"length": length, "nxd": getattr(run.assembly.zero.nxd, "max_norm", None)}
 
 
 def planted(folder: Path, fault: str) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""From records to examples in text: templates filled in, labels recognised, held-out examples set apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hlat.data.packed import document_hash, holdout_threshold
+from hlat.data.records import read_records
+from hlat.data.template import field_text, parse_template
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.recipe_sections import ExamplesSection
+
+WHERE = "data.examples"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt."""
+
+    prompt: str
+    completion: str
+    label: int
+    mark: int
+
+
+@dataclass
+class Texts:
+    """Examples of both sides of the held-out split; what was dropped, by reason; how many training examples
+    `limit` left out.
+    """
+
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    beyond_limit: int = 0
+
+
+def read_examples(section: ExamplesSection, holdout: float) -> Texts:
+    """The examples that a recipe's section describes.
+
+    An example is held out when the hash of its prompt is below `holdout`, so equal prompts are on one side;
+    or, with `eval_path` or `eval_dataset`, when it comes from there. Held-out examples are in the order of
+    their hashes, training examples in that of the source, or with `limit` the first by hash.
+
+    Raises UserError: see `_read`; also when no example is left on a side that needs one.
+    """
+    texts = Texts()
+    everything = _read(section, section.path, section.dataset, WHERE, texts.dropped)
+    if section.eval_path or section.eval_dataset:
+        key = f"{WHERE}.{'eval_path' if section.eval_path else 'eval_dataset'}"
+        texts.train = everything
+        texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, texts.dropped)
+    else:
+        below = holdout_threshold(holdout)
+        texts.train = [example for example in everything if example.mark >= below]
+        texts.held_out = [example for example in everything if example.mark < below]
+    texts.held_out.sort(key=lambda example: example.mark)
+    if not texts.train or (holdout and not texts.held_out):
+        side = "trained on" if not texts.train else "held out"
+        raise UserError(
+            f"{len(everything)} examples, and none is {side}",
+            where=WHERE,
+            fix="give more examples, another data.holdout, or eval_path",
+        )
+    if section.limit is not None and section.limit < len(texts.train):
+        texts.beyond_limit = len(texts.train) - section.limit
+        texts.train = sorted(texts.train, key=lambda example: example.mark)[: section.limit]
+    return texts
+
+
+def _read(
+    section: ExamplesSection, path: str | None, dataset: str | None, where: str, dropped: Counter[str]
+) -> list[Example]:
+    """The examples of one source.
+
+    Raises UserError when the source cannot be read or is empty, when no record has the fields of the
+    templates, or when a label is not among the recipe's.
+    """
+    prompt, completion = parse_template(section.prompt), parse_template(section.completion)
+    needed = [*prompt.fields, *([section.label_field] if section.label_field else completion.fields)]
+    numbers = {label: number for number, label in enumerate(section.labels)}
+    words = list(section.labels.values())
+    examples: list[Example] = []
+    first: Mapping[str, Any] | None = None
+    lacking: Counter[str] = Counter()
+    for record in read_records(path, dataset, where):
+        if record.values is None:
+            dropped[record.reason] += 1
+            continue
+        first = record.values if first is None else first
+        missing = next((name for name in needed if field_text(record.values, name) is None), None)
+        if missing is not None:
+            lacking[missing] += 1
+            continue
+        text, answer, number = prompt.render(record.values) or "", completion.render(record.values) or "", -1
+        if section.label_field:
+            label = field_text(record.values, section.label_field) or ""
+            if label not in numbers:
+                raise _unknown_label(label, list(numbers), record.name, where)
+            number, answer = numbers[label], words[numbers[label]]
+        try:
+            mark, _ = document_hash(text.encode("utf-8")), answer.encode("utf-8")
+        except UnicodeEncodeError:
+            dropped["not Unicode text (lone surrogate)"] += 1
+            continue
+        if not answer:
+            dropped["empty completion"] += 1
+            continue
+        examples.append(Example(text, answer, number, mark))
+    dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
+    if not examples:
+        raise _nothing(path or dataset or "", first, lacking, dropped, where)
+    return examples
+
+
+def _unknown_label(label: str, known: Sequence[str], name: str, where: str) -> UserError:
+    shown = ", ".join(repr(text) for text in known)
+    what = f"label {label!r} in {name} is not among the labels {shown}"
+    return UserError(what, where=where, fix=f"add it to {WHERE}.labels, or remove the record")
+
+
+def _nothing(
+    source: str,
+    first: Mapping[str, Any] | None,
+    lacking: Counter[str],
+    dropped: Counter[str],
+    where: str,
+) -> UserError:
+    """Why a source gave no example: an empty one, or one whose records lack a field."""
+    if lacking:
+        name = lacking.most_common(1)[0][0]
+        fields = ", ".join(first or {}) or "none"
+        what = f"no record of '{source}' has a text or number in the field '{name}'"
+        fix = f"the fields of its first record are: {fields}"
+        return UserError(what, where=where, fix=fix)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    what = f"no examples in '{source}'" + (f" ({reasons})" if reasons else "")
+    return UserError(what, where=where, fix="give a file with one record for each example")

@@ -1,0 +1,302 @@
+"""Finetuning data: examples of a prompt and its completion or label, each in a row of its own.
+
+The same methods as `hlat.data.loader.Data`. Row i of a run is a pure function of the seed and i: each epoch
+goes through all examples in a permutation of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hlat.data.example_rows import Ids, fit_prompt, label_batch, pair_batch, rows_per_example
+from hlat.data.example_text import WHERE, Example, read_examples
+from hlat.data.mixture import permute
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.data.batch import Batch
+    from hlat.data.tokenizer import Tokenizer
+    from hlat.recipe import Recipe
+
+Kind = Literal["pairs", "words", "tokens", "head"]
+"""What a row is for: a completion; the likelihoods of all labels; the right label's tokens (all labels in
+evaluation); a linear head.
+"""
+
+
+@dataclass
+class Split:
+    """Tokenized examples: `prompts` and, for pairs, `completions` (EOS included); `labels` by number;
+    `texts` of prompt and completion; `cut` prompts that lost their beginning.
+    """
+
+    prompts: list[Ids]
+    completions: list[Ids]
+    labels: list[int]
+    texts: list[tuple[str, str]]
+    cut: int
+
+    @property
+    def documents(self) -> int:
+        """How many examples."""
+        return len(self.prompts)
+
+
+class Examples:
+    """Finetuning examples, opened. Holds no position: every method is a function of its arguments.
+
+    Args:
+        train, holdout: both sides of the held-out split.
+        kind: what rows are for.
+        labels: names of the labels; empty for pairs.
+        spelled: tokens of each label; empty for pairs and a linear head.
+        tokenizer: that of the ids.
+        seq_len, seed, global_batch: as in the recipe.
+        rows: rows of the whole run, for the report.
+        source: what the report calls the examples. notes: its further lines.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        holdout: Split,
+        kind: Kind,
+        labels: Sequence[str],
+        spelled: Sequence[Ids],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        seed: int,
+        global_batch: int = 0,
+        rows: int = 0,
+        source: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
+        assert tokenizer.eos_id is not None
+        self.train, self.holdout, self.kind, self.labels = train, holdout, kind, list(labels)
+        self.spelled, self.tokenizer, self.vocab_size = list(spelled), tokenizer, tokenizer.vocab_size
+        self._seq_len, self._seed, self._global_batch = seq_len, seed, global_batch
+        self._rows, self._source, self._notes = rows, source, list(notes)
+        self._fill = tokenizer.eos_id
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows of a training batch for each example."""
+        return rows_per_example(self.spelled) if self.kind == "words" else 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash (hex sha256) of what the rows hold: ids, labels, kind, tokenizer, seq_len. Not the seed."""
+        digest = hashlib.sha256()
+        head = [self.kind, self.labels, self.tokenizer.identity, self._seq_len]
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        for split in (self.train, self.holdout):
+            digest.update(f"\n{split.documents} {split.labels}".encode())
+            for ids in [*self.spelled, *split.prompts, *split.completions]:
+                digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def index(self, row: int) -> int:
+        """The training example in a global row >= 0 of the run."""
+        epoch, within = divmod(row, self.train.documents)
+        return permute(within, self.train.documents, self._seed, 0, epoch)
+
+    def batches(
+        self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
+        """The micro-batches of one rank in global step `step` (from 0); see `Data.batches`. `micro_batch`
+        counts examples. Raises ValueError when the rows are not the recipe's global batch.
+        """
+        per_rank = micro_batch * accumulate
+        if self._global_batch and per_rank * world != self._global_batch:
+            raise ValueError(
+                f"{micro_batch} x {accumulate} x {world} rows are not the global batch {self._global_batch}"
+            )
+        first = step * per_rank * world + rank * per_rank
+        return [
+            self.batch([self.index(row) for row in range(start, start + micro_batch)])
+            for start in range(first, first + per_rank, micro_batch)
+        ]
+
+    def batch(self, indices: Sequence[int], size: int | None = None) -> Batch:
+        """Training examples by number, in as many rows as there are, or for `size` examples."""
+        return self._batch(self.train, indices, size or len(indices), evaluate=False)
+
+    def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        """At most `count` batches of `batch_size` held-out examples, from their beginning, always the same.
+        The last one may have rows without targets.
+        """
+        last = self._evaluated(batch_size, count)
+        for start in range(0, last, batch_size):
+            indices = range(start, min(start + batch_size, last))
+            yield self._batch(self.holdout, indices, batch_size, evaluate=True)
+
+    def _batch(self, split: Split, indices: Sequence[int], size: int, evaluate: bool) -> Batch:
+        prompts = [split.prompts[i] for i in indices]
+        labels = [split.labels[i] for i in indices]
+        if self.kind == "pairs":
+            right = [split.completions[i] for i in indices]
+            return pair_batch(prompts, right, size, self._seq_len, self._fill)
+        if self.kind == "tokens" and not evaluate:
+            right = [self.spelled[label] for label in labels]
+            return pair_batch(prompts, right, size, self._seq_len, self._fill)
+        by_token = self.kind == "tokens"
+        return label_batch(
+            prompts, labels, self.spelled, size, self._seq_len, self._fill, count_tokens=by_token
+        )
+
+    def _evaluated(self, batch_size: int, count: int | None) -> int:
+        rows = self.holdout.documents
+        return rows if count is None else min(rows, batch_size * count)
+
+    def holdout_bytes(self, batch_size: int, count: int | None = None) -> int:
+        """Bytes of the completions that are the targets of `holdout_batches` with the same arguments."""
+        return len(self.holdout_text(batch_size, count))
+
+    def holdout_text(self, batch_size: int, count: int | None = None) -> bytes:
+        """Those completions, one after the other."""
+        texts = self.holdout.texts[: self._evaluated(batch_size, count)]
+        return "".join(completion for _, completion in texts).encode("utf-8", "replace")
+
+    def holdout_labels(self, batch_size: int, count: int | None = None) -> dict[str, int]:
+        """How many of the examples of `holdout_batches` have each label."""
+        found = Counter(self.holdout.labels[: self._evaluated(batch_size, count)])
+        return {label: found[number] for number, label in enumerate(self.labels)}
+
+    def report(self) -> dict[str, Any]:
+        """Examples on both sides, their lengths in tokens, labels, epochs of this run; JSON-able."""
+        lengths = [len(prompt) for prompt in self.train.prompts]
+        if self.train.completions:
+            lengths = [n + len(ids) for n, ids in zip(lengths, self.train.completions, strict=True)]
+        labels = Counter(self.train.labels)
+        return {
+            "source": self._source,
+            "fingerprint": self.fingerprint,
+            "examples": self.train.documents,
+            "holdout_examples": self.holdout.documents,
+            "labels": {label: labels[number] for number, label in enumerate(self.labels)},
+            "tokens": sum(lengths),
+            "longest": max(lengths),
+            "cut": self.train.cut + self.holdout.cut,
+            "rows_per_example": self.rows_per_example,
+            "epochs": self._rows / self.train.documents,
+            "filling": 1 - sum(lengths) / (len(lengths) * self._seq_len),
+        }
+
+    def report_lines(self) -> list[str]:
+        """The report as lines for a person."""
+        report = self.report()
+        lines = [
+            f"{report['source']}: {report['examples']:,} examples, {report['holdout_examples']:,} held out;"
+            f" this run reads {self._rows:,} = {report['epochs']:.2f} epochs",
+            f"  {report['tokens'] / report['examples']:.0f} tokens an example,"
+            f" {report['filling']:.0%} of the places in a row are filling",
+        ]
+        if self.labels:
+            counts = ", ".join(f"{label} {count:,}" for label, count in report["labels"].items())
+            rows = f"; {report['rows_per_example']} rows an example" * (report["rows_per_example"] > 1)
+            lines.append(f"  labels: {counts}{rows}")
+        if report["cut"]:
+            lines.append(f"  cut: {report['cut']:,} prompts lose their beginning to fit seq_len")
+        return [*lines, *self._notes]
+
+
+def open_examples(recipe: Recipe, tokenizer: Tokenizer) -> Examples:
+    """The examples of a recipe, tokenized.
+
+    Raises UserError: see `read_examples`; also a tokenizer without an end-of-document token, labels that do
+    not fit in a row or that have the same tokens, and completions of which none fits.
+    """
+    section, objective = recipe.data.examples, recipe.objective
+    assert section is not None
+    if tokenizer.eos_id is None:
+        fix = 'set "eos_token" in tokenizer_config.json beside it'
+        raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix=fix)
+    kind: Kind = objective.options["by"] if objective.name == "classification" else "pairs"
+    texts = read_examples(section, recipe.data.holdout)
+    spelled = _spelled(section.labels, tokenizer, recipe.data.seq_len) if kind in ("words", "tokens") else []
+    notes = [f"  dropped: {count:,} records: {reason}" for reason, count in texts.dropped.items()]
+    if texts.beyond_limit:
+        notes.append(f"  limit: {texts.beyond_limit:,} more examples are not used")
+    trained = {example.mark for example in texts.train}
+    if both := sum(example.mark in trained for example in texts.held_out):
+        notes.append(f"  note: {both:,} held-out prompts are also prompts of training examples")
+    longest = max(map(len, spelled), default=1)
+    sides = []
+    for examples in (texts.train, texts.held_out):
+        split, too_long = _tokenized(examples, kind, tokenizer, recipe.data.seq_len, longest)
+        sides.append(split)
+        if too_long:
+            notes.append(f"  dropped: {too_long:,} records: completion longer than seq_len")
+        if examples and not split.prompts:
+            raise UserError(
+                f"none of {len(examples)} completions fits into {recipe.data.seq_len} tokens",
+                where="data.seq_len",
+                fix="raise it, or shorten the completions",
+            )
+    train, held_out = sides
+    return Examples(
+        train,
+        held_out,
+        kind,
+        list(section.labels),
+        spelled,
+        tokenizer,
+        seq_len=recipe.data.seq_len,
+        seed=recipe.run.seed,
+        global_batch=recipe.data.global_batch,
+        rows=recipe.run.steps * recipe.data.global_batch,
+        source=str(section.path or section.dataset),
+        notes=notes,
+    )
+
+
+def _spelled(labels: dict[str, str], tokenizer: Tokenizer, seq_len: int) -> list[Ids]:
+    """Tokens of every label. Raises UserError for one without any, too long a one, or two that are equal."""
+    spelled = tokenizer.encode_arrays(list(labels.values()))
+    seen: dict[bytes, str] = {}
+    for (label, word), ids in zip(labels.items(), spelled, strict=True):
+        where = f"{WHERE}.labels.{label}"
+        if not 0 < len(ids) <= seq_len:
+            what = f"{word!r} has {len(ids)} tokens, and a row {seq_len}"
+            raise UserError(what, where=where, fix="take a shorter word, or a larger data.seq_len")
+        other = seen.setdefault(ids.tobytes(), label)
+        if other != label:
+            raise UserError(f"has the same tokens as label {other!r}", where=where, fix="take another word")
+    return spelled
+
+
+def _tokenized(
+    examples: Sequence[Example], kind: Kind, tokenizer: Tokenizer, seq_len: int, longest: int
+) -> tuple[Split, int]:
+    """A split, and how many examples were left out because their completion does not fit.
+
+    Prompt and completion are encoded apart, so that the tokens of a prompt are those that `hlat generate`
+    makes of it. A pair ends with EOS; a label does not.
+    """
+    eos = tokenizer.eos_id
+    assert eos is not None
+    split, too_long = Split([], [], [], [], 0), 0
+    completions: list[Ids] = []
+    if kind == "pairs":
+        encoded = tokenizer.encode_arrays([example.completion for example in examples])
+        completions = [np.append(ids, eos) for ids in encoded]
+    prompts = tokenizer.encode_arrays([example.prompt for example in examples])
+    for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        room = seq_len + 1 - (len(completions[i]) if completions else longest)
+        if room < 1:
+            too_long += 1
+            continue
+        split.cut += len(prompt) > room
+        split.prompts.append(fit_prompt(prompt, room, eos))
+        split.completions += completions[i : i + 1]
+        split.labels.append(example.label)
+        split.texts.append((example.prompt, example.completion))
+    return split, too_long

@@ -1,0 +1,94 @@
+"""Starting from pretrained weights: `init.from` is opened, compared with the recipe, read part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hlat.checkpoint.peers import Peers
+from hlat.checkpoint.reader import newest_in
+from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
+from hlat.errors import UserError
+from hlat.parallel.plan import Part
+from hlat.train.weights import Initial, initial_values
+
+if TYPE_CHECKING:
+    from hlat.data.tokenizer import Tokenizer
+    from hlat.model.config import ModelConfig
+    from hlat.recipe import Recipe
+
+WHERE = "init.from"
+# What the numbers of a model depend on. The others may be chosen anew: attention kernel, initialisation of
+# what is not read, classes, and the longest sequence (rotary positions have no parameters).
+SAME = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "norm_eps", "rope_theta", "tie_embeddings")
+
+
+def open_source(path: str) -> tuple[WeightSource, ModelConfig]:
+    """The weights at `init.from` and their model. Raises UserError when there are none, or not whole ones."""
+    try:
+        source = open_weights(Path(path).expanduser())
+        return source, model_config(source)
+    except UserError as error:
+        raise UserError(error.what, where=f"{WHERE}: {error.where}", fix=error.fix) from error
+
+
+def model_fields(path: str) -> dict[str, Any]:
+    """The model section of the weights at `init.from`, for a recipe that has none. Raises UserError."""
+    _, config = open_source(path)
+    return {name: value for name, value in config.model_dump().items() if name not in ("preset", "classes")}
+
+
+def source_for(recipe: Recipe) -> tuple[WeightSource, ModelConfig]:
+    """The weights that a recipe starts from. Raises UserError when they are not of the recipe's model."""
+    assert recipe.init.from_ is not None
+    source, config = open_source(recipe.init.from_)
+    for name in SAME:
+        own, other = getattr(recipe.model, name), getattr(config, name)
+        if own != other:
+            what = f"model.{name} is {own} in the recipe and {other} in these weights"
+            fix = "leave the model section out: it is read from there"
+            raise UserError(what, where=f"{WHERE}: {source.path}", fix=fix)
+    return source, config
+
+
+def initial_from(recipe: Recipe) -> tuple[Initial, str]:
+    """The values training starts from, and what is said of them.
+
+    A tensor is read when it is asked for, whole, and cut: a rank reads those of its layers, one at a time.
+    What the weights do not have (a classifier, or one for as many labels) comes from the recipe's seed.
+    """
+    source, config = source_for(recipe)
+    fresh, names = initial_values(recipe), set(source.names())
+    if config.classes != recipe.model.classes:
+        names.discard(f"{PREFIX}classifier.weight")
+
+    def initial(name: str, part: Part) -> Tensor:
+        if PREFIX + name not in names:
+            return fresh(name, part)
+        return source.read(PREFIX + name)[part.box].float()
+
+    step = source.meta.get("step") or getattr(source, "step", 0)
+    text = f"weights of {source.path}" + (f", step {step:,}" if step else "")
+    if recipe.model.classes:
+        known = f"{PREFIX}classifier.weight" in names
+        text += f"; classifier {'from there too' if known else 'new'}"
+    return initial, text
+
+
+def starting_tokenizer(recipe: Recipe, checkpoints: Path) -> Tokenizer | None:
+    """The tokenizer of a recipe whose `data.tokenizer` is `init`: that of the run's own newest checkpoint, so
+    that a resume needs nothing else, before there is one that of `init.from`. None for other recipes.
+
+    Raises UserError when there is none.
+    """
+    if recipe.data.tokenizer != "init":
+        return None
+    newest, _ = newest_in(checkpoints, False, Peers()) if checkpoints.is_dir() else (None, {})
+    source = newest or source_for(recipe)[0]
+    tokenizer = source_tokenizer(source)
+    if tokenizer is None:
+        fix = "set data.tokenizer to the one these weights were trained with"
+        raise UserError("these weights have no tokenizer", where=f"{WHERE}: {source.path}", fix=fix)
+    return tokenizer

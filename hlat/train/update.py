@@ -1,0 +1,67 @@
+"""What moves the parameters of a run, and how fast: the choices a recipe makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hlat.backend.base import Backend
+from hlat.errors import UserError
+from hlat.optim.schedule import Schedule, make_schedule
+from hlat.parallel.buckets import Bucket
+from hlat.recipe import Recipe
+from hlat.registry import lookup
+
+
+def needs_backward(recipe: Recipe) -> bool:
+    """Whether the recipe's method takes gradients. One that does not makes what moves the parameters itself,
+    by `make_optimizer(recipe, buckets, device)`.
+    """
+    return bool(getattr(lookup("method", recipe.method.name), "needs_backward", True))
+
+
+def optimizer_of(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the master shards.
+
+    Beside its options a group says what its shard is: `pieces` (each parameter's spec, where in the shard it
+    lies, and how many of its elements come before), and `counted`: False where another rank holds the same
+    elements and counts them in sums over the world.
+    """
+    section, layout, place = recipe.optim, backend.layout, backend.place
+    groups = [
+        {
+            "params": [bucket.master],
+            "lr": torch.zeros((), device=backend.device),
+            "peak_lr": bucket.group.lr,
+            "weight_decay": bucket.group.weight_decay,
+            "first": bucket.first,
+            "matrix": bucket.group.matrix,
+            "pieces": tuple(bucket.runs()),
+            "counted": bucket.primary and (layout.zero1 or place.dp == 0),
+        }
+        for bucket in buckets
+    ]
+    # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
+    nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
+    make = lookup("optim", section.name)
+    try:
+        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
+    except ValueError as error:
+        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
+    if hasattr(optimizer, "all_reduce"):
+        optimizer.all_reduce = backend.all_reduce
+    return optimizer
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The recipe's schedule."""
+    section = recipe.schedule
+    return make_schedule(
+        section.name,
+        warmup_steps=section.warmup_steps,
+        horizon_steps=section.horizon_steps or recipe.run.steps,
+        floor=section.floor,
+        **section.options,
+    )
