@@ -164,9 +164,8 @@ class MeZOSVRG(ZerothOrder):
         steps = [torch.where(keep, -rate * x, 0.0) for x in along]
         step_0 = torch.where(keep, -rate * p_0, 0.0)
         self.commit({**dict(zip([z, other], steps, strict=False)), z_0: step_0})
-        own["back"][0, 0].sub_(step_0)
-        for column, step in enumerate(steps):
-            own["back"][self.count % self.anchor_every, column].copy_(-step)
+        if not self.copies:
+            self._remember(steps, step_0)
         self.report["rate"] = rate
         return loss
 
@@ -194,6 +193,17 @@ class MeZOSVRG(ZerothOrder):
         self.field.swap(anchor)
         self._moved = moved
         return losses
+
+    def _remember(self, steps: list[Tensor], step_0: Tensor) -> None:
+        """Note what an inner step added, in the row of its number since the anchor. That is a tensor: an
+        index that changes from step to step would give each of them a graph of its own.
+        """
+        own = self.own
+        added = torch.zeros_like(own["back"][0])
+        added[: len(steps)].copy_(torch.stack(steps))
+        number = torch.arange(self.anchor_every, device=added.device) == own["t"] - own["anchor_step"]
+        own["back"].copy_(torch.where(number[:, None], -added, own["back"]))
+        own["back"][0, 0].sub_(step_0)
 
     def _way_back(self) -> dict[Direction, Tensor | float]:
         """From the parameters to the anchor, by what was added since."""
