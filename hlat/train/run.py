@@ -235,14 +235,7 @@ def build_run(
         optimizer.set_precision(DTYPES[precision.states], rounding, recipe.run.seed)
     if compiled:
         compile_parts(model, objective, optimizer)
-    reducer = lookup("reduce", recipe.reduce.name)(
-        DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
-    )
-    if zero is not None:
-        reducer = nxd.RowSums(zero)
-    reducer.prepare(buckets if needs_backward(recipe) else [])
-    for bucket in buckets:
-        bucket.on_ready = reducer.start
+    reducer = _reducer(recipe, backend, buckets, zero)
     run = Run(
         recipe=recipe,
         backend=backend,
@@ -279,6 +272,19 @@ def _model(
         nxd.choose_attention(recipe, model)
     apply_recompute(model, recipe.parallel.recompute, backend.checkpoint)
     return model, buckets, frozen
+
+
+def _reducer(recipe: Recipe, backend: Backend, buckets: list[Bucket], zero: Any) -> Reducer:
+    """The recipe's reducer, told of every bucket whose gradient is complete."""
+    reducer: Reducer = lookup("reduce", recipe.reduce.name)(
+        DTYPES[recipe.precision.reduce], backend.groups.dp, **recipe.reduce.options
+    )
+    if zero is not None:
+        reducer = nxd.RowSums(zero)
+    reducer.prepare(buckets if needs_backward(recipe) else [])
+    for bucket in buckets:
+        bucket.on_ready = reducer.start
+    return reducer
 
 
 def _engine(
