@@ -3,8 +3,8 @@
     RANK=0 WORLD_SIZE=2 python layout_ranks.py CASES.json FOLDER
 
 A case is {"name", "overrides", "recipe", "steps", "fault", "plant", "compiled", "measure", "evaluate"}. Each
-gets a process group of its own, so that a rank that fails ends only that case: its closed connections tell the
-others. A result is CASE.RANK.safetensors (pieces of the first gradient, first and last weights) and
+gets a process group of its own, so that a rank that fails ends only that case: its closed connections tell
+the others. A result is CASE.RANK.safetensors (pieces of the first gradient, first and last weights) and
 CASE.RANK.json, written last; in place of them CASE.RANK.error holds a traceback.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 
 from hlat.data import open_data
 from hlat.data.example_rows import fit_prompt, label_batch, pair_batch
-from hlat.data.stdlib import PACKAGES, documented_functions, labelled_functions
 from hlat.data.template import parse_template
 from hlat.errors import UserError
 from hlat.recipe import load
@@ -303,31 +301,6 @@ def test_a_saved_data_set_without_the_hub(examples, tmp_path, monkeypatch) -> No
     datasets.Dataset.from_list(ROWS, features=features).save_to_disk(str(tmp_path / "saved"))
     wanted = examples(*CLASSIFY)
     assert examples(*CLASSIFY, path=tmp_path / "saved").fingerprint == wanted.fingerprint
-
-
-# Built-in sets
-
-
-def test_packages_are_balanced_and_do_not_say_their_name() -> None:
-    records = list(labelled_functions())
-    counts = Counter(record["label"] for record in records)
-    assert set(counts) == set(PACKAGES)
-    assert len(set(counts.values())) == 1
-    assert counts["xml"] >= 100
-    leaks = [r for r in records for name in PACKAGES if name in r["text"].lower()]
-    assert leaks == []
-    assert len({record["text"] for record in records}) == len(records)
-    assert all(record["file"].startswith(f"{record['label']}/") for record in records)
-    assert records == list(labelled_functions())
-
-
-def test_docstrings_are_sentences_beside_signatures() -> None:
-    records = list(documented_functions())
-    assert len(records) > 2000
-    for record in records:
-        assert record["signature"].startswith(("def ", "async def "))
-        assert "\n" not in record["summary"]
-        assert record["summary"][-1] in ".!?"
 
 
 # Wrong input
