@@ -221,7 +221,6 @@ def build_run(
     model, buckets, frozen = _model(
         recipe, backend, parts, nxd.row_buckets if rows else flat_buckets, initial
     )
-    rows_per_example = getattr(data, "rows_per_example", 1)
     objective = lookup("objective", recipe.objective.name)(**recipe.objective.options)
     zero = nxd.zero1(recipe, backend, buckets, initial) if rows else None
     method = lookup("method", recipe.method.name)(**recipe.method.options)
@@ -242,7 +241,7 @@ def build_run(
         model=model,
         data=data,
         buckets=buckets,
-        engine=_engine(recipe, backend, model, parts, objective, buckets, rows_per_example),
+        engine=_engine(recipe, backend, model, parts, objective, buckets, data),
         objective=objective,
         reducer=reducer,
         optimizer=optimizer,
@@ -294,7 +293,7 @@ def _engine(
     parts: Sequence[StagePart],
     objective: Any,
     buckets: list[Bucket],
-    rows_per_example: int,
+    data: Any,
 ) -> Engine | PipelineEngine | NxdPipelineEngine:
     if backend.layout.pp == 1:
         return Engine(model, objective, buckets)
@@ -309,7 +308,7 @@ def _engine(
         micro_batches=recipe.accumulate(backend.world),
         group=backend.groups.pp,
         layout=backend.layout,
-        rows=recipe.data.micro_batch * rows_per_example,
+        rows=recipe.data.micro_batch * getattr(data, "rows_per_example", 1),
         seq_len=recipe.data.seq_len,
         dtype=DTYPES[recipe.precision.compute],
         device=backend.device,
