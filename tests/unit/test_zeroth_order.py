@@ -121,6 +121,16 @@ def test_svrg_is_its_equation(kind: str, snapshot: str, restore: str, q: int) ->
     assert same(ours, theirs, 1e-9) and not same(ours, start, 1e-3)
 
 
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small field keeps its noise for the step; a large one draws it chunk by chunk."""
+    options = {"lr_anchor": 1e-2, "lr_inner": 5e-3, "anchor_every": 3, "snapshot": "seed_log"}
+    small, large = model(), model()
+    losses(small, MeZOSVRG, 8, **options)
+    monkeypatch.setitem(CHUNK, "cpu", 4)
+    losses(large, MeZOSVRG, 8, **options)
+    assert same(small, large, 0.0)
+
+
 def test_who_is_called_when() -> None:
     net, calls = model(), []
     optimizer = MeZOSVRG(net.parameters(), 1e-3, 1e-4, anchor_every=3)
