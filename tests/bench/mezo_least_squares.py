@@ -2,9 +2,9 @@
 
     python tests/bench/mezo_least_squares.py [--equal-queries]
 
-1,000 examples of 100 features with label noise 1, batches of 32, mu 1e-3, 4,000 steps, excess of the loss over
-its minimum, three seeds, fp64. With --equal-queries MeZO gets as many examples through the model as MeZO-SVRG
-in its 4,000 steps, which are 66,500 steps, at each of its learning rates; full-batch descent 2,128 steps.
+1,000 examples of 100 features with label noise 1, batches of 32, mu 1e-3, 4,000 steps, excess of the loss
+over its minimum, three seeds, fp64. With --equal-queries MeZO gets as many examples through the model as
+MeZO-SVRG in its 4,000 steps, which are 66,500 steps, at each of its learning rates; full-batch descent 2,128.
 """
 
 from __future__ import annotations

@@ -154,6 +154,15 @@ def test_queries_are_what_the_engine_saw(tiny_run, monkeypatch: pytest.MonkeyPat
             assert sum(seen) == run.method.queries(run.recipe, steps), method
 
 
+def test_the_anchor_in_larger_batches_is_the_same(tiny_run) -> None:
+    for text in ("copy", "full"):
+        losses = []
+        for extra in ("", ", anchor_batch: 4", ", anchor_batch: 12"):
+            run = tiny_run(METHODS[text].replace("}", extra + "}"), "data.micro_batch=4")
+            losses.append([float(train_step(run)["loss"]) for _ in range(4)])
+        assert losses[1] == losses[0] and losses[2] == pytest.approx(losses[0], abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("override", "where"),
     [
@@ -174,6 +183,7 @@ def test_what_makes_no_sense_without_gradients_is_refused(tiny_run, override: st
     [
         ("{name: mezo_svrg, anchor_examples: 12}", "method.anchor_examples"),
         ("{name: full_batch_zo, anchor_examples: 12}", "method.anchor_examples"),
+        ("{name: mezo_svrg, anchor_batch: 12}", "method.anchor_batch"),
         ("{name: mezo, lr: -1}", "method.lr"),
         ("{name: mezo_svrg, anchor_every: 1}", "method.anchor_every"),
         ("{name: mezo_svrg, snapshot: log}", "method.snapshot"),
