@@ -186,6 +186,8 @@ def _advice(hint: Any, value: Any) -> str:
         return "" if isinstance(value, dict | list | tuple) else "put it in [ ]"
     if value is None:
         return "write none" if "none" in choices else ""
+    if isinstance(value, dict) and choices[0] == "a text":
+        return "put a text that begins with { in quotes"
     if not isinstance(value, str):
         quote = choices[0] == "a text" and isinstance(value, int | float)
         return f"put it in quotes: '{value}'" if quote else ""

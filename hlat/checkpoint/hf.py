@@ -27,6 +27,7 @@ from hlat.model.init import parameter_shapes
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
 _NO_TOKENIZER = "no tokenizer"
+_CLASSIFIER = "classifier.weight"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -156,7 +157,7 @@ def to_hf(
     if isinstance(source, (str, Path)):
         source = open_weights(source)
     config = model_config(source)
-    names = [PREFIX + name for name in parameter_shapes(config)]
+    names = [PREFIX + name for name in parameter_shapes(config) if name != _CLASSIFIER]
     dtypes = {name: source.dtype(name) if dtype == "keep" else DTYPES[dtype] for name in names}
     if dtype == "keep":
         # Wide tensors first keeps every tensor aligned; the sort is stable.
@@ -170,6 +171,8 @@ def to_hf(
             write_json(partial / _GENERATION, kept["generation_config"])
     if warnings == [_NO_TOKENIZER]:
         warnings = [f"{source.path} has no tokenizer, so {out} has none either"]
+    if config.classes:
+        warnings.append(f"the linear classifier has no place in LlamaForCausalLM and is not in {out}")
     return warnings
 
 

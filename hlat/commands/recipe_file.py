@@ -10,11 +10,12 @@ from hlat.model.config import SHAPE
 from hlat.recipe import Recipe
 from hlat.recipe_check import build
 from hlat.recipe_io import read_recipe
+from hlat.recipe_yaml import read_yaml
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe as `hlat.recipe.load` reads it. If it has `init.from` and an incomplete model section, the
-    missing fields are those of the weights.
+    missing fields are those of the weights, or of the run itself once it has a checkpoint.
 
     Raises UserError, also when these weights cannot be opened.
     """
@@ -22,11 +23,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     init, model = values.get("init"), values.get("model") or {}
     start = init.get("from") if isinstance(init, dict) else None
     if isinstance(start, str) and isinstance(model, dict) and _incomplete(model):
-        from hlat.train.initial import model_fields
+        known = _model_of_run(values["run"])
+        if known is None:
+            from hlat.train.initial import model_fields
 
-        values = {**values, "model": {**model_fields(start), **model}}
+            known = model_fields(start)
+        values = {**values, "model": {**known, **model}}
     return build(values, where)
 
 
 def _incomplete(model: dict[str, Any]) -> bool:
     return model.get("preset") is None and any(name not in model for name in SHAPE)
+
+
+def _model_of_run(run: Any) -> dict[str, Any] | None:
+    """The model section of the run that a recipe continues: it then needs nothing of what it began with."""
+    if not isinstance(run, dict):
+        return None
+    folder = Path(str(run.get("dir", f"runs/{run.get('name')}")))
+    if not any(folder.glob("checkpoints/step-*")) or not (folder / "resolved.yaml").is_file():
+        return None
+    model = read_yaml(folder / "resolved.yaml")[0]["model"]
+    return {name: value for name, value in model.items() if name not in ("preset", "classes")}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hlat.method.noise import Grid, Kind, displacement, keys_of, name_words, seed_words
+from hlat.method.noise import Grid, Kind, displacement, draw_noise, keys_of, name_words, seed_words
 
 CHUNK = {"cpu": 1 << 16, "xla": 0}  # elements; 0: all at once, since XLA's compiler cuts fused loops itself
 CHUNK_ELSEWHERE = 1 << 22
@@ -34,9 +34,14 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One draw of noise for all pieces of a field: int32 (P, 4) keys."""
+    """One draw of noise for all pieces of a field.
+
+    keys: int32 (P, 4).
+    drawn: by piece the noise itself, where the field is small.
+    """
 
     keys: Tensor
+    drawn: dict[int, Tensor] = field(default_factory=dict)
 
 
 Change = Mapping[Direction, Tensor | float]  # how far along each direction; numbers or tensors ()
@@ -74,6 +79,8 @@ class Field:
         wide = any(piece.owner.dtype == torch.float64 for piece in pieces)
         self.dtype = torch.float64 if wide else torch.float32
         self._displacement: Callable[..., Tensor] = displacement
+        # All of it fits a chunk: drawn once a step instead of at each of its points.
+        self._small = sum(base.numel() for base in self.bases) <= CHUNK["cpu"] and self.device.type != "xla"
 
     def compile(self) -> None:
         """Fuse a chunk's noise into one kernel (every shape shares a few graphs)."""
@@ -125,9 +132,26 @@ class Field:
             own_keys, own_amounts = places[x.device]
             dtype = torch.promote_types(x.dtype, torch.float32)
             for rows, columns in self._chunks(piece, x, y):
-                index = piece.grid.indices(rows, columns, x.device)
-                move = self._displacement(own_keys[i], own_amounts.to(dtype), *index, self.kind)
+                weights = own_amounts.to(dtype)
+                if self._small:
+                    move = self._remembered(list(change), i, weights)
+                else:
+                    index = piece.grid.indices(rows, columns, x.device)
+                    move = self._displacement(own_keys[i], weights, *index, self.kind)
                 _Block(y, rows, columns).set(move.add_(_Block(x, rows, columns).values()))
+
+    def _remembered(self, directions: list[Direction], i: int, weights: Tensor) -> Tensor:
+        """`displacement` of piece i of a small field, whose noise is kept with the direction."""
+        total: Tensor | None = None
+        for direction, weight in zip(directions, weights.unbind(0), strict=True):
+            if i not in direction.drawn:
+                grid = self.pieces[i].grid
+                index = grid.indices(slice(0, grid.rows), slice(0, grid.width), weights.device)
+                direction.drawn[i] = draw_noise(direction.keys[i].to(weights.device), *index, self.kind)
+            part = direction.drawn[i].to(weight.dtype) * weight
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def _amount(self, amount: Tensor | float) -> Tensor:
         return torch.as_tensor(amount, dtype=self.dtype, device=self.device).reshape(())

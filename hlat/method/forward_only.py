@@ -6,7 +6,8 @@ exchange, a few numbers a step; weights of replicas stay bitwise equal by themse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -164,6 +165,7 @@ class _WithAnchor:
     """Examples that are always the same: the first rows of the training data."""
 
     anchor_examples: int
+    anchor_batch: int | None
     _tokens: Tensor | None = None
 
     @staticmethod
@@ -172,32 +174,46 @@ class _WithAnchor:
         refuses.
         """
         ForwardOnly.check(recipe)
-        examples, batch = recipe.method.options["anchor_examples"], recipe.data.global_batch
-        if examples % batch:
+        data, options = recipe.data, recipe.method.options
+        examples, rows = options["anchor_examples"], options["anchor_batch"]
+        if examples % data.global_batch:
             raise UserError(
-                f"anchor_examples {examples} is not a multiple of data.global_batch {batch}",
+                f"anchor_examples {examples} is not a multiple of data.global_batch {data.global_batch}",
                 where="method.anchor_examples",
-                fix=f"take {near_multiple(examples, batch)}",
+                fix=f"take {near_multiple(examples, data.global_batch)}",
+            )
+        if rows is not None and rows % data.micro_batch:
+            raise UserError(
+                f"anchor_batch {rows} is not a multiple of data.micro_batch {data.micro_batch}",
+                where="method.anchor_batch",
+                fix=f"take {near_multiple(rows, data.micro_batch)}, or leave it out",
             )
 
     def _anchor_loss(self, run: Run) -> Tensor:
         """This rank's part of the mean loss over the anchor's examples, fp32 ()."""
         if self._tokens is None:
-            own = [batch.targets_count() for batches in self._batches(run) for batch in batches]
-            self._tokens = run.backend.groups.dp.all_reduce(torch.stack(own).sum()).clamp(min=1)
+            own = torch.stack([batch.targets_count() for batch in self._batches(run)]).sum()
+            self._tokens = run.backend.groups.dp.all_reduce(own).clamp(min=1)
         total = torch.zeros((), device=run.backend.device)
-        for batches in self._batches(run):
-            total = total + run.engine.forward(batches, self._tokens)
+        for batch in self._batches(run):
+            total = total + run.engine.forward([batch], self._tokens)
             run.backend.mark_step("anchor")  # each batch a graph, the same one
         return total
 
-    def _batches(self, run: Run) -> Iterable[list[Batch]]:
-        """This rank's micro-batches of the anchor's examples, global batch by global batch."""
+    def _batches(self, run: Run) -> Iterator[Batch]:
+        """This rank's examples of the anchor, `anchor_batch` at a time, fewer in the last batch."""
         recipe, backend = run.recipe, run.backend
         size, rows = recipe.data.micro_batch, recipe.accumulate(backend.world)
+        together = (self.anchor_batch or size) // size
+        waiting: list[Batch] = []
         for number in range(self.anchor_examples // recipe.data.global_batch):
-            batches = run.data.batches(number, size, rows, backend.place.dp, backend.layout.dp)
-            yield [batch.to(backend.device) for batch in batches]
+            for batch in run.data.batches(number, size, rows, backend.place.dp, backend.layout.dp):
+                waiting.append(batch)
+                if len(waiting) == together:
+                    yield _joined(waiting).to(backend.device)
+                    waiting = []
+        if waiting:
+            yield _joined(waiting).to(backend.device)
 
 
 @register("method", "mezo_svrg")
@@ -207,7 +223,9 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
     Args:
         lr_anchor, lr_inner: peak learning rates of anchor and inner steps; the schedule multiplies them.
         anchor_every: an anchor step every so many steps.
-        anchor_examples: rows of an anchor step, the first of the training data; a multiple of the batch.
+        anchor_examples: examples of an anchor step, the first of the training data; a multiple of the batch.
+        anchor_batch: those of one forward pass on one rank; default: data.micro_batch. What fits memory: a
+            forward pass alone needs less of it.
         mu, noise, restore: as for `mezo`.
         shared_z, snapshot, compat, anneal, anneal_every: see `hlat.method.MeZOSVRG`.
     """
@@ -219,6 +237,7 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
         lr_inner: Rate = 1e-6,
         anchor_every: Annotated[int, Range(ge=2)] = 2,
         anchor_examples: Count = 512,
+        anchor_batch: Count | None = None,
         mu: Rate = 1e-3,
         shared_z: bool = True,
         snapshot: Snapshot = "copy",
@@ -229,7 +248,8 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
         anneal_every: Count = 8,
     ) -> None:
         self.lr_anchor, self.lr_inner, self.anchor_every = lr_anchor, lr_inner, anchor_every
-        self.anchor_examples, self.mu, self.shared_z = anchor_examples, mu, shared_z
+        self.anchor_examples, self.anchor_batch = anchor_examples, anchor_batch
+        self.mu, self.shared_z = mu, shared_z
         self.snapshot, self.compat, self.noise, self.restore = snapshot, compat, noise, restore
         self.anneal, self.anneal_every = anneal, anneal_every
 
@@ -274,7 +294,7 @@ class FullBatchMethod(_WithAnchor, MeZOMethod):
 
     Args:
         lr, mu, noise, restore: as for `mezo`.
-        anchor_examples: rows of every step, the first of the training data; a multiple of the batch.
+        anchor_examples, anchor_batch: the examples of every step, as in `mezo_svrg`.
     """
 
     def __init__(
@@ -283,11 +303,12 @@ class FullBatchMethod(_WithAnchor, MeZOMethod):
         lr: Rate = 1e-4,
         mu: Rate = 1e-3,
         anchor_examples: Count = 512,
+        anchor_batch: Count | None = None,
         noise: Kind = "normal",
         restore: Restore = "auto",
     ) -> None:
         super().__init__(lr=lr, mu=mu, noise=noise, restore=restore)
-        self.anchor_examples = anchor_examples
+        self.anchor_examples, self.anchor_batch = anchor_examples, anchor_batch
 
     def queries(self, recipe: Recipe, steps: int) -> int:
         """Two forward passes of the anchor's examples a step."""
@@ -314,6 +335,12 @@ def _pieces(bucket: Bucket) -> list[Piece]:
         )
         for spec, weights in zip(bucket.specs, live, strict=True)
     ]
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Micro-batches as one."""
+    parts = {part.name: [getattr(batch, part.name) for batch in batches] for part in fields(batches[0])}
+    return replace(batches[0], **{k: torch.cat(v) for k, v in parts.items() if v[0] is not None})
 
 
 def _agreement(run: Run) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,7 @@ class SGD(Elementwise):
     Args:
         params: parameters of any shape, or groups.
         lr: learning rate; a float or a tensor ().
-        momentum: decay of the running sum of gradients, 0 <= momentum < 1.
+        momentum: decay of the running sum of gradients, 0 <= momentum < 1; with 0 no sum is kept.
         weight_decay: decoupled decay, multiplied by `lr`.
     """
 
@@ -38,9 +38,13 @@ class SGD(Elementwise):
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        if not any(group["momentum"] for group in self.param_groups):
+            self.slots = ()  # type: ignore[misc]
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.slots:
+            return p * (1 - lr * group["weight_decay"]) - lr * g, {}
         buffer = state["momentum_buffer"] * group["momentum"] + g
         return p * (1 - lr * group["weight_decay"]) - lr * buffer, {"momentum_buffer": buffer}

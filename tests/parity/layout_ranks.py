@@ -2,9 +2,9 @@
 
     RANK=0 WORLD_SIZE=2 python layout_ranks.py CASES.json FOLDER
 
-A case is {"name", "overrides", "recipe", "steps", "fault", "plant", "compiled", "measure"}. Each gets a
-process group of its own, so that a rank that fails ends only that case: its closed connections tell the
-others. A result is CASE.RANK.safetensors (pieces of the first gradient, first and last weights) and
+A case is {"name", "overrides", "recipe", "steps", "fault", "plant", "compiled", "measure", "evaluate"}. Each
+gets a process group of its own, so that a rank that fails ends only that case: its closed connections tell
+the others. A result is CASE.RANK.safetensors (pieces of the first gradient, first and last weights) and
 CASE.RANK.json, written last; in place of them CASE.RANK.error holds a traceback.
 """
 
@@ -33,7 +33,10 @@ from layout_faults import FAULTS, plant
 from layout_meter import Meter, storage_bytes
 
 from hlat.backend.native import NativeBackend
+from hlat.data import open_data
 from hlat.recipe import load
+from hlat.train.evaluate import evaluate
+from hlat.train.initial import initial_from
 from hlat.train.run import Run, build_run
 from hlat.train.step import train_step
 
@@ -100,7 +103,9 @@ def build(case: dict[str, Any], folder: Path, rank: int, world: int) -> Run:
         join(case, folder, rank, world)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     backend = NativeBackend(recipe.layout(world), device=device, kv_heads=recipe.model.kv_heads)
-    return build_run(recipe, RaggedData(recipe), backend, compiled=case.get("compiled", False))
+    data = open_data(recipe) if recipe.data.examples else RaggedData(recipe)
+    initial = initial_from(recipe)[0] if recipe.init.from_ else None
+    return build_run(recipe, data, backend, compiled=case.get("compiled", False), initial=initial)
 
 
 def train(run: Run, steps: int, pieces: Pieces, meter: Meter | None) -> dict[str, Any]:
@@ -142,6 +147,7 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> tuple
         meter = Meter() if measure else None
         result = train(run, case.get("steps", 5), pieces, meter)
         pieces.add("end", run, masters(run))
+        result["held_out"] = evaluate(run) if case.get("evaluate") else None
         result["places"] = pieces.places
         groups = run.backend.groups
         names = ("world", "dp", "pp", "tp", "kv", "tie")

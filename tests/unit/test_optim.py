@@ -147,7 +147,11 @@ def test_bf16_masters_learn_only_with_stochastic_rounding() -> None:
         for _ in range(20):
             p.grad = torch.full_like(p, 2**-8 / 10)
             optimizer.step()
-        assert optimizer.state[p]["momentum_buffer"].dtype == torch.bfloat16
+        assert set(optimizer.state[p]) == {"step"}  # no momentum, no sum
+        other = SGD([p], lr=0.0)
+        other.set_precision(torch.bfloat16, rounding)
+        other.step()
+        assert other.state[p]["momentum_buffer"].dtype == torch.bfloat16
         means[rounding] = float(p.float().mean())
     assert means["nearest"] == 1.0
     assert means["stochastic"] == pytest.approx(1.0 - 20 * 2**-8 / 10, rel=2e-4)
