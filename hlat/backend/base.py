@@ -37,8 +37,10 @@ class Backend(Protocol):
         """
         ...
 
-    def expect_graphs(self, reason: str) -> None:
-        """The next step differs from the ones before it on purpose: on lazy devices it compiles."""
+    def expect_graphs(self, reason: str, phase: str = "step") -> None:
+        """What comes next in a phase differs from what came before on purpose: on lazy devices it
+        compiles.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -58,7 +58,7 @@ class NativeBackend:
     def mark_step(self, phase: str = "step") -> None:
         """Nothing: this device runs operations as they come."""
 
-    def expect_graphs(self, reason: str) -> None:
+    def expect_graphs(self, reason: str, phase: str = "step") -> None:
         """Nothing: there are no graphs to count."""
 
     def synchronize(self) -> None:

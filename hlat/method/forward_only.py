@@ -252,6 +252,7 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
         self.mu, self.shared_z = mu, shared_z
         self.snapshot, self.compat, self.noise, self.restore = snapshot, compat, noise, restore
         self.anneal, self.anneal_every = anneal, anneal_every
+        self._rounds = 0  # of an anchor and its inner steps, since this process started
 
     def queries(self, recipe: Recipe, steps: int) -> int:
         """Two passes of the anchor's examples, or four of the global batch."""
@@ -285,6 +286,10 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
         )
 
     def _move(self, run: Run, closure: Closure) -> None:
+        if self._rounds < 2:  # the first anchor and the steps after it start from fresh tensors
+            for phase in ("step", "anchor"):
+                run.backend.expect_graphs("the first two rounds of anchor and inner steps", phase)
+        self._rounds += (run.step + 1) % self.anchor_every == 0
         self.optimizer.step(closure, lambda: self._anchor_loss(run))
 
 

@@ -59,10 +59,10 @@ class NxdBackend:
         if self.graphs is not None:
             self.graphs.look(phase)
 
-    def expect_graphs(self, reason: str) -> None:
+    def expect_graphs(self, reason: str, phase: str = "step") -> None:
         """Let the guard take the next compilations for what they are."""
         if self.graphs is not None:
-            self.graphs.expect("step", reason)
+            self.graphs.expect(phase, reason)
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""

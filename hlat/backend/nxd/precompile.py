@@ -77,5 +77,6 @@ def commands(
     if recipe.reduce.options.get("start_step", 0) > _EVERY:  # a reducer that is dense for so many steps
         short.append(f"reduce.start_step={_EVERY}")
     train = [tool, *launch, "-m", "hlat", "train", name, *overrides, *short]
-    stops = dict.fromkeys(min(stop, recipe.run.steps) for stop in _STOPS)
+    rounds = 2 * recipe.method.options.get("anchor_every", 0)  # a method with two kinds of steps
+    stops = dict.fromkeys(min(stop + rounds, recipe.run.steps) for stop in _STOPS)
     return [[*train, f"run.stop_at_step={stop}", "run.resume=auto"] for stop in stops]

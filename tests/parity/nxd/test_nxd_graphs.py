@@ -41,7 +41,7 @@ def test_no_graph_after_the_second_step(name: str, nxd_result: Callable) -> None
     counts, lines = found["counts"], found["lines"]
     steady = {"dp2-conef": [counts[1:5], counts[6:]], "dp2-mezo_svrg": [counts[5:]]}.get(name, [counts[1:]])
     assert len(counts) == 20 and all(len(set(part)) == 1 for part in steady), counts
-    assert found["unexpected"] == 0 and len(lines) >= 2
+    assert found["unexpected"] == 0 and len(lines) >= 2, lines
     if name == "dp2-conef":
         assert counts[5] > counts[4] and lines[-1].endswith("expected: the reducer compresses from here on")
 
