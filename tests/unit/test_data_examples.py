@@ -358,6 +358,10 @@ def test_text_is_no_record(examples, tmp_path) -> None:
         (['data.examples.labels={"0": a, "1": b}'], "there are labels but no label_field"),
         ([LABELLED[0], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
         (["data.examples.lable_field=n"], "did you mean 'label_field'?"),
+        (
+            [LABELLED[0], 'data.examples.labels={"0": 3, "1": b}'],
+            "data.examples.labels.0: expected a text, got 3",
+        ),
         (["data.document_mask=true"], "data.document_mask: each example has a row of its own"),
         (["data.tokenizer=train:bpe-300"], "data.tokenizer: a tokenizer is not trained on examples"),
         (["data.tokenizer=init"], "data.tokenizer: init is the tokenizer of init.from, which is not given"),
