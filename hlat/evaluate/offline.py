@@ -68,14 +68,23 @@ def docstring(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
     """Which of four docstrings belongs to a function, given its signature. The wrong ones are those of other
     held-out functions.
     """
-    documents = held_out_documents(holdout)
-    known = list(
-        dict.fromkeys(
-            pair for _mark, text in documents for pair in _functions(text) if 15 <= len(pair[1]) <= LONGEST_CHOICE
-        )
-    )
+    known = _documented(holdout)
     lines = sorted({line for _, line in known})
     return _dataset(_docstring_item(signature, line, lines) for signature, line in known)
+
+
+def function(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+    """Which of four functions a docstring belongs to: the same docstring after each signature."""
+    known = _documented(holdout)
+    signatures = [signature for signature, _ in known]
+    return _dataset(_function_item(signature, line, signatures) for signature, line in known)
+
+
+def _documented(holdout: float) -> list[tuple[str, str]]:
+    """(signature, first line of the docstring) of the held-out functions, each docstring once."""
+    pairs = [pair for _, text in held_out_documents(holdout) for pair in _functions(text)]
+    fitting = {line: signature for signature, line in reversed(pairs) if 15 <= len(line) <= LONGEST_CHOICE}
+    return [(signature, line) for line, signature in reversed(fitting.items())]
 
 
 def code_bits(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
@@ -159,6 +168,13 @@ def _docstring_item(signature: str, line: str, lines: list[str]) -> dict[str, An
     generator = random.Random(document_hash((signature + line).encode()))
     choices, answer = _choose(line, [other for other in lines if other != line], generator)
     return {"context": signature, "choices": [f'{choice}"""' for choice in choices], "answer": answer}
+
+
+def _function_item(signature: str, line: str, signatures: list[str]) -> dict[str, Any]:
+    generator = random.Random(document_hash((line + signature).encode()))
+    others = sorted({other for other in signatures if other != signature})
+    choices, answer = _choose(signature, others, generator)
+    return {"choices": choices, "answer": answer, "docstring": f'{line}"""'}
 
 
 def _nodes(text: str) -> Iterator[ast.AST]:

@@ -253,9 +253,11 @@ def _chances(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     for task, samples in results.get("samples", {}).items():
         kind = results["configs"][task].get("output_type")
         if kind == "multiple_choice":
-            counts = [len(sample["resps"]) for sample in samples]
+            # Mutual information asks for each choice twice: after the question, and by itself.
+            times = [2 if "acc_mutual_info" in sample["metrics"] else 1 for sample in samples]
+            counts = [len(s["resps"]) / n for s, n in zip(samples, times, strict=True)]
             level = sum(1 / count for count in counts) / len(counts)
-            levels[task] = {"acc": level, "acc_norm": level}
+            levels[task] = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info"), level)
         elif kind == "loglikelihood_rolling":
             levels[task] = {"bits_per_byte": 8.0}
     return levels
