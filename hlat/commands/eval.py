@@ -134,7 +134,9 @@ def _print(args: argparse.Namespace, target: Target, results: dict[str, Any]) ->
         evaluated = {*results["results"], *results.get("groups", {})}
         rows = reference_rows(sorted(evaluated))
         known = len(rows) > 1
-        print(f"published, in percent:\n\n{plain(rows)}\n" if known else "no published values for these tasks\n")
+        print(
+            f"published, in percent:\n\n{plain(rows)}\n" if known else "no published values for these tasks\n"
+        )
 
 
 def _write(args: argparse.Namespace, found: list[tuple[Target, dict[str, Any]]]) -> None:

@@ -193,9 +193,7 @@ def _lay_out(rows: Sequence[Row], count: int, length: int) -> Batch:
     return empty
 
 
-def _add_targets(
-    batch: Batch, number: int, request: Request, row: int, shared: int, branch: int
-) -> None:
+def _add_targets(batch: Batch, number: int, request: Request, row: int, shared: int, branch: int) -> None:
     """Note where a request's continuation is predicted: row starts at `row`, its branch at `branch` in it."""
     first = len(request.context) - 1
     for position, token in enumerate(request.continuation, first):

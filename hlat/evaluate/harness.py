@@ -87,6 +87,11 @@ class HarnessModel:
         """Ids of a text, with BOS where the `hf` model has it."""
         return self.codec.encode(string, add_special_tokens)
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Score]:
+        """Scores of (context, continuation), both texts."""
+        scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return scores
+
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Score]:
         """Scores of (texts, context ids, continuation ids)."""
         return self.team.score([self._fit(context, rest) for _, context, rest in requests], self.batch_size)

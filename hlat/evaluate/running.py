@@ -79,7 +79,11 @@ def load_tasks(selection: Selection) -> Loaded:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        manager = TaskManager(include_path=_folders(selection.include), metadata=_metadata(selection))
+        folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
+        # The harness reads thousands of files to know its own tasks: only where they are asked for.
+        manager = TaskManager(include_path=folders, include_defaults=False, **options)
+        if not all(_known(manager, name) for name in selection.tasks):
+            manager = TaskManager(include_path=folders, **options)
         for name in selection.tasks:
             _check_name(manager, name)
         if not selection.allow_code and (unsafe := _first_unsafe(manager, selection.tasks)):
@@ -174,7 +178,9 @@ def _quiet() -> Iterator[None]:
 def _folders(include: str | None) -> list[str]:
     """HLAT's own task files, and the user's, which may override them."""
     if include is not None and not Path(include).is_dir():
-        raise UserError("no such folder", where=f"--include-path {include}", fix="name a folder of task files")
+        raise UserError(
+            "no such folder", where=f"--include-path {include}", fix="name a folder of task files"
+        )
     return [str(TASKS), *([include] if include else [])]
 
 
@@ -182,8 +188,12 @@ def _metadata(selection: Selection) -> dict[str, Any]:
     return {"holdout": selection.holdout} if selection.holdout and selection.local else {}
 
 
+def _known(manager: Any, name: str) -> bool:
+    return name in manager.task_index or Path(name).expanduser().is_file()
+
+
 def _check_name(manager: Any, name: str) -> None:
-    if name in manager.all_tasks or Path(name).expanduser().is_file():
+    if _known(manager, name):
         return
     near = difflib.get_close_matches(name, manager.all_tasks, 1)
     raise UserError(

@@ -33,9 +33,7 @@ class Team:
         beat: called now and then while work goes on.
     """
 
-    def __init__(
-        self, live: LiveModel, codec: TextCodec, beat: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, live: LiveModel, codec: TextCodec, beat: Callable[[], None] = lambda: None) -> None:
         self.live, self.codec, self.beat = live, codec, beat
         backend = live.backend
         self._world, self._device = backend.groups.world, backend.device

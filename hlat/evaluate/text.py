@@ -29,9 +29,7 @@ class TextCodec:
         stop_ids: ids that end a text.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, folder: Any = None, stop_ids: Collection[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, folder: Any = None, stop_ids: Collection[int] = ()) -> None:
         if tokenizer.eos_id is None and not stop_ids:
             raise UserError(
                 "the tokenizer has no end-of-text token",

@@ -29,7 +29,11 @@ PROMPTS = [
     "Question: What is water made of?\nAnswer:",
     "Once upon a time there was a",
 ]
-CLOZE = [("The opposite of hot is", " cold"), ("Monday, Tuesday, Wednesday,", " Thursday"), ("1, 2, 3,", " 4")]
+CLOZE = [
+    ("The opposite of hot is", " cold"),
+    ("Monday, Tuesday, Wednesday,", " Thursday"),
+    ("1, 2, 3,", " 4"),
+]
 COMMON = {"test_split": "test", "target_delimiter": "", "num_fewshot": 0, "dataset_path": "json"}
 
 
@@ -100,27 +104,31 @@ def answers(results: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = 1e-4) -> list[str]:
-    """How two results differ: log-likelihoods by more than the tolerance; texts, greedy flags and accuracies
-    at all.
+def differences(
+    ours: dict[str, Any], theirs: dict[str, Any], exact: dict[str, Any], tolerance: float = 1e-4
+) -> list[str]:
+    """How two results differ: texts, greedy flags and accuracies at all; log-likelihoods by more than the
+    tolerance, unless ours is at least as near to the `exact` one as theirs is.
     """
     found = []
-    mine, other = answers(ours), answers(theirs)
+    mine, other, truth = answers(ours), answers(theirs), answers(exact)
     assert mine.keys() == other.keys()
     for task, responses in other.items():
         assert len(mine[task]) == len(responses) > 0
-        for number, (a, b) in enumerate(zip(mine[task], responses, strict=True)):
+        for number, (a, b, c) in enumerate(zip(mine[task], responses, truth[task], strict=True)):
+            nats = [x[0] if isinstance(x, tuple | list) else x for x in (a, b, c)]
             if isinstance(b, str):
                 same = a == b
-            elif isinstance(b, tuple | list):
-                same = abs(a[0] - b[0]) <= tolerance and a[1] == b[1]
             else:
-                same = abs(a - b) <= tolerance
+                near = abs(nats[0] - nats[1]) <= tolerance
+                same = near or abs(nats[0] - nats[2]) <= abs(nats[1] - nats[2])
+            if isinstance(b, tuple | list):
+                same = same and a[1] == b[1]
             if not same:
-                found.append(f"{task}[{number}]: {a!r} is not {b!r}")
+                found.append(f"{task}[{number}]: {a!r} is not {b!r} (exact: {c!r})")
     for task, values in theirs["results"].items():
         for key, value in values.items():
-            exact = key.partition(",")[0] in ("acc", "acc_norm", "exact_match")
-            if exact and ours["results"][task][key] != value:
+            exactly = key.partition(",")[0] in ("acc", "acc_norm", "exact_match")
+            if exactly and ours["results"][task][key] != value:
                 found.append(f"{task} {key}: {ours['results'][task][key]} is not {value}")
     return found
