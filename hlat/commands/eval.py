@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
-    from hlat.evaluate.job import Evaluation
     from hlat.evaluate.running import Selection
     from hlat.evaluate.target import Target
 

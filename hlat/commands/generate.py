@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=generation_stops(source.meta) | ({tokenizer.eos_id} - {None}),
+        stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
     )
     print(args.prompt, end="", flush=True)
     shown = printable if sys.stdout.isatty() else str

@@ -173,7 +173,7 @@ def _open_team(pretrained: str | Team, dtype: str, tokenizer: str | None, device
     import os
 
     from hlat.backend.native import NativeBackend
-    from hlat.evaluate.target import load_team, open_target, parse_dtype, parse_device
+    from hlat.evaluate.target import load_team, open_target, parse_device, parse_dtype
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fix = "use one process, or: torchrun … -m hlat eval"

@@ -244,7 +244,7 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def _add_bits_errors(results: dict[str, Any]) -> None:
-    """The standard error of bits per byte, a ratio of two sums (delta method), which the harness leaves out."""
+    """The standard error of bits per byte, a ratio of sums (delta method), which the harness leaves out."""
     for task, samples in results.get("samples", {}).items():
         pairs = [sample["bits_per_byte"] for sample in samples if "bits_per_byte" in sample]
         values = results["results"].get(task, {})

@@ -31,7 +31,7 @@ def draw(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.greedy:
         return logits.argmax(-1)
     probabilities = (logits / sampling.temperature).softmax(-1)
-    order = probabilities.argsort(-1, descending=True, stable=True)
+    order = probabilities.argsort(dim=-1, descending=True, stable=True)
     ranked = probabilities.gather(-1, order)
     if sampling.top_k is not None:
         ranked[:, sampling.top_k :] = 0

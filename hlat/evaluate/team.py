@@ -1,8 +1,8 @@
 """All ranks of an evaluation: the first one asks, every one works.
 
-Only the first rank knows tasks and texts. What it wants computed goes to all ranks as JSON; each replica takes
-its share of the batches, and the sums of what they found are on every rank. The others `serve` until they are
-dismissed. With one rank nothing is sent.
+Only the first rank knows tasks and texts. What it wants computed goes to all ranks as JSON; each replica
+takes its share of the batches, and the sums of what they found are on every rank. The others `serve` until
+they are dismissed. With one rank nothing is sent.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Team:
 
     def _generate(self, job: dict[str, Any]) -> list[list[int]]:
         prompts, options = job["prompts"], job["options"]
-        # -1 is no token; one more is added so that a sum over ranks keeps it apart.
+        # One more than each id, so that 0 is no token and ranks with nothing add nothing.
         made = torch.zeros(len(prompts), options["max_new_tokens"], dtype=torch.float64)
         for number, members in enumerate(job["batches"]):
             if number % self._replicas != self._replica:

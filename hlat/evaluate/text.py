@@ -1,8 +1,8 @@
 """Text to tokens and back, as the evaluation harness asks for it.
 
-An imported model gets what `AutoTokenizer` gives: special tokens in a text are recognised, BOS is added if the
-tokenizer's files say so, and an empty context is BOS (or EOS, where there is none). A model that HLAT trained
-has only ever seen documents that follow an EOS, so nothing is added and an empty context is EOS.
+An imported model gets what `AutoTokenizer` gives: special tokens in a text are recognised, BOS is added if
+the tokenizer's files say so, and an empty context is BOS (or EOS, where there is none). A model that HLAT
+trained has only ever seen documents that follow an EOS: nothing is added, and an empty context is EOS.
 """
 
 from __future__ import annotations

@@ -150,12 +150,14 @@ class Decoder(nn.Module):
         return (document_mask(documents_BS) if documents_BS is not None else None), None
 
     def new_cache(self, batch: int, length: int, starts_B: Tensor | None = None) -> KVCache:
-        """An empty cache of the layers and heads this model holds, for `batch` rows of at most `length` slots,
-        in the weights' dtype and device; `starts_B` as in `KVCache`.
+        """An empty cache of the layers and heads this model holds, in the weights' dtype and device.
+
+        Args:
+            batch: rows.
+            length: slots of each, at most.
+            starts_B: as in `KVCache`.
         """
-        weight = next(self.parameters())
-        size = self.config.head_dim
-        heads = [block.attention.k.weight.shape[0] // size for block in self.layers.values()]  # type: ignore[union-attr]
-        return KVCache(
-            self.layers, batch, length, heads[0], size, weight.dtype, weight.device, starts_B=starts_B
-        )
+        weight, size = next(self.parameters()), self.config.head_dim
+        first: Any = next(iter(self.layers.values()))
+        heads = first.attention.k.weight.shape[0] // size
+        return KVCache(self.layers, batch, length, heads, size, weight.dtype, weight.device, starts_B)

@@ -83,6 +83,8 @@ class Console:
         if row.get("kind") == "eval":
             self.progress.evaluated(row)
             self._event(_eval_text(row))
+        elif row.get("kind") == "tasks":
+            self._event(_tasks_text(row))
         elif row.get("kind") == "train":
             self.progress.train(row, now)
             if self.is_live:
@@ -279,6 +281,15 @@ def _eval_text(row: Mapping[str, Any]) -> str:
     text = f"held-out at step {int(row['step']):,}: loss {fixed(row.get('loss'))}"
     bits = row.get("bits_per_byte")
     return text if bits is None else f"{text}, {fixed(bits)} bits per byte"
+
+
+def _tasks_text(row: Mapping[str, Any]) -> str:
+    figures = [
+        f"{name.replace('/', ' ')} {fixed(value)}"
+        for name, value in row.items()
+        if "/" in name and not name.endswith("_stderr")
+    ]
+    return f"tasks at step {int(row['step']):,}: {', '.join(figures)}"
 
 
 def _without_control(text: Text) -> Text:

@@ -50,31 +50,49 @@ def render(runs: Sequence[Run], made: datetime | None = None) -> str:
 
 
 def make_charts(runs: Sequence[Run]) -> list[Chart]:
-    """The five plots, and one for each value an optimizer logs (`optim/…`). The x axis counts steps, or
+    """The five plots, one for each figure of a task (`<task>/<metric>`), and one for each value an optimizer
+    logs (`optim/…`). The x axis counts steps, or
     tokens when the runs' steps are not equally large.
     """
     sizes = [run.tokens_per_step for run in runs]
     by_tokens = min(sizes) > 0 and max(sizes) > 1.000001 * min(sizes)  # False where a size is not known
     x_title = "tokens" if by_tokens else "step"
 
-    def held_out_x(run: Run) -> Array:
-        return run.held_out["step"] * (run.tokens_per_step if by_tokens else 1)
+    def at(run: Run, steps: Array) -> Array:
+        return steps * (run.tokens_per_step if by_tokens else 1)
 
     loss = [_noisy(run, index, x_title, "loss") for index, run in enumerate(runs)]
     held_out = [
-        _clean(run, index, held_out_x(run), run.held_out.get("bits_per_byte"), dots=True)
+        _clean(run, index, at(run, run.held_out["step"]), run.held_out.get("bits_per_byte"), dots=True)
         for index, run in enumerate(runs)
     ]
     speed = [_noisy(run, index, x_title, "tokens_per_second") for index, run in enumerate(runs)]
     norms = [_noisy(run, index, x_title, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[x_title], run.train.get("lr")) for index, run in enumerate(runs)]
     learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
+    asked = dict.fromkeys(
+        name for run in runs for name in run.tasks if "/" in name and not name.endswith("_stderr")
+    )
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
     furthest = [_last(run.train[x_title]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
         Chart("held-out", "Held-out bits per byte", x_title, held_out, x_range=x_range),
+        *(
+            Chart(
+                name.replace("/", "-"),
+                f"Task {name.replace('/', ': ')}",
+                x_title,
+                [
+                    _clean(run, i, at(run, run.tasks["step"]), run.tasks.get(name), dots=True)
+                    for i, run in enumerate(runs)
+                    if "step" in run.tasks
+                ],
+                x_range=x_range,
+            )
+            for name in asked
+        ),
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
         Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),

@@ -31,6 +31,7 @@ from hlat.train import nxd
 from hlat.train.engine import Engine
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
+from hlat.train.tasks import refuse_tasks
 from hlat.train.weights import build_weights, flat_buckets
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what cannot be done here, rather than ignore it."""
     if recipe.backend == "nxd":
         nxd.check(recipe)
+    refuse_tasks(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:

@@ -1,4 +1,4 @@
-"""`hlat eval` gives what the harness's own `hf` model gives: log-likelihoods, accuracies, texts, in every layout."""
+"""`hlat eval` gives what the harness's own `hf` model gives, in every layout: log-likelihoods, texts, scores."""
 
 from __future__ import annotations
 

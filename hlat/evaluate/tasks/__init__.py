@@ -1,1 +1,1 @@
-"""Tasks of HLAT's own, as the evaluation harness describes tasks: `lm_eval --include_path` takes this folder."""
+"""HLAT's own tasks, in the files of the evaluation harness: `lm_eval --include_path` takes this folder."""
