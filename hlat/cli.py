@@ -17,6 +17,8 @@ VERBS = {
     "data": "train tokenizers, tokenize text, inspect tokenized folders",
     "generate": "continue a prompt with a trained model",
     "convert": "to and from Hugging Face, from GGUF",
+    "eval": "evaluate a run, a checkpoint or a Hugging Face folder",
+    "compare": "evaluate several models on the same questions: differences and their significance",
     "sweep": "train every combination of some values, compare the results",
     "report": "draw one or several runs into an HTML file",
     "doctor": "check this machine, and print the lines that repair it",

@@ -325,12 +325,16 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    """Evaluation on the held-out documents."""
+    """Evaluation on the held-out documents, and of tasks, during a run."""
 
     every: NonNegative = 0
     """Evaluate every so many steps; 0: only at the end."""
     batches: Positive = 16
     """Batches of micro_batch rows an evaluation reads at most."""
+    tasks: tuple[Text, ...] = ()
+    """Tasks of the evaluation harness to run each time too (extra eval), such as hlat-offline."""
+    limit: Positive | None = None
+    """Questions of each task at most; null: all."""
 
 
 class LogSection(Section):

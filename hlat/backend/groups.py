@@ -94,6 +94,12 @@ class Group:
             return _Done()
         return _pending(_all_gather(flat, shard, group=self.handle, async_op=True))
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Fill a tensor with that of the group's first rank, in place; returns it."""
+        if self.handle is not None:
+            dist.broadcast(tensor, self.ranks[0], group=self.handle)
+        return tensor
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, stacked along a new first dimension in order of rank."""
         out = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)

@@ -128,29 +128,57 @@ def _bytes_backend() -> Any:
     return backend
 
 
-def prompt_ids(folder: Path, text: str) -> list[int]:
-    """Ids of a prompt as `AutoTokenizer` gives them for an imported model: special tokens in the text are
-    recognised, and BOS is added if the tokenizer's files say so.
+class PromptEncoder:
+    """Encodes text as `AutoTokenizer` does for an imported model: special tokens in the text are recognised,
+    and BOS is added if the tokenizer's files say so.
 
     Args:
         folder: holds tokenizer.json or tokenizer.model, and perhaps tokenizer_config.json.
     """
-    from hlat.data.tokenizer import load_tokenizer
 
-    raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) if (folder / _CONFIG).is_file() else {}
-    add_bos = raw.get("add_bos_token")
-    tokenizer = load_tokenizer(folder)
-    bos = tokenizer.bos_id
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer as Backend
+    def __init__(self, folder: str | Path) -> None:
+        from hlat.data.tokenizer import load_tokenizer
 
-        ids: list[int] = Backend.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    else:
-        ids = tokenizer.encode(text)
-        add_bos = True if add_bos is None else add_bos  # LlamaTokenizer's default
-    if bos is None or add_bos is None:
-        return ids
-    has_bos = ids[:1] == [bos]
-    if add_bos and not has_bos:
-        return [bos, *ids]
-    return ids[1:] if has_bos and not add_bos else ids
+        folder = Path(folder)
+        path = folder / _CONFIG
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._add_bos: bool | None = raw.get("add_bos_token")
+        tokenizer = load_tokenizer(folder)
+        self._bos, self._backend = tokenizer.bos_id, None
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer as Backend
+
+            self._backend = Backend.from_file(str(folder / "tokenizer.json"))
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        else:
+            self._plain = tokenizer.encode
+            self._add_bos = True if self._add_bos is None else self._add_bos  # LlamaTokenizer's default
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text; without `special` nothing is added to what the text itself holds."""
+        if self._backend is not None:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+        else:
+            ids = self._plain(text)
+        if self._bos is None or self._add_bos is None or not special:
+            return ids
+        has_bos = ids[:1] == [self._bos]
+        if self._add_bos and not has_bos:
+            return [self._bos, *ids]
+        return ids[1:] if has_bos and not self._add_bos else ids
+
+
+def prompt_ids(folder: Path, text: str) -> list[int]:
+    """Ids of one prompt; `PromptEncoder` says how."""
+    return PromptEncoder(folder).encode(text)
+
+
+def generation_stops(meta: dict[str, Any]) -> set[int]:
+    """End-of-text ids that an imported model's files name; `meta` is a checkpoint's."""
+    kept: dict[str, Any] = meta.get("huggingface", {})
+    ids: set[int | None] = set()
+    for part in ("config", "generation_config"):
+        value = kept.get(part, {}).get("eos_token_id")
+        ids |= set(value) if isinstance(value, list) else {value}
+    return {index for index in ids if index is not None}

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
-
-if TYPE_CHECKING:
-    from hlat.checkpoint.weights import WeightSource
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hlat.checkpoint.hf_config import DTYPES
-    from hlat.checkpoint.hf_tokenizer import prompt_ids
+    from hlat.checkpoint.hf_tokenizer import generation_stops, prompt_ids
     from hlat.checkpoint.weights import load_model, open_weights, source_tokenizer
     from hlat.evaluate.generate import generate, stream_text
     from hlat.observe.text import printable
@@ -63,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=stop_ids(source, tokenizer.eos_id),
+        stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
     )
     print(args.prompt, end="", flush=True)
     shown = printable if sys.stdout.isatty() else str
@@ -71,16 +67,6 @@ def main(args: argparse.Namespace) -> int:
         print(shown(piece), end="", flush=True)
     print()
     return 0
-
-
-def stop_ids(source: WeightSource, eos_id: int | None) -> set[int]:
-    """End-of-text ids: the tokenizer's, and those that an imported model's files name."""
-    kept: dict[str, Any] = source.meta.get("huggingface", {})
-    named = [kept.get(part, {}).get("eos_token_id") for part in ("config", "generation_config")]
-    ids = {eos_id}
-    for value in named:
-        ids |= set(value) if isinstance(value, list) else {value}
-    return {index for index in ids if index is not None}
 
 
 def _check(args: argparse.Namespace) -> None:

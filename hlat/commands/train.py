@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if getattr(args, "precompile", False):
         return _precompile(args)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; read when torch imports tqdm
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -247,6 +248,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
     run = build_run(recipe, data, backend, compiled=compiled, initial=initial)
     cluster.note_groups()
+    tasks = _tasks(run, job)
     job.watchdog.beat(0, "restoring")
     if saved is not None:
         saves.restore(run, saved)
@@ -260,6 +262,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         on_checkpoint,
         cluster=cluster,
         watchdog=job.watchdog,
+        tasks=tasks,
     )
     try:
         try:
@@ -313,6 +316,16 @@ def _metrics(
         ),
         peak_flops=peak.flops * run.backend.world if peak else None,
     )
+
+
+def _tasks(run: Any, job: Job) -> Any:
+    """What runs the tasks of `eval.tasks`; None without any."""
+    if not run.recipe.eval.tasks:
+        return None
+    from hlat.train.tasks import TaskEvaluation
+
+    job.watchdog.beat(0, "reading tasks", patient=True)
+    return TaskEvaluation(run, lambda: job.watchdog.beat(run.step, "evaluation", patient=True))
 
 
 def _process_group(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hlat.errors import UserError
+from hlat.evaluate.sampling import Sampling, draw
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -22,18 +23,7 @@ def sample(
 
     top_k keeps the k most likely ids, top_p then the fewest of them whose probability reaches p.
     """
-    logits = logits_V.float()
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities = (logits / temperature).softmax(-1)
-    order = probabilities.argsort(descending=True, stable=True)
-    ranked = probabilities[order]
-    if top_k is not None:
-        ranked[top_k:] = 0
-    if top_p is not None:
-        ranked = ranked / ranked.sum()
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-    return order[torch.multinomial(ranked, 1, generator=generator)]
+    return draw(logits_V[None], Sampling(temperature, top_k, top_p, generator))
 
 
 @torch.no_grad()

@@ -1,22 +1,23 @@
-"""Held-out loss: nats per token, and bits per byte of text, which compares models whose tokenizers differ."""
+"""Held-out loss: nats per token, and bits per byte of text, which compares models whose tokenizers differ.
+
+There is one way to compute it: the loss of training, summed over batches without gradients.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from hlat.objective.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
     from hlat.model.decoder import Decoder
-
-CHUNK = 4096
-"""Tokens whose fp32 logits are held at a time (4096 · 32000 · 4 bytes = 0.5 GB)."""
 
 
 @dataclass(frozen=True)
@@ -47,43 +48,48 @@ class Score:
         return math.exp(self.loss)
 
 
-def total_nats(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Sum of cross-entropy over all targets that are not -100: a scalar, fp64 where the device has it.
-
-    Logits are made in the weights' dtype, and their log-softmax in fp32, `chunk` tokens at a time.
-    """
-    hidden = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-    targets = targets_BS.reshape(-1)
-    wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
-    total = torch.zeros((), dtype=wide, device=hidden.device)
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        losses = F.cross_entropy(F.linear(h, head_VD).float(), t, ignore_index=-100, reduction="none")
-        total += losses.to(wide).sum()
-    return total
-
-
 @torch.no_grad()
+def sum_losses(
+    batches: Iterable[Batch],
+    loss: Callable[[Batch, Tensor], Tensor],
+    device: torch.device,
+    after: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Nats, () in fp64 where the device has it, and targets, int64 (), of all batches, on the device; nothing
+    is read back to the host.
+
+    Args:
+        batches: each moved to the device here.
+        loss: `loss(batch, denominator)`, fp32 (): the summed loss of a batch over the denominator.
+        after: called after each batch.
+    """
+    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    one = torch.ones((), device=device)
+    nats = torch.zeros((), dtype=wide, device=device)
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        nats += loss(batch, one).to(wide)
+        tokens += batch.targets_count()
+        after()
+    return nats, tokens
+
+
 def bits_per_byte(model: Decoder, batches: Iterable[Batch], text_bytes: float = 0.0) -> Score:
     """The model's score on held-out batches.
 
     Args:
         model: a whole model (its head on this process).
-        batches: each moved to the model's device here. Nothing is read back to the host before the last one.
         text_bytes: UTF-8 bytes of the text all batches' targets stand for; with 0 only `loss` is defined.
 
     The model's training mode is kept as it is: the decoder has no dropout.
     """
     if model.head is None:
         raise ValueError("bits_per_byte needs the stage that holds the head")
-    weight = model.head.weight
-    nats: Tensor | None = None
-    tokens: Tensor | None = None
-    for batch in batches:
-        batch = batch.to(weight.device)
-        hidden = model.hidden(batch.ids, batch.positions, batch.documents)
-        part, count = total_nats(hidden, weight, batch.targets), (batch.targets != -100).sum()
-        nats = part if nats is None else nats + part
-        tokens = count if tokens is None else tokens + count
-    if nats is None or tokens is None:
-        return Score(0.0, 0, text_bytes)
+    objective = CausalLM()
+    nats, tokens = sum_losses(
+        batches,
+        lambda batch, one: objective.loss(model, batch, one),  # type: ignore[arg-type]
+        model.head.weight.device,
+    )
     return Score(float(nats), int(tokens), text_bytes)

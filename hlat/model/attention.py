@@ -7,6 +7,7 @@ of heads is read from the tensors, so a rank that holds a part of the heads runs
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,19 @@ class Mask(NamedTuple):
 
     allowed: Tensor
     documents: Tensor | None = None
+
+
+def branch_mask(branches_BS: Tensor) -> Mask:
+    """Causal attention of a shared beginning and the branches that continue it, side by side in one row.
+
+    branches_BS: int (B, S), 0 = the beginning, other numbers = branches; a branch sees the beginning and
+    itself.
+    """
+    S = branches_BS.shape[1]
+    keys = branches_BS[:, None, :]
+    same = (branches_BS[:, :, None] == keys) | (keys == 0)
+    causal = torch.ones(S, S, dtype=torch.bool, device=branches_BS.device).tril()
+    return Mask((same & causal)[:, None])
 
 
 def document_mask(documents_BS: Tensor) -> Mask:
@@ -56,36 +70,52 @@ class KVCache:
     """Static key/value cache for generation: shapes never change, so a compiled or traced step is reused for
     every token.
 
-    All rows of a batch share their positions.
+    The rows of a batch are fed in the same slots. Rows of different length are padded on the left: `starts_B`
+    says in which slot each one begins.
 
     Args:
-        layers, kv_heads, head_dim: of the model.
-        batch, length: B and T, the most positions that will be fed.
+        layers: names of the layers, as in `Decoder.layers`.
+        batch, length: B and T, the most slots that will be fed.
+        kv_heads, head_dim: of this process's part of a layer.
+        starts_B: int64 (B,); None = all rows begin in slot 0.
     """
 
     def __init__(
         self,
-        layers: int,
+        layers: Iterable[str],
         batch: int,
         length: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        starts_B: Tensor | None = None,
     ) -> None:
         shape = (batch, length, kv_heads, head_dim)
-        self.length = length
+        self.length, self.starts_B = length, starts_B
         self.layers = {
-            str(i): LayerCache(
+            name: LayerCache(
                 torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
             )
-            for i in range(layers)
+            for name in layers
         }
 
-    def mask(self, positions_BS: Tensor) -> Mask:
-        """A query at position p sees the keys at positions 0 … p."""
-        keys_T = torch.arange(self.length, device=positions_BS.device)
-        return Mask((keys_T[None, None, :] <= positions_BS[:1, :, None])[:, None])
+    def positions(self, slots_BS: Tensor) -> Tensor:
+        """Positions for RoPE of what is fed in these slots: counted from each row's start, 0 before it."""
+        if self.starts_B is None:
+            return slots_BS
+        return (slots_BS - self.starts_B[:, None]).clamp(min=0)
+
+    def mask(self, slots_BS: Tensor) -> Mask:
+        """A query in slot p sees the keys in the slots from its row's start to p. Padding sees padding: a
+        query without any key would give NaN, which spreads.
+        """
+        keys_T = torch.arange(self.length, device=slots_BS.device)
+        causal = keys_T <= slots_BS[:1, :, None]
+        if self.starts_B is None:
+            return Mask(causal[:, None])
+        starts = self.starts_B[:, None, None]
+        return Mask((causal & ((keys_T >= starts) | (slots_BS[:1, :, None] < starts)))[:, None])
 
 
 def plain_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask | None) -> Tensor:

@@ -102,6 +102,7 @@ class Decoder(nn.Module):
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """States after the final norm, (B, S, D) in the weights' dtype.
 
@@ -110,10 +111,17 @@ class Decoder(nn.Module):
                 before.
             positions_BS: int64 positions for RoPE, each below max_seq_len; None = 0, 1, 2, …
             documents_BS: int32 numbers; attention stays causal within equal numbers. None = plain causal.
-            cache: keys and values of earlier calls. Then positions_BS is required, shared by all rows, and
-                documents_BS must be None.
+            cache: keys and values of earlier calls. Then positions_BS are slots of the cache and required,
+                shared by all rows, and documents_BS must be None.
+            mask: another mask than these; neither documents_BS nor cache may be given then.
         """
-        mask, slots_S = self._mask(positions_BS, documents_BS, cache)
+        slots_S: Tensor | None = None
+        if mask is None:
+            mask, slots_S = self._mask(positions_BS, documents_BS, cache)
+        elif cache is not None or documents_BS is not None:
+            raise ValueError("a mask does not go with a cache or with documents_BS")
+        if cache is not None and positions_BS is not None:
+            positions_BS = cache.positions(positions_BS)
         rope = self.rope(positions_BS)
         x_BSD = self.embed(ids_BS) if self.embed is not None else ids_BS
         for name, block in self.layers.items():
@@ -144,10 +152,15 @@ class Decoder(nn.Module):
             return cache.mask(positions_BS), positions_BS[0]
         return (document_mask(documents_BS) if documents_BS is not None else None), None
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` positions, in the weights' dtype and device."""
-        weight = next(self.parameters())
-        config = self.config
-        return KVCache(
-            config.layers, batch, length, config.kv_heads, config.head_dim, weight.dtype, weight.device
-        )
+    def new_cache(self, batch: int, length: int, starts_B: Tensor | None = None) -> KVCache:
+        """An empty cache of the layers and heads this model holds, in the weights' dtype and device.
+
+        Args:
+            batch: rows.
+            length: slots of each, at most.
+            starts_B: as in `KVCache`.
+        """
+        weight, size = next(self.parameters()), self.config.head_dim
+        first: Any = next(iter(self.layers.values()))
+        heads = first.attention.k.weight.shape[0] // size
+        return KVCache(self.layers, batch, length, heads, size, weight.dtype, weight.device, starts_B)

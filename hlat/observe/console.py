@@ -83,6 +83,8 @@ class Console:
         if row.get("kind") == "eval":
             self.progress.evaluated(row)
             self._event(_eval_text(row))
+        elif row.get("kind") == "tasks":
+            self._event(_tasks_text(row))
         elif row.get("kind") == "train":
             self.progress.train(row, now)
             if self.is_live:
@@ -288,6 +290,15 @@ def _held_out_text(row: Mapping[str, Any]) -> str:
     if row.get("accuracy") is not None:
         return f"{percent(row['accuracy'])} right"
     return f"{fixed(row.get('bits_per_byte'))} bits/byte"
+
+
+def _tasks_text(row: Mapping[str, Any]) -> str:
+    figures = [
+        f"{name.replace('/', ' ')} {fixed(value)}"
+        for name, value in row.items()
+        if "/" in name and not name.endswith("_stderr")
+    ]
+    return f"tasks at step {int(row['step']):,}: {', '.join(figures)}"
 
 
 def _without_control(text: Text) -> Text:

@@ -143,10 +143,12 @@ class MetricBuffer:
         self._send(rows)
         return rows
 
-    def eval(self, step: int, values: Mapping[str, Any]) -> Row:
-        """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) after the training rows so far."""
+    def eval(self, step: int, values: Mapping[str, Any], kind: str = "eval") -> Row:
+        """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) or `tasks` (`<task>/<metric>`)
+        after the training rows so far.
+        """
         self.flush()
-        row: Row = finite({"kind": "eval", "step": step, **values})
+        row: Row = finite({"kind": kind, "step": step, **values})
         self._send([row])
         return row
 

@@ -55,8 +55,9 @@ def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -
 
 
 def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
-    """The plots of every run, and one for each value an optimizer logs (`optim/…`). The x axis counts what
-    `x` says; auto: steps, or tokens when the runs' steps are not equally large.
+    """The plots of every run, one for each figure of a task (`<task>/<metric>`), and one for each value an
+    optimizer logs (`optim/…`). The x axis counts what `x` says; auto: steps, or tokens when the runs' steps
+    are not equally large.
     """
     x_title = _x_axis(runs) if x == "auto" else x
     field = _FIELDS.get(x_title, x_title)
@@ -65,29 +66,44 @@ def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
             what = f"its metrics have no {field!r}: it was trained by an older version"
             raise UserError(what, where=f"--x {x}: {run.path}", fix="write --x step")
 
-    def held_out_x(run: Run) -> Array:
-        return np.interp(run.held_out["step"], run.train["step"], run.train[field])
+    def at(run: Run, steps: Array) -> Array:
+        return np.interp(steps, run.train["step"], run.train[field])
 
-    loss = [_noisy(run, index, field, "loss") for index, run in enumerate(runs)]
-
-    def held_out(name: str) -> list[Series]:
+    def dots(name: str, rows: str) -> list[Series]:
+        """A figure of evaluations: `rows` is held_out or tasks."""
+        found = [(run, index, getattr(run, rows)) for index, run in enumerate(runs)]
         return [
-            _clean(run, index, held_out_x(run), run.held_out.get(name), dots=True)
-            for index, run in enumerate(runs)
+            _clean(run, index, at(run, own["step"]), own.get(name), dots=True)
+            for run, index, own in found
+            if "step" in own
         ]
 
+    loss = [_noisy(run, index, field, "loss") for index, run in enumerate(runs)]
     speed = [_noisy(run, index, field, "tokens_per_second") for index, run in enumerate(runs)]
     norms = [_noisy(run, index, field, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[field], run.train.get("lr")) for index, run in enumerate(runs)]
     learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
+    asked = dict.fromkeys(
+        name for run in runs for name in run.tasks if "/" in name and not name.endswith("_stderr")
+    )
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
     furthest = [_last(run.train[field]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
         *(
-            Chart(key, f"Held-out {title}", x_title, held_out(name), x_range=x_range)
+            Chart(key, f"Held-out {title}", x_title, dots(name, "held_out"), x_range=x_range)
             for key, name, title in _held_out_figures(runs)
+        ),
+        *(
+            Chart(
+                name.replace("/", "-"),
+                f"Task {name.replace('/', ': ')}",
+                x_title,
+                dots(name, "tasks"),
+                x_range=x_range,
+            )
+            for name in asked
         ),
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),

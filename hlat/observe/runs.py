@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `train` and `held_out` map a field to an array, one element a row, NaN where it has none."""
+    """One run. `train`, `held_out` and `tasks` map a field to an array, one element a row, NaN where it has
+    none.
+    """
 
     name: str
     path: Path
@@ -28,6 +30,7 @@ class Run:
     held_out: Mapping[str, Array]
     recipe: Mapping[str, Any]
     starts: list[dict[str, Any]]
+    tasks: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> float:
@@ -45,10 +48,7 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
     """Runs from their folders, with names that differ. Raises UserError for a missing or empty run."""
     runs = [load_run(path) for path in paths]
     names = _distinct_names([run.path for run in runs])
-    return [
-        Run(name, run.path, run.train, run.held_out, run.recipe, run.starts)
-        for name, run in zip(names, runs, strict=True)
-    ]
+    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
 
 
 def load_run(path: Path) -> Run:
@@ -59,7 +59,7 @@ def load_run(path: Path) -> Run:
     if not folder.metrics.is_file():
         fix = "give the folder that holds it (run.dir of a training run)"
         raise UserError("not a run folder: it has no metrics.jsonl", where=str(path), fix=fix)
-    rows: dict[str, dict[float, Row]] = {"train": {}, "eval": {}}
+    rows: dict[str, dict[float, Row]] = {"train": {}, "eval": {}, "tasks": {}}
     try:
         for row in read_rows(folder.metrics):
             step, kind = row.get("step"), row.get("kind")
@@ -78,6 +78,7 @@ def load_run(path: Path) -> Run:
         held_out=_columns(rows["eval"], ("step",)),
         recipe=_flat_recipe(folder.resolved),
         starts=folder.starts(),
+        tasks=_columns(rows["tasks"], ("step",)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hlat.backend.precision import DTYPES
-from hlat.evaluate.perplexity import Score
+from hlat.evaluate.perplexity import Score, sum_losses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,22 +42,19 @@ def evaluate(run: Run) -> dict[str, Any]:
     them in turn; one without a batch in the last round waits for the others.
     """
     data, size, count = run.data, run.recipe.data.micro_batch, run.recipe.eval.batches
-    device, layout, place = run.backend.device, run.backend.layout, run.backend.place
-    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-    one = torch.ones((), device=device)
-    total = torch.zeros((), dtype=wide, device=device)
-    tokens = torch.zeros((), dtype=torch.int64, device=device)
+    layout, place = run.backend.layout, run.backend.place
+    turns = enumerate(data.holdout_batches(size, count))
+    own = (batch for number, batch in turns if number % layout.dp == place.dp)
     counts = hasattr(run.objective, "start_counting")
     if counts:
-        run.objective.start_counting(device)
+        run.objective.start_counting(run.backend.device)
     with eval_mode(run.model):
-        for number, batch in enumerate(data.holdout_batches(size, count)):
-            if number % layout.dp != place.dp:
-                continue
-            batch = batch.to(device)
-            total += run.engine.forward([batch], one).to(wide)
-            tokens += batch.targets_count()
-            run.backend.mark_step("eval")
+        total, tokens = sum_losses(
+            own,
+            lambda batch, one: run.engine.forward([batch], one),
+            run.backend.device,
+            lambda: run.backend.mark_step("eval"),
+        )
     # The loss is there once for each tensor-parallel rank of the last stage, the batch on every rank.
     total, tokens = total * (place.tp == 0), tokens * (place.tp == place.pp == 0)
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)

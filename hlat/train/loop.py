@@ -93,6 +93,7 @@ class Loop:
         on_checkpoint: told of a checkpoint's step once it is complete.
         cluster: the ranks that train together; each of them runs a loop.
         watchdog: told where the loop is.
+        tasks: runs the tasks of `eval.tasks`; returns their figures on the first rank.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class Loop:
         *,
         cluster: Cluster | None = None,
         watchdog: Watchdog | None = None,
+        tasks: Callable[[], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.run, self.metrics, self.saves = run, metrics, saves
         self.on_checkpoint = on_checkpoint
+        self.tasks = tasks
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
@@ -176,12 +179,19 @@ class Loop:
         self.cluster.shorten_timeouts(seconds + _MARGIN)
 
     def evaluate(self) -> None:
-        """Held-out loss at this step. Comes before the checkpoint, so that its row survives a resume."""
+        """Held-out loss and tasks at this step. Before the checkpoint, so that their rows survive a resume."""
         if self.run.data.holdout.documents:
             self.watchdog.beat(self.run.step, "evaluation")
             with self.metrics.paused():
                 self.held_out = evaluate(self.run)
             self.metrics.eval(self.run.step, self.held_out)
+        if self.tasks is not None:
+            self.watchdog.beat(self.run.step, "evaluation", patient=True)
+            with self.metrics.paused():
+                figures = self.tasks()
+            if figures is not None:
+                tokens = self.run.step * self.run.recipe.tokens_per_step
+                self.metrics.eval(self.run.step, {"tokens": tokens, **figures}, kind="tasks")
 
     def save(self, wait: bool = False) -> None:
         """Save this step's state, once; `wait` until it is complete on the disk."""

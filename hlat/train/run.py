@@ -28,6 +28,7 @@ from hlat.train.engine import Engine, compile_parts
 from hlat.train.nxd import NxdAssembly
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
+from hlat.train.tasks import refuse_tasks
 from hlat.train.update import needs_backward, schedule_of
 from hlat.train.weights import Initial, initial_values
 
@@ -225,6 +226,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what cannot be done here, rather than ignore it."""
     _ASSEMBLIES[recipe.backend].check(recipe)
     getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
+    refuse_tasks(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)
         if needs is None:

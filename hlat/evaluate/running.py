@@ -1,0 +1,273 @@
+"""Running the harness's tasks on a team: which there are, which may run, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hlat.errors import UserError
+from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
+
+if TYPE_CHECKING:
+    from hlat.evaluate.team import Team
+
+TASKS = Path(__file__).with_name("tasks")
+OWN = "hlat-"
+PAPER = "hlat-paper"
+ALLOW_CODE = "--allow-code-execution"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to evaluate.
+
+    tasks: names of tasks, groups and tags, or paths of task files.
+    num_fewshot: examples before each question; None = as each task says.
+    limit: questions of each task at most.
+    include: folder of more task files.
+    allow_code: whether tasks may run code that the model wrote.
+    holdout: fraction of the documents that HLAT's own tasks ask about.
+    """
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    include: str | None = None
+    allow_code: bool = False
+    holdout: float | None = None
+    batch_size: int = BATCH_SIZE
+
+    @property
+    def local(self) -> bool:
+        """Whether HLAT's own local tasks alone are asked for."""
+        return all(name.startswith(OWN) and name != PAPER for name in self.tasks)
+
+
+@dataclass
+class Loaded:
+    """Tasks with their questions, as the harness's objects."""
+
+    selection: Selection
+    objects: list[Any]
+    manager: Any
+
+
+def go_offline(selection: Selection) -> None:
+    """Keep the libraries of the hub off the network where local tasks alone are asked for. They read this
+    when they are imported.
+    """
+    if selection.local:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+def load_tasks(selection: Selection) -> Loaded:
+    """Find the tasks and read their questions.
+
+    Raises UserError: no harness, an unknown task (with the nearest name), a task that runs generated code
+    without leave, questions that cannot be read, a task without questions.
+    """
+    go_offline(selection)
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
+        # The harness reads thousands of files to know its own tasks: only where they are asked for.
+        manager = TaskManager(include_path=folders, include_defaults=False, **options)
+        if not all(_known(manager, name) for name in selection.tasks):
+            manager = TaskManager(include_path=folders, **options)
+        for name in selection.tasks:
+            _check_name(manager, name)
+        if not selection.allow_code and (unsafe := _first_unsafe(manager, selection.tasks)):
+            raise UserError(
+                f"task '{unsafe}' runs code that the model writes",
+                where="--tasks",
+                fix=f"add {ALLOW_CODE} (in a container you can lose), or leave the task out",
+            )
+        if selection.allow_code:
+            os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
+        objects = [item for name in selection.tasks for item in _load(manager, name)]
+    return Loaded(selection, objects, manager)
+
+
+def run_tasks(team: Team, loaded: Loaded, bootstrap: int = 1000) -> dict[str, Any]:
+    """Evaluate; only the first rank of a team calls it, while the others serve.
+
+    Args:
+        bootstrap: resamples for the standard error of metrics that are no means.
+
+    Returns:
+        What the harness's `simple_evaluate` returns, with `samples`, and beside it `hlat`: notes on what was
+        cut, and the level of chance of each task that has one.
+    """
+    from lm_eval import simple_evaluate
+
+    selection = loaded.selection
+    model = lm_class()(pretrained=team, batch_size=selection.batch_size)
+    with _quiet(), same_random_state():
+        results: dict[str, Any] = simple_evaluate(
+            model=model,
+            tasks=list(loaded.objects),
+            num_fewshot=selection.num_fewshot,
+            batch_size=selection.batch_size,
+            limit=selection.limit,
+            task_manager=loaded.manager,
+            bootstrap_iters=bootstrap,
+            confirm_run_unsafe_code=selection.allow_code,
+            log_samples=True,
+        )
+    results["config"]["model"] = "hlat"
+    _add_bits_errors(results)
+    results["hlat"] = {"notes": dict(model.notes), "chance": _chances(results)}
+    return results
+
+
+def numbers(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Task or group -> metric -> (value, standard error or None), out of the harness's results."""
+    table: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for task, values in {**results.get("results", {}), **results.get("groups", {})}.items():
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            known = isinstance(error, int | float) and math.isfinite(error)
+            table.setdefault(task, {})[name] = float(value), float(error) if known else None
+    return table
+
+
+@contextlib.contextmanager
+def same_random_state() -> Iterator[None]:
+    """Put Python's, numpy's and torch's generators back: the harness seeds them."""
+    import numpy as np
+    import torch
+
+    former = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(former[0])
+        np.random.set_state(former[1])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's log: what matters is in the results, or becomes an error."""
+    logger = logging.getLogger("lm_eval")
+    former, disabled = logger.level, logging.root.manager.disable
+    logger.setLevel(logging.CRITICAL)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
+        logging.disable(disabled)
+
+
+def _folders(include: str | None) -> list[str]:
+    """HLAT's own task files, and the user's, which may override them."""
+    if include is not None and not Path(include).is_dir():
+        raise UserError(
+            "no such folder", where=f"--include-path {include}", fix="name a folder of task files"
+        )
+    return [str(TASKS), *([include] if include else [])]
+
+
+def _metadata(selection: Selection) -> dict[str, Any]:
+    return {"holdout": selection.holdout} if selection.holdout and selection.local else {}
+
+
+def _known(manager: Any, name: str) -> bool:
+    return name in manager.task_index or Path(name).expanduser().is_file()
+
+
+def _check_name(manager: Any, name: str) -> None:
+    if _known(manager, name):
+        return
+    near = difflib.get_close_matches(name, manager.all_tasks, 1)
+    raise UserError(
+        f"unknown task '{name}'",
+        where="--tasks",
+        fix=f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists the harness's tasks",
+    )
+
+
+def _first_unsafe(manager: Any, names: Sequence[str]) -> str | None:
+    """The first task marked as running generated code, found without loading any (loading may run code)."""
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop(0)
+        entry = manager.task_index.get(name)
+        if name in seen or entry is None:
+            continue
+        seen.add(name)
+        config = entry.cfg or {}
+        if config.get("unsafe_code"):
+            return name
+        members = config.get("task")
+        if isinstance(members, list):
+            waiting += [m if isinstance(m, str) else str(m.get("task", m.get("group"))) for m in members]
+        if entry.yaml_path is None:  # a tag
+            waiting += sorted(entry.tags)
+    return None
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The harness's objects for one name: a group, a task, or the tasks of a tag."""
+    try:
+        found = manager.load([name])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a data set's reader, the network or a task file throws
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the questions of task '{name}' cannot be read ({reason})",
+            where="--tasks",
+            fix="check its file, or the network for data sets that lie on a hub",
+        ) from error
+    for task in found["tasks"].values():
+        if not len(task.eval_docs):
+            raise UserError(f"task '{task.task_name}' has no question: its file is empty", where="--tasks")
+    groups = found.get("groups", {})
+    return [groups[name]] if name in groups else list(found["tasks"].values())
+
+
+def _add_bits_errors(results: dict[str, Any]) -> None:
+    """The standard error of bits per byte, a ratio of sums (delta method), which the harness leaves out."""
+    for task, samples in results.get("samples", {}).items():
+        pairs = [sample["bits_per_byte"] for sample in samples if "bits_per_byte" in sample]
+        values = results["results"].get(task, {})
+        if len(pairs) < 2 or "bits_per_byte,none" not in values:
+            continue
+        bits = [-nats / math.log(2) for nats, _ in pairs]
+        total, count = sum(size for _, size in pairs), len(pairs)
+        ratio = sum(bits) / total
+        squares = sum((b - ratio * size) ** 2 for b, (_, size) in zip(bits, pairs, strict=True))
+        values["bits_per_byte_stderr,none"] = math.sqrt(squares * count / (count - 1)) / total
+
+
+def _chances(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What a model that knows nothing scores: 1 / choices, or 8 bits for each byte."""
+    levels: dict[str, dict[str, float]] = {}
+    for task, samples in results.get("samples", {}).items():
+        kind = results["configs"][task].get("output_type")
+        if kind == "multiple_choice":
+            # Mutual information asks for each choice twice: after the question, and by itself.
+            times = [2 if "acc_mutual_info" in sample["metrics"] else 1 for sample in samples]
+            counts = [len(s["resps"]) / n for s, n in zip(samples, times, strict=True)]
+            level = sum(1 / count for count in counts) / len(counts)
+            levels[task] = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info"), level)
+        elif kind == "loglikelihood_rolling":
+            levels[task] = {"bits_per_byte": 8.0}
+    return levels

@@ -1,0 +1,154 @@
+"""What is evaluated: a run, one of its checkpoints, or a Hugging Face folder, read into any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic_core import PydanticCustomError
+from torch import nn
+
+from hlat.checkpoint.hf_config import DTYPES
+from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights
+from hlat.errors import UserError
+from hlat.evaluate.live import LiveModel
+from hlat.evaluate.team import Team
+from hlat.evaluate.text import codec_for
+from hlat.mesh import Layout, check_layout
+from hlat.model.decoder import Decoder
+from hlat.model.init import parameter_shapes
+from hlat.parallel.buckets import set_parameter
+from hlat.parallel.pipeline import prune, rank_parts
+from hlat.parallel.plan import part_of
+from hlat.parallel.tensor import shard_model
+from hlat.recipe_sections import ParallelSection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hlat.backend.base import Backend
+
+
+@dataclass(frozen=True)
+class Target:
+    """One checkpoint to evaluate. `step` and `tokens` are 0 for imported weights."""
+
+    name: str
+    source: WeightSource
+
+    @property
+    def step(self) -> int:
+        """Steps of training behind it."""
+        return int(self.source.meta.get("step", 0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of training behind it."""
+        return int(self.source.meta.get("tokens", 0))
+
+    @property
+    def holdout(self) -> float | None:
+        """Fraction of its documents a run held out; None for imported weights."""
+        value = self.source.meta.get("recipe", {}).get("data", {}).get("holdout")
+        return float(value) if value else None
+
+
+def open_target(path: str | Path) -> Target:
+    """The newest checkpoint of a run (it may still be training), a step folder, or a Hugging Face folder.
+
+    Raises UserError for anything else.
+    """
+    source = open_weights(path)
+    name = Path(path).name if "huggingface" in source.meta else f"{_run_name(source.path)} {source.path.name}"
+    return Target(name, source)
+
+
+def all_checkpoints(path: str | Path) -> Iterator[Target]:
+    """Every complete checkpoint of a run, oldest first. Raises UserError when there is none."""
+    from hlat.checkpoint import folder as folders
+
+    root = Path(path) / "checkpoints"
+    steps = folders.step_folders(root) if root.is_dir() else {}
+    found = [steps[step] for step in sorted(steps) if (steps[step] / folders.MARKER).is_file()]
+    if not found:
+        fix = "give the run.dir of a training run"
+        raise UserError("no complete checkpoint here", where=str(path), fix=fix)
+    for step in found:
+        yield open_target(step)
+
+
+def _run_name(step_folder: Path) -> str:
+    parent = step_folder.resolve().parent
+    return parent.parent.name if parent.name == "checkpoints" else parent.name
+
+
+def choose_layout(source: WeightSource, world: int, tp: int, pp: int) -> Layout:
+    """The mesh of `world` ranks. Raises UserError where the model or the ranks cannot be divided so."""
+    if world % (tp * pp):
+        what = f"{world} process{'es' * (world > 1)} cannot be divided into replicas of tp {tp} x pp {pp}"
+        raise UserError(what, where="--tp", fix=f"start a multiple of {tp * pp} with torchrun")
+    config = model_config(source)
+    try:
+        check_layout(config, config.max_seq_len, ParallelSection(tp=tp, pp=pp))
+    except PydanticCustomError as error:
+        context = error.context or {}
+        where = f"--{str(context.get('key', 'tp')).rpartition('.')[2]}"
+        raise UserError(error.message(), where=where, fix=context.get("fix", "")) from None
+    return Layout(dp=world // (tp * pp), pp=pp, tp=tp)
+
+
+def load_team(
+    target: Target,
+    backend: Backend,
+    dtype: torch.dtype,
+    tokenizer: str | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Team:
+    """The ranks of a backend with a target's weights, each holding its part of them. Every rank calls it.
+
+    Args:
+        dtype: of the weights, which is also what is computed in.
+        tokenizer: path of another tokenizer than the checkpoint's.
+    """
+    source = target.source
+    config = model_config(source)
+    codec = codec_for(source, config.vocab, tokenizer)
+    with torch.device("meta"):
+        model = Decoder(config)
+    parts = rank_parts(config, backend.layout, backend.place)
+    prune(model, parts)
+    shapes = parameter_shapes(config)
+    for path, _ in list(model.named_parameters()):
+        name = path if path in shapes else "embed.weight"  # a tied head on a stage without the embedding
+        part = part_of(name, shapes[name], config, backend.layout, backend.place, path=path)
+        value = source.read(PREFIX + name)[part.box].to(backend.device, dtype)
+        value = value.clone(memory_format=torch.contiguous_format)  # not a view of the whole tensor
+        set_parameter(model, path, nn.Parameter(value, requires_grad=False))
+    model.tie()
+    model.rope.to_empty(device=backend.device)
+    shard_model(model, backend.groups.tp, backend.layout.sequence)
+    return Team(LiveModel(model.eval(), parts, backend), codec, beat)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """fp32, bf16 or fp16, or the harness's names of them. Raises UserError for another."""
+    known = {**DTYPES, **{str(value).removeprefix("torch."): value for value in DTYPES.values()}}
+    if name not in known:
+        raise UserError(f"unknown format {name!r}", where="dtype", fix=f"write {' or '.join(DTYPES)}")
+    return known[name]
+
+
+def parse_device(name: str | None) -> torch.device | None:
+    """A device by name; None for the default one. Raises UserError for what is not there."""
+    if not name:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason})", where="device") from None
+    return device

@@ -1,0 +1,117 @@
+"""Text to tokens and back, as the evaluation harness asks for it.
+
+An imported model gets what `AutoTokenizer` gives: special tokens in a text are recognised, BOS is added if
+the tokenizer's files say so, and an empty context is BOS (or EOS, where there is none). A model that HLAT
+trained has only ever seen documents that follow an EOS: nothing is added, and an empty context is EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from hlat.errors import UserError
+
+if TYPE_CHECKING:
+    from hlat.checkpoint.weights import WeightSource
+    from hlat.data.tokenizer import Tokenizer
+
+_STOP_MARGIN = 2  # tokens beyond a stop string's bytes: it may begin and end within one
+
+
+class TextCodec:
+    """See the module.
+
+    Args:
+        tokenizer: of the model.
+        folder: the tokenizer's files, where the model was imported; None for a model that HLAT trained.
+        stop_ids: ids that end a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, folder: Any = None, stop_ids: Collection[int] = ()) -> None:
+        if tokenizer.eos_id is None and not stop_ids:
+            raise UserError(
+                "the tokenizer has no end-of-text token",
+                where=str(tokenizer.spec),
+                fix='set "eos_token" in tokenizer_config.json beside it',
+            )
+        self.tokenizer, self.imported = tokenizer, folder is not None
+        self.eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else min(stop_ids)
+        self.stop_ids = frozenset(stop_ids) | {self.eos_id}
+        bos = tokenizer.bos_id if self.imported else None
+        self.prefix_id = self.eos_id if bos is None else bos
+        self._with_special = _imported_encoder(folder) if self.imported else tokenizer.encode
+        self._encode = lru_cache(maxsize=8192)(self._encode_once)
+        self._prefix_text = self._spelling(self.prefix_id) if self.imported else ""
+        self.eos_text = self._spelling(self.eos_id)
+
+    def encode(self, text: str, special: bool | None = None) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            special: whether BOS may be added; None = unless the text begins with it already.
+        """
+        if special is None:
+            special = not (self._prefix_text and text.startswith(self._prefix_text))
+        return list(self._encode(text, special))
+
+    def _encode_once(self, text: str, special: bool) -> tuple[int, ...]:
+        if not self.imported:
+            return tuple(self.tokenizer.encode(text))
+        return tuple(self._with_special(text, special))  # type: ignore[call-arg]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; ids beyond the tokenizer's (a padded embedding has some) give nothing."""
+        return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
+
+    def stopped(self, ids: Sequence[int], texts: Sequence[str]) -> bool:
+        """Whether the text of `ids` holds a stop string near its end."""
+        if not texts:
+            return False
+        most = max(len(text.encode()) for text in texts) + _STOP_MARGIN
+        tail = self.decode(ids[-most:])
+        return any(text in tail for text in texts)
+
+    def _spelling(self, index: int) -> str:
+        """A token as it is written, special or not."""
+        backend = getattr(self.tokenizer, "_backend", None)
+        for name in ("id_to_token", "id_to_piece"):
+            if hasattr(backend, name):
+                return str(getattr(backend, name)(index))
+        return ""
+
+
+def _imported_encoder(folder: Any) -> Any:
+    """`encode(text, special)` as `AutoTokenizer` does it."""
+    from hlat.checkpoint.hf_tokenizer import PromptEncoder
+
+    return PromptEncoder(folder).encode
+
+
+def codec_for(source: WeightSource, vocab: int, tokenizer: str | None = None) -> TextCodec:
+    """The codec of a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        vocab: rows of the model's embedding.
+        tokenizer: another tokenizer's path than the one that came with the checkpoint.
+
+    Raises UserError: there is none, or its ids do not fit the model.
+    """
+    from hlat.checkpoint.hf_tokenizer import generation_stops
+    from hlat.checkpoint.weights import source_tokenizer
+    from hlat.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
+    if loaded is None:
+        fix = "name one: --tokenizer PATH"
+        raise UserError("the checkpoint has no tokenizer", where=str(source.path), fix=fix)
+    if loaded.vocab_size > vocab:
+        raise UserError(
+            f"the tokenizer has {loaded.vocab_size} ids, the model's embedding {vocab} rows",
+            where=tokenizer or str(source.path),
+            fix="give the tokenizer the model was trained with: --tokenizer PATH",
+        )
+    folder = (tokenizer or source.tokenizer) if "huggingface" in source.meta else None
+    return TextCodec(loaded, folder, generation_stops(source.meta))

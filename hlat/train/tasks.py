@@ -1,0 +1,72 @@
+"""The harness's tasks inside a run, on the weights where they lie: no second copy, in any layout.
+
+Evaluating leaves nothing behind that training could notice: the weights are only read, random generators are
+put back, and compiled blocks run as they were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hlat.errors import UserError
+from hlat.evaluate.job import run_with
+from hlat.evaluate.live import LiveModel
+from hlat.evaluate.running import Loaded, Selection, load_tasks, numbers, run_tasks
+from hlat.evaluate.team import Team
+from hlat.evaluate.text import TextCodec
+from hlat.parallel.pipeline import rank_parts
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
+    from hlat.train.run import Run
+
+
+def refuse_tasks(recipe: Recipe) -> None:
+    """Raise UserError where a recipe asks for tasks that cannot run inside it."""
+    if recipe.eval.tasks and recipe.backend == "nxd":
+        raise UserError(
+            "backend nxd runs no tasks inside a run: its graphs have the shapes of training",
+            where="eval.tasks",
+            fix="leave it empty, and evaluate the checkpoints: hlat eval RUN --all-checkpoints --tasks …",
+        )
+
+
+class TaskEvaluation:
+    """The tasks of `eval.tasks`, on a run.
+
+    Args:
+        run: built; its weights are read each time.
+        beat: called now and then while tasks run.
+
+    Raises UserError on the first rank for tasks that are not there or cannot be read.
+    """
+
+    def __init__(self, run: Run, beat: Callable[[], None]) -> None:
+        recipe, backend = run.recipe, run.backend
+        parts = rank_parts(recipe.model, backend.layout, backend.place, recipe.parallel.cuts)
+        live = LiveModel(run.model, parts, backend)  # type: ignore[arg-type]
+        self.team = Team(live, TextCodec(run.data.tokenizer), beat)
+        self._loaded: Loaded | None = None
+        if self.team.first:
+            selection = Selection(
+                recipe.eval.tasks, limit=recipe.eval.limit, holdout=recipe.data.holdout or None
+            )
+            self._loaded = load_tasks(selection)
+
+    def __call__(self) -> dict[str, float] | None:
+        """`<task>/<metric>` and `<task>/<metric>_stderr` on the first rank, None on the others. Every rank
+        calls it.
+        """
+        values: dict[str, float] | None = run_with(self.team, self._ask)
+        return values
+
+    def _ask(self) -> dict[str, float]:
+        assert self._loaded is not None
+        values: dict[str, Any] = {}
+        for task, metrics in numbers(run_tasks(self.team, self._loaded, bootstrap=100)).items():
+            for metric, (value, error) in metrics.items():
+                values[f"{task}/{metric}"] = value
+                if error is not None:
+                    values[f"{task}/{metric}_stderr"] = error
+        return values
