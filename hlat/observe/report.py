@@ -66,45 +66,17 @@ def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
             what = f"its metrics have no {field!r}: it was trained by an older version"
             raise UserError(what, where=f"--x {x}: {run.path}", fix="write --x step")
 
-    def at(run: Run, steps: Array) -> Array:
-        return np.interp(steps, run.train["step"], run.train[field])
-
-    def dots(name: str, rows: str) -> list[Series]:
-        """A figure of evaluations: `rows` is held_out or tasks."""
-        found = [(run, index, getattr(run, rows)) for index, run in enumerate(runs)]
-        return [
-            _clean(run, index, at(run, own["step"]), own.get(name), dots=True)
-            for run, index, own in found
-            if "step" in own
-        ]
-
     loss = [_noisy(run, index, field, "loss") for index, run in enumerate(runs)]
     speed = [_noisy(run, index, field, "tokens_per_second") for index, run in enumerate(runs)]
     norms = [_noisy(run, index, field, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[field], run.train.get("lr")) for index, run in enumerate(runs)]
     learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
-    asked = dict.fromkeys(
-        name for run in runs for name in run.tasks if "/" in name and not name.endswith("_stderr")
-    )
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
     furthest = [_last(run.train[field]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
-        *(
-            Chart(key, f"Held-out {title}", x_title, dots(name, "held_out"), x_range=x_range)
-            for key, name, title in _held_out_figures(runs)
-        ),
-        *(
-            Chart(
-                name.replace("/", "-"),
-                f"Task {name.replace('/', ': ')}",
-                x_title,
-                dots(name, "tasks"),
-                x_range=x_range,
-            )
-            for name in asked
-        ),
+        *_evaluation_charts(runs, x_title, field, x_range),
         Chart("speed", "Tokens per second", x_title, speed, _note(False), zero=True, x_range=x_range),
         Chart("norm", "Gradient norm", x_title, norms, _note(norm_log), log=norm_log, x_range=x_range),
         Chart("lr", "Learning rate", x_title, rates, zero=True, x_range=x_range),
@@ -118,6 +90,35 @@ def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
             )
             for name in learned
         ),
+    ]
+
+
+def _evaluation_charts(
+    runs: Sequence[Run], x_title: str, field: str, x_range: tuple[float, float]
+) -> list[Chart]:
+    """A plot of each held-out figure, and of each figure of a task."""
+
+    def dots(name: str, rows: str) -> list[Series]:
+        found = [(run, index, getattr(run, rows)) for index, run in enumerate(runs)]
+        return [
+            _clean(
+                run,
+                index,
+                np.interp(own["step"], run.train["step"], run.train[field]),
+                own.get(name),
+                dots=True,
+            )
+            for run, index, own in found
+            if "step" in own
+        ]
+
+    figures = [(key, f"Held-out {title}", name, "held_out") for key, name, title in _held_out_figures(runs)]
+    asked = dict.fromkeys(
+        name for run in runs for name in run.tasks if "/" in name and not name.endswith("_stderr")
+    )
+    figures += [(name.replace("/", "-"), f"Task {name.replace('/', ': ')}", name, "tasks") for name in asked]
+    return [
+        Chart(key, title, x_title, dots(name, rows), x_range=x_range) for key, title, name, rows in figures
     ]
 
 
