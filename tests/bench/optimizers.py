@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=2 python tests/bench/optimizers.py [--pairs 15] [--names mada,hyperadam,lion]
 
 Both are measured in pairs, AdamW (HLAT's, one fused pass, and torch.optim's as it comes) and the other one by
-turns in the same process, and reported as the median of the pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the
-benchmark model (tests/bench/model.py), random gradients; optimizers are compiled as
-`hlat train` compiles them.
+turns in the same process, and reported as the median of the pairs' ratios with its middle half. Run it alone
+on an idle machine. The shards are those of the benchmark model (tests/bench/model.py), random gradients;
+optimizers are compiled as `hlat train` compiles them.
 """
 
 from __future__ import annotations
