@@ -31,7 +31,11 @@ data:
   holdout: 0.25
 """
 ROWS = [{"q": f"question {i}?", "a": f"answer {i * i}", "n": i % 3} for i in range(40)]
-LABELLED = ["data.examples.label_field=n", 'data.examples.labels={"0": " a", "1": " b", "2": " cd"}']
+LABELLED = [
+    "data.examples.completion='{completion}'",  # the default: with labels there is no other
+    "data.examples.label_field=n",
+    'data.examples.labels={"0": " a", "1": " b", "2": " cd"}',
+]
 CLASSIFY = [*LABELLED, "objective.name=classification"]
 
 
@@ -367,11 +371,12 @@ def test_text_is_no_record(examples, tmp_path) -> None:
         (["data.examples.dataset=x"], "data.examples: examples have both path and dataset; give exactly one"),
         (["data.examples.eval_dataset=x", "data.examples.eval_path=y"], "both eval_path and eval_dataset"),
         (["data.examples.label_field=n"], "data.examples.labels: label_field needs at least two labels"),
+        (LABELLED[1:], "data.examples.completion: the completion of a labelled example is its label's word"),
         (['data.examples.labels={"0": a, "1": b}'], "there are labels but no label_field"),
-        ([LABELLED[0], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
+        ([*LABELLED[:2], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
         (["data.examples.lable_field=n"], "did you mean 'label_field'?"),
         (
-            [LABELLED[0], 'data.examples.labels={"0": 3, "1": b}'],
+            [*LABELLED[:2], 'data.examples.labels={"0": 3, "1": b}'],
             "data.examples.labels[0]: expected a text, got 3",
         ),
         (["data.document_mask=true"], "data.document_mask: each example has a row of its own"),
