@@ -93,7 +93,7 @@ class ExamplesSection(Section):
     prompt: Text = "{prompt}"
     """Template of the prompt: text with the names of fields in braces; {{ and }} are braces."""
     completion: Text = "{completion}"
-    """Template of what directly follows the prompt, space included; with label_field the label's word does."""
+    """Template of what directly follows the prompt, space included; with label_field the label's word."""
     label_field: Text | None = None
     """Field with the label of a record, a text or a number: the completion is then the label's word."""
     labels: dict[str, Text] = Field(default_factory=dict)
