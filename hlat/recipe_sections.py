@@ -93,11 +93,17 @@ class ExamplesSection(Section):
     prompt: Text = "{prompt}"
     """Template of the prompt: text with the names of fields in braces; {{ and }} are braces."""
     completion: Text = "{completion}"
-    """Template of what follows the prompt directly, space included; not read where label_field is given."""
+    """Template of what directly follows the prompt, space included; with label_field the label's word."""
     label_field: Text | None = None
     """Field with the label of a record, a text or a number: the completion is then the label's word."""
     labels: dict[str, Text] = Field(default_factory=dict)
-    """Each label and the word that follows the prompt for it, space included: {"0": " bad", "1": " good"}."""
+    """Each label and the word that follows the prompt for it, space included: {"0": " bad", "1": " good"};
+    objective.by=head only counts them.
+    """
+    group_field: Text | None = None
+    """Field whose value decides which side of the held-out split a record is on, such as the document it is
+    from; null: the prompt.
+    """
     limit: Positive | None = None
     """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
 
@@ -120,6 +126,9 @@ class ExamplesSection(Section):
         if self.label_field is not None and len(self.labels) < 2:
             fix = "list all labels with their words, such as {'0': ' bad', '1': ' good'}"
             raise problem("label_field needs at least two labels", "labels", fix)
+        if self.label_field is not None and self.completion != type(self).model_fields["completion"].default:
+            fix = "remove completion, or label_field and labels"
+            raise problem("the completion of a labelled example is its label's word", "completion", fix)
         if self.label_field is None and self.labels:
             fix = "name the field that holds the label"
             raise problem("there are labels but no label_field", "label_field", fix)

@@ -25,7 +25,7 @@ PACKAGES = ("asyncio", "email", "logging", "multiprocessing", "unittest", "xml")
 """The labels of stdlib-packages: large packages of every Python that HLAT runs on."""
 MIN_LINES = 4
 _NAMES = re.compile("|".join(PACKAGES), re.IGNORECASE)
-_SENTENCE = re.compile(r"(.*?[.!?])(?:\s|$)", re.DOTALL)
+_SENTENCE = re.compile(r"(.*?(?<!e\.g)(?<!i\.e)[.!?])(?:\s|$)", re.DOTALL)
 
 
 class Function(NamedTuple):

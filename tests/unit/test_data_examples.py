@@ -31,7 +31,11 @@ data:
   holdout: 0.25
 """
 ROWS = [{"q": f"question {i}?", "a": f"answer {i * i}", "n": i % 3} for i in range(40)]
-LABELLED = ["data.examples.label_field=n", 'data.examples.labels={"0": " a", "1": " b", "2": " cd"}']
+LABELLED = [
+    "data.examples.completion='{completion}'",  # the default: with labels there is no other
+    "data.examples.label_field=n",
+    'data.examples.labels={"0": " a", "1": " b", "2": " cd"}',
+]
 CLASSIFY = [*LABELLED, "objective.name=classification"]
 
 
@@ -118,6 +122,18 @@ def test_split_is_by_content_whatever_else_is_there(examples) -> None:
     assert not held & {prompt for prompt, _ in whole.train.texts}
     twice = examples(rows=[*ROWS, *ROWS])
     assert not {p for p, _ in twice.holdout.texts} & {p for p, _ in twice.train.texts}
+
+
+def test_groups_are_on_one_side(examples) -> None:
+    rows = [{**row, "file": f"file {i % 8}"} for i, row in enumerate(ROWS)]
+    data = examples("data.examples.group_field=file", rows=rows)
+    file_of = {row["q"]: row["file"] for row in rows}
+    held, trained = ({file_of[q] for q, _ in side.texts} for side in (data.holdout, data.train))
+    assert held
+    assert not held & trained
+    assert data.holdout.documents == 5 * len(held)
+    other = examples("data.examples.group_field=file", "data.examples.prompt='{q}!'", rows=rows)
+    assert {q for q, _ in other.holdout.texts} == {f"{q}!" for q, _ in data.holdout.texts}
 
 
 def test_held_out_records_of_their_own(examples, tmp_path) -> None:
@@ -355,12 +371,13 @@ def test_text_is_no_record(examples, tmp_path) -> None:
         (["data.examples.dataset=x"], "data.examples: examples have both path and dataset; give exactly one"),
         (["data.examples.eval_dataset=x", "data.examples.eval_path=y"], "both eval_path and eval_dataset"),
         (["data.examples.label_field=n"], "data.examples.labels: label_field needs at least two labels"),
+        (LABELLED[1:], "data.examples.completion: the completion of a labelled example is its label's word"),
         (['data.examples.labels={"0": a, "1": b}'], "there are labels but no label_field"),
-        ([LABELLED[0], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
+        ([*LABELLED[:2], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
         (["data.examples.lable_field=n"], "did you mean 'label_field'?"),
         (
-            [LABELLED[0], 'data.examples.labels={"0": 3, "1": b}'],
-            "data.examples.labels.0: expected a text, got 3",
+            [*LABELLED[:2], 'data.examples.labels={"0": 3, "1": b}'],
+            "data.examples.labels[0]: expected a text, got 3",
         ),
         (["data.document_mask=true"], "data.document_mask: each example has a row of its own"),
         (["data.tokenizer=train:bpe-300"], "data.tokenizer: a tokenizer is not trained on examples"),
