@@ -98,6 +98,10 @@ class ExamplesSection(Section):
     """Field with the label of a record, a text or a number: the completion is then the label's word."""
     labels: dict[str, Text] = Field(default_factory=dict)
     """Each label and the word that follows the prompt for it, space included: {"0": " bad", "1": " good"}."""
+    group_field: Text | None = None
+    """Field whose value decides which side of the held-out split a record is on, such as the document it is
+    from; null: the prompt.
+    """
     limit: Positive | None = None
     """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
 

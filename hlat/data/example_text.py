@@ -20,12 +20,15 @@ WHERE = "data.examples"
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt."""
+    """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt,
+    `group` that of what decides on which side of the held-out split it is.
+    """
 
     prompt: str
     completion: str
     label: int
     mark: int
+    group: int
 
 
 @dataclass
@@ -44,7 +47,8 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
     """The examples that a recipe's section describes.
 
     An example is held out when the hash of its prompt is below `holdout`, so equal prompts are on one side;
-    or, with `eval_path` or `eval_dataset`, when it comes from there. Held-out examples are in the order of
+    with `group_field` the hash of that field, so that a document's records are; or, with `eval_path` or
+    `eval_dataset`, when it comes from there. Held-out examples are in the order of
     their hashes, training examples in that of the source, or with `limit` the first by hash.
 
     Raises UserError: see `_read`; also when no example is left on a side that needs one.
@@ -57,8 +61,8 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
         texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, texts.dropped)
     else:
         below = holdout_threshold(holdout)
-        texts.train = [example for example in everything if example.mark >= below]
-        texts.held_out = [example for example in everything if example.mark < below]
+        texts.train = [example for example in everything if example.group >= below]
+        texts.held_out = [example for example in everything if example.group < below]
     texts.held_out.sort(key=lambda example: example.mark)
     if not texts.train or (holdout and not texts.held_out):
         side = "trained on" if not texts.train else "held out"
@@ -82,7 +86,9 @@ def _read(
     templates, or when a label is not among the recipe's.
     """
     prompt, completion = parse_template(section.prompt), parse_template(section.completion)
+    group = section.group_field
     needed = [*prompt.fields, *([section.label_field] if section.label_field else completion.fields)]
+    needed += [group] if group else []
     numbers = {label: number for number, label in enumerate(section.labels)}
     words = list(section.labels.values())
     examples: list[Example] = []
@@ -105,13 +111,14 @@ def _read(
             number, answer = numbers[label], words[numbers[label]]
         try:
             mark, _ = document_hash(text.encode("utf-8")), answer.encode("utf-8")
+            own = document_hash((field_text(record.values, group) or "").encode("utf-8")) if group else mark
         except UnicodeEncodeError:
             dropped["not Unicode text (lone surrogate)"] += 1
             continue
         if not answer:
             dropped["empty completion"] += 1
             continue
-        examples.append(Example(text, answer, number, mark))
+        examples.append(Example(text, answer, number, mark, own))
     dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
     if not examples:
         raise _nothing(path or dataset or "", first, lacking, dropped, where)

@@ -190,6 +190,8 @@ def _trained(recipe: Recipe) -> dict[str, tuple[float, float]]:
 
     optim, out = recipe.optim, {}
     for name, shape in parameter_shapes(recipe.model).items():
+        if recipe.model.classes and name == "head.weight":
+            continue  # the classifier is trained in its place
         if recipe.train_only and not any(fnmatchcase(name, pattern) for pattern in recipe.train_only):
             continue
         rate, decay = optim.lr, optim.weight_decay if optim.decay == "all" or len(shape) > 1 else 0.0

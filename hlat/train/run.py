@@ -344,6 +344,8 @@ def _needs(recipe: Recipe) -> str:
 def trained_groups(recipe: Recipe) -> dict[str, Group]:
     """Optimizer group of each parameter of the whole model that is trained, by global name."""
     shapes = list(parameter_shapes(recipe.model).items())
+    if recipe.model.classes:
+        shapes = [s for s in shapes if s[0] != "head.weight"]  # no loss reaches it: the classifier is used
     patterns = recipe.train_only
     for i, pattern in enumerate(patterns):
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in shapes):
@@ -352,8 +354,6 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
                 where=f"train_only[{i}]",
                 fix=f"names look like {shapes[0][0]!r} and {shapes[1][0]!r}; wildcards are * and ?",
             )
-    if recipe.model.classes and not recipe.model.tie_embeddings:
-        shapes = [s for s in shapes if s[0] != "head.weight"]  # the classifier stands in its place
     trained = [
         s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)
     ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hlat.data.example_rows import label_batch, pair_batch, rows_per_example
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
+from hlat.model.flops import flops_per_token
 from hlat.objective.causal_lm import CausalLM
 from hlat.objective.classification import Classification
 
@@ -102,6 +103,12 @@ def test_head_is_cross_entropy_of_the_last_state() -> None:
     states = [decoder.hidden(torch.tensor(prompt)[None])[0, -1] for prompt in PROMPTS]
     theirs = F.cross_entropy(decoder.classifier(torch.stack(states)), torch.tensor(LABELS))
     assert_same(ours, theirs, decoder)
+
+
+def test_operations_of_the_head_are_not_counted_for_every_token() -> None:
+    config = model().config
+    whole, part = flops_per_token(config, SEQ), flops_per_token(config, SEQ, head=Classification.every_token)
+    assert whole - part == 6 * VOCAB * config.hidden
 
 
 @pytest.mark.parametrize("by", ["words", "tokens"])

@@ -120,6 +120,18 @@ def test_split_is_by_content_whatever_else_is_there(examples) -> None:
     assert not {p for p, _ in twice.holdout.texts} & {p for p, _ in twice.train.texts}
 
 
+def test_groups_are_on_one_side(examples) -> None:
+    rows = [{**row, "file": f"file {i % 8}"} for i, row in enumerate(ROWS)]
+    data = examples("data.examples.group_field=file", rows=rows)
+    file_of = {row["q"]: row["file"] for row in rows}
+    held, trained = ({file_of[q] for q, _ in side.texts} for side in (data.holdout, data.train))
+    assert held
+    assert not held & trained
+    assert data.holdout.documents == 5 * len(held)
+    other = examples("data.examples.group_field=file", "data.examples.prompt='{q}!'", rows=rows)
+    assert {q for q, _ in other.holdout.texts} == {f"{q}!" for q, _ in data.holdout.texts}
+
+
 def test_held_out_records_of_their_own(examples, tmp_path) -> None:
     other = jsonl(tmp_path / "other.jsonl", [{"q": "new", "a": "x"}, ROWS[0]])
     data = examples(f"data.examples.eval_path={other}")
@@ -358,6 +370,10 @@ def test_text_is_no_record(examples, tmp_path) -> None:
         (['data.examples.labels={"0": a, "1": b}'], "there are labels but no label_field"),
         ([LABELLED[0], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),
         (["data.examples.lable_field=n"], "did you mean 'label_field'?"),
+        (
+            [LABELLED[0], 'data.examples.labels={"0": 3, "1": b}'],
+            "data.examples.labels[0]: expected a text, got 3",
+        ),
         (["data.document_mask=true"], "data.document_mask: each example has a row of its own"),
         (["data.tokenizer=train:bpe-300"], "data.tokenizer: a tokenizer is not trained on examples"),
         (["data.tokenizer=init"], "data.tokenizer: init is the tokenizer of init.from, which is not given"),

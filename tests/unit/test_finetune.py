@@ -230,6 +230,12 @@ def test_wrong_sources_are_one_line(finetune, pretrained, tmp_path, case: str) -
     assert not folder.exists()
 
 
+def test_the_unused_head_is_not_trained(finetune) -> None:
+    code, text, _ = finetune("objective.by=head", "train_only=[head.weight]")
+    assert code == 2
+    assert "train_only[0]: pattern 'head.weight' matches no parameter" in text
+
+
 def test_fields_of_the_model_may_be_added(finetune, pretrained) -> None:
     recipe = load("fine.yaml", ["model.attention=plain", "model.max_seq_len=128"])
     assert (recipe.model.hidden, recipe.model.attention, recipe.model.max_seq_len) == (32, "plain", 128)

@@ -110,7 +110,7 @@ def test_parts_cover_every_parameter_once(tiny_recipe, tp: int, pp: int, tie: bo
 
 
 def test_who_sums_what() -> None:
-    assert {role_of(name) for name, _ in PLAN if "*" not in name} == {"vocab"}
+    assert {role_of(name) for name, _ in PLAN if "*" not in name} == {"vocab", "replicate"}
     with pytest.raises(KeyError, match="no role"):
         role_of("layers.0.router.weight")
 
@@ -124,6 +124,8 @@ def test_partial_gradients(tiny_recipe) -> None:
         return part_of(name, shapes[name], config, layout, Place()).sum_over
 
     assert sums(norm, Layout(tp=2)) == "" and sums(norm, Layout(tp=2, sequence=True)) == "tp"
+    classifier = part_of("classifier.weight", (3, 32), config, Layout(tp=2, sequence=True), Place(tp=1))
+    assert (classifier.sum_over, classifier.copies, classifier.primary) == ("", 2, False)
     assert sums(key, Layout(tp=2)) == "" and sums(key, Layout(tp=4)) == "kv"
     assert sums("embed.weight", Layout(tp=2)) == "" and sums("embed.weight", Layout(pp=2)) == "tie"
     tied = part_of(
