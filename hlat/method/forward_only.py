@@ -131,7 +131,7 @@ class ForwardOnly:
 
 @register("method", "mezo")
 class MeZOMethod(ForwardOnly):
-    """`MeZO` on the global batch.
+    """Two forward passes of the batch a step and no backward pass. See docs/methods/mezo_svrg.md.
 
     Args:
         lr: peak learning rate; the schedule multiplies it.
@@ -218,7 +218,8 @@ class _WithAnchor:
 
 @register("method", "mezo_svrg")
 class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
-    """`MeZOSVRG` on the global batch, and on `anchor_examples` at the anchor.
+    """MeZO with the noise of the mini-batch taken out, by an anchor on many examples. See
+    docs/methods/mezo_svrg.md.
 
     Args:
         lr_anchor, lr_inner: peak learning rates of anchor and inner steps; the schedule multiplies them.
@@ -295,7 +296,7 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
 
 @register("method", "full_batch_zo")
 class FullBatchMethod(_WithAnchor, MeZOMethod):
-    """`MeZO` on the same `anchor_examples` rows every step: no noise of mini-batches, a control.
+    """MeZO on the same `anchor_examples` every step: no noise of mini-batches, a control.
 
     Args:
         lr, mu, noise, restore: as for `mezo`.

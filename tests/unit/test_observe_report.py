@@ -129,6 +129,43 @@ def test_runs_with_other_batch_sizes_are_drawn_over_tokens(tmp_path):
     assert {item.x_title for item in make_charts(runs[:1])} == {"step"}
 
 
+def make_method_run(path, name, queries, peak):
+    """A run whose rows say what the method did, `queries` a step."""
+    make_run(path, steps=40)
+    file = path / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    own = {"memory/persistent_bytes": 2_000_000, "memory/peak_bytes": peak}
+    extra = [r | own | {"method/queries": queries * r["step"]} if r["kind"] == "train" else r for r in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in extra))
+    (path / "resolved.yaml").write_text(f"method: {{name: {name}}}\n")
+
+
+def test_methods_by_memory_and_over_queries(tmp_path):
+    make_method_run(tmp_path / "a", "mezo", 64, 5_000_000)
+    make_method_run(tmp_path / "b", "mezo_svrg", 1000, 7_000_000)
+    runs = load_runs([tmp_path / "a", tmp_path / "b"])
+    table = summary_table(runs)
+    assert table["method"] == ["mezo", "mezo_svrg"] and table["queries"] == ["2.56k", "40k"]
+    assert table["persistent memory"] == ["2.0 MB", "2.0 MB"]
+    assert table["peak memory"] == ["5.0 MB", "7.0 MB"]
+    loss = make_charts(runs, "queries")[0]
+    assert loss.x_title == "queries" and loss.x_range == (0.0, 40_000.0)
+    assert [series.x[-1] for series in loss.series] == [2560.0, 40_000.0]
+    parse(render(runs, x="queries"))
+    make_run(tmp_path / "old")
+    with pytest.raises(UserError, match="--x queries: .*old.*no 'method/queries'"):
+        render(load_runs([tmp_path / "a", tmp_path / "old"]), x="queries")
+    assert "peak memory" not in summary_table(load_runs([tmp_path / "old"]))
+
+
+def test_held_out_curves_follow_the_x_axis(tmp_path):
+    make_method_run(tmp_path / "a", "mezo", 64, 5_000_000)
+    (run,) = load_runs([tmp_path / "a"])
+    for x, factor in (("step", 1), ("tokens", run.tokens_per_step), ("queries", 64)):
+        held_out = next(chart for chart in make_charts([run], x) if chart.key == "held-out")
+        assert held_out.series[0].x.tolist() == [20 * factor, 40 * factor]
+
+
 def test_summary_numbers(tmp_path):
     (run,) = load_runs([make_run(tmp_path / "a")])
     assert summary_table([run]) == {

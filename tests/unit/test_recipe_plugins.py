@@ -41,7 +41,8 @@ def hidden_types(step: int, *, floor: float, size: NotImported = 3) -> float:  #
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    registry.names("optim"), registry.names("schedule")  # HLAT's own first
+    for kind in registry.KINDS:
+        registry.names(kind)  # HLAT's own first
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     registry.register("optim", "probe")(Probe)
     registry.register("schedule", "hidden")(hidden_types)
