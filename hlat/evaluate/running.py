@@ -61,9 +61,10 @@ class Loaded:
 
 
 def go_offline(selection: Selection) -> None:
-    """Keep the libraries of the hub off the network where local tasks alone are asked for. They read this
-    when they are imported.
+    """Keep the libraries of the hub off the network where local tasks alone are asked for, and their progress
+    bars off the terminal. They read this when they are imported.
     """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if selection.local:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 

@@ -153,10 +153,13 @@ def report(seconds: dict[str, dict[str, list[float]]], batch_size: int, threads:
         ratios = [theirs / ours for ours, theirs in zip(times["hlat"], times["hf"], strict=True)]
         ours, theirs = statistics.median(times["hlat"]), statistics.median(times["hf"])
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{kind:30} {ours:7.2f} s  hf {theirs:7.2f} s  ratio {statistics.median(ratios):.2f} ({spread})")
+        print(
+            f"{kind:30} {ours:7.2f} s  hf {theirs:7.2f} s  ratio {statistics.median(ratios):.2f} ({spread})"
+        )
     rounds = len(next(iter(seconds.values()))["hlat"])
     totals = [
-        sum(times["hf"][i] for times in seconds.values()) / sum(times["hlat"][i] for times in seconds.values())
+        sum(times["hf"][i] for times in seconds.values())
+        / sum(times["hlat"][i] for times in seconds.values())
         for i in range(rounds)
     ]
     print(f"{'overall':30} ratio {statistics.median(totals):.2f} ({min(totals):.2f} to {max(totals):.2f})")
