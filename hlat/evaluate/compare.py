@@ -1,10 +1,11 @@
 """Models on the same questions: how much they differ, and how sure that is.
 
-Answers are paired question by question, which takes out how hard each question is. A figure is a ratio of sums
-over the questions (a mean where each counts 1; bits over bytes for bits per byte), and so is a difference; its
-standard error comes from the questions' contributions to it (delta method). Where every score is 0 or 1 the
-p-value is that of McNemar's exact test (the binomial test on the questions only one of the two got right),
-otherwise that of the paired z-test. All p-values of a table are corrected for their number (Holm 1979).
+Answers are paired question by question, which takes out how hard each question is. A figure is a ratio of
+sums over the questions (a mean where each counts 1; bits over bytes for bits per byte), and so is a
+difference; its standard error comes from the questions' contributions to it (delta method). Where every score
+is 0 or 1 the p-value is that of McNemar's exact test (the binomial test on the questions only one of the two
+got right), otherwise that of the paired z-test. All p-values of a table are corrected for their number (Holm
+1979).
 """
 
 from __future__ import annotations

@@ -172,12 +172,16 @@ def _open_team(pretrained: str | Team, dtype: str, tokenizer: str | None, device
         return pretrained
     import os
 
+    import torch
+
     from hlat.backend.native import NativeBackend
     from hlat.evaluate.target import load_team, open_target, parse_device, parse_dtype
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fix = "use one process, or: torchrun … -m hlat eval"
         raise UserError("the harness's own command runs this model in one process", fix=fix)
+    if (device or "").startswith("cuda") and not torch.cuda.is_available():
+        device = None  # the harness's command asks for cuda:0 unless told otherwise
     backend = NativeBackend(device=parse_device(device))
     return load_team(open_target(pretrained), backend, parse_dtype(dtype), tokenizer)
 

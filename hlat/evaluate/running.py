@@ -61,9 +61,10 @@ class Loaded:
 
 
 def go_offline(selection: Selection) -> None:
-    """Keep the libraries of the hub off the network where local tasks alone are asked for. They read this
-    when they are imported.
+    """Keep the libraries of the hub off the network where local tasks alone are asked for, and their progress
+    bars off the terminal. They read this when they are imported.
     """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if selection.local:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
@@ -82,7 +83,7 @@ def load_tasks(selection: Selection) -> Loaded:
         folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
         # The harness reads thousands of files to know its own tasks: only where they are asked for.
         manager = TaskManager(include_path=folders, include_defaults=False, **options)
-        if not all(_known(manager, name) for name in selection.tasks):
+        if not all(_known(manager, name) or name.startswith(OWN) for name in selection.tasks):
             manager = TaskManager(include_path=folders, **options)
         for name in selection.tasks:
             _check_name(manager, name)

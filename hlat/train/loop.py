@@ -179,7 +179,7 @@ class Loop:
         self.cluster.shorten_timeouts(seconds + _MARGIN)
 
     def evaluate(self) -> None:
-        """Held-out loss and tasks at this step. Before the checkpoint, so that their rows survive a resume."""
+        """Held-out loss and tasks at this step. Before the checkpoint, so that rows survive a resume."""
         if self.run.data.holdout.documents:
             self.watchdog.beat(self.run.step, "evaluation")
             with self.metrics.paused():

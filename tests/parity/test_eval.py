@@ -1,4 +1,4 @@
-"""`hlat eval` gives what the harness's own `hf` model gives, in every layout: log-likelihoods, texts, scores."""
+"""`hlat eval` gives what the harness's own `hf` model gives in every layout: nats, texts, scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from eval_tasks import answers, differences, write_tasks  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("eval_ranks.py")
 SIZES = (1, 16)
-LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1), "tp3": (3, 1)}
+LAYOUTS = {"tp2": (2, 1), "sequence-tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1), "tp3": (3, 1)}
 SECONDS = 420
 
 
@@ -124,6 +124,7 @@ def check(target: Path, folder: Path, layouts: Sequence[str]) -> None:
         for size in SIZES:
             out = str(folder / f"{layout}-{size}.json")
             job = {"target": str(target), "tasks": names, "include": str(tasks), "tp": tp, "pp": pp}
+            job["sequence"] = layout.startswith("sequence")
             jobs.setdefault(world, []).append({**job, "out": out, "batch_size": size})
     for world, own in jobs.items():
         in_ranks(world, own, folder)
@@ -136,7 +137,7 @@ def check(target: Path, folder: Path, layouts: Sequence[str]) -> None:
 
 
 def test_a_small_llama(tmp_path: Path) -> None:
-    check(random_llama(tmp_path / "llama"), tmp_path, ("tp2", "pp2", "dp2"))
+    check(random_llama(tmp_path / "llama"), tmp_path, ("tp2", "sequence-tp2", "pp2", "dp2"))
 
 
 @pytest.mark.slow

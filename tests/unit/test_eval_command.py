@@ -1,0 +1,200 @@
+"""`hlat eval` and `hlat compare`: the harness's schema, notes on what was cut, one line for each error."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hlat.cli import main
+
+pytest.importorskip("lm_eval")
+
+MODEL = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 260, "max_seq_len": 64}
+
+
+def write_checkpoint(path: Path, seed: int = 0, vocab: int = 260, **meta: Any) -> Path:
+    """A checkpoint of random weights with the tokenizer of bytes."""
+    from hlat.checkpoint.store import write_weights
+    from hlat.model.config import ModelConfig
+    from hlat.model.init import init_tensor, parameter_shapes
+
+    config = ModelConfig(**{**MODEL, "vocab": vocab})  # type: ignore[arg-type]
+    tensors = [
+        (f"model/{name}", init_tensor(config, name, torch.Size(shape), seed) * 5)
+        for name, shape in parameter_shapes(config).items()
+    ]
+    recipe = {"data": {"tokenizer": "bytes", "holdout": 0.02}}
+    write_weights(
+        path, iter(tensors), {"model": config.model_dump(), "step": 7, "recipe": recipe, **meta}, []
+    )
+    return path
+
+
+def write_task(folder: Path, rows: list[dict[str, Any]], name: str = "mine", **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "num_fewshot": 0,
+        **config,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(content))
+    return folder
+
+
+QUESTIONS = [{"context": f"number {i} is", "choices": [f"{i}", "nothing"], "answer": i % 2} for i in range(6)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    write_checkpoint(tmp_path / "model")
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    # Bars of libraries that another test imported before they could be told not to draw them are no lines.
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line and "0%|" not in line and "[00:" not in line
+    ]
+    assert len(lines) == 1 and lines[0].startswith("hlat: error: ")
+    return lines[0]
+
+
+def test_results_have_the_schema_of_the_harness(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_task(place / "tasks", QUESTIONS)
+    write_task(place / "tasks", QUESTIONS, "more")
+    common = ["--tasks", "mine,more", "--include-path", "tasks"]
+    assert main(["eval", "model", *common, "--limit", "4", "--json", "out/r.json", "--samples"]) == 0
+    text = capsys.readouterr().out
+    assert "mine" in text and "acc_norm" in text and "chance" in text
+    found = json.loads(Path("out/r.json").read_text())
+    values = found["results"]["mine"]
+    answers = [sample["acc"] for sample in found["samples"]["mine"]]
+    assert values["acc,none"] == sum(answers) / 4 and values["acc_stderr,none"] >= 0
+    assert found["n-samples"]["mine"] == {"original": 6, "effective": 4}
+    assert {"configs", "versions", "n-shot", "higher_is_better", "config", "git_hash", "date"} <= found.keys()
+    assert found["config"]["model"] == "hlat" and found["hlat"]["chance"]["mine"]["acc"] == 0.5
+    assert main(["eval", "model", *common, "--json", "plain.json"]) == 0
+    assert "samples" not in json.loads(Path("plain.json").read_text())
+
+
+def test_what_is_too_long_is_cut_and_counted(place: Path, capsys: pytest.CaptureFixture) -> None:
+    long = [{"context": "x" * 100, "choices": ["a" * 10, "b" * 90], "answer": 0}]
+    write_task(place / "tasks", long + QUESTIONS)
+    generation = {"until": ["\n"], "max_gen_toks": 500}
+    options = {"output_type": "generate_until", "doc_to_target": "context", "generation_kwargs": generation}
+    metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    write_task(place / "tasks", QUESTIONS[:1], "long-text", doc_to_choice=None, metric_list=metric, **options)
+    names = ["--tasks", "mine", "long-text", "--include-path", "tasks", "--json", "r.json"]
+    assert main(["eval", "model", *names]) == 0
+    notes = json.loads(Path("r.json").read_text())["hlat"]["notes"]
+    # One token is never fed: 65 of the texts' tokens fit. The harness puts a space before each choice.
+    assert notes == {"truncated": 2, "dropped_tokens": (111 - 65) + (191 - 65), "shortened": 1}
+    text = capsys.readouterr().out
+    assert "note: 2 requests longer than the model's context lost tokens on the left" in text
+
+
+def test_compare(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_checkpoint(place / "other", seed=1)
+    names = ["--tasks", "hlat-function", "hlat-bits-code", "--limit", "8"]
+    out = ["--html", "c.html", "--markdown", "c.md", "--json", "c.json"]
+    assert main(["compare", "model", "other", "model", *names, *out]) == 0
+    found = json.loads(Path("c.json").read_text())
+    assert len(found["models"]) == len(set(found["models"])) == 3
+    for row in found["rows"]:
+        assert row["values"][0] == row["values"][2] and row["differences"][1]["p"] == 1.0
+        assert row["differences"][0]["questions"] == 8
+    assert Path("c.md").read_text().startswith("| task | metric |")
+    assert "<table>" in Path("c.html").read_text() and "McNemar" in capsys.readouterr().out
+
+
+def test_published_values(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_task(place / "tasks", QUESTIONS, "boolq")
+    common = ["--include-path", "tasks", "--reference"]
+    assert main(["eval", "model", "--tasks", "boolq", *common]) == 0
+    text = capsys.readouterr().out
+    assert "OpenLLaMA 7Bv2" in text and "72  OpenLLaMA README" in text and "Llama 2, arXiv" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nowhere", "--tasks", "hlat-cloze"], "nowhere: no such checkpoint"),
+        (["model", "--tasks", "hlat-clze"], "unknown task 'hlat-clze'; did you mean 'hlat-cloze'?"),
+        (["model", "--tasks", "hlat-cloze", "--limit", "0"], "--limit: 0 is out of range"),
+        (["model", "--tasks", "hlat-cloze", "--include-path", "gone"], "--include-path gone: no such folder"),
+        (["model", "--tasks", "hlat-cloze", "--tp", "2"], "1 process cannot be divided into replicas"),
+        (["model", "--tasks", "hlat-cloze", "--html", "x"], "add --all-checkpoints"),
+        (["model", "--tasks", "hlat-cloze", "--all-checkpoints"], "no complete checkpoint here"),
+        (["model", "--tasks", "hlat-cloze", "--device", "warp"], "device 'warp' cannot be used"),
+        (["model", "--tasks", "hlat-cloze", "--tokenizer", "gone"], "no tokenizer at 'gone'"),
+        (["model", "--tasks", "empty", "--include-path", "tasks"], "task 'empty'"),
+        (["model", "--tasks", "runs-code", "--include-path", "tasks"], "add --allow-code-execution"),
+        (["model", "--tasks", "unknown-option", "--include-path", "tasks"], "'num_beams' is not supported"),
+    ],
+)
+def test_errors(place: Path, capsys: pytest.CaptureFixture, arguments: list[str], part: str) -> None:
+    write_task(place / "tasks", [], "empty")
+    write_task(place / "tasks", QUESTIONS, "runs-code", unsafe_code=True)
+    options = {
+        "output_type": "generate_until",
+        "doc_to_target": "context",
+        "generation_kwargs": {"num_beams": 2},
+    }
+    metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    write_task(place / "tasks", QUESTIONS, "unknown-option", metric_list=metric, **options)
+    assert part in refused(capsys, "eval", *arguments)
+
+
+def test_a_tokenizer_of_another_model(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_checkpoint(place / "small", vocab=200)
+    line = refused(capsys, "eval", "small", "--tasks", "hlat-cloze")
+    assert "the tokenizer has 257 ids, the model's embedding 200 rows" in line and "--tokenizer PATH" in line
+
+
+def test_without_the_harness(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "lm_eval":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    line = refused(capsys, "eval", "model", "--tasks", "hlat-cloze")
+    assert "needs the package 'lm-eval'" in line and "pip install 'hlat[eval]'" in line
+
+
+def test_the_command_of_the_harness(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hlat.evaluate.harness import main as command
+
+    write_task(place / "tasks", QUESTIONS)
+    arguments = "lm_eval --model hlat --model_args pretrained=model --include_path tasks --tasks mine"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), "--output_path", "out"])
+    command()
+    assert main(["eval", "model", "--tasks", "mine", "--include-path", "tasks", "--json", "r.json"]) == 0
+    (file,) = Path("out").rglob("results_*.json")
+    theirs, ours = (json.loads(path.read_text())["results"]["mine"] for path in (file, Path("r.json")))
+    assert theirs["acc,none"] == ours["acc,none"] and theirs["acc_norm,none"] == ours["acc_norm,none"]
