@@ -31,7 +31,7 @@ AS_WRITTEN = (
     "hlat recipes ",
     "hlat --help",
 )
-IN_CI = ("make train", "make test")
+IN_CI = ("make train", "make test", "make eval")
 
 
 def fences(page: Path, language: str) -> list[str]:
