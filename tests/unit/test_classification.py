@@ -57,7 +57,7 @@ def gradients(loss: torch.Tensor, decoder: Decoder) -> dict[str, torch.Tensor]:
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, decoder: Decoder) -> None:
     """The loss is made in fp32 from fp64 states."""
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     found, wanted = gradients(ours, decoder), gradients(theirs, decoder)
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max() + 1)), name
@@ -89,7 +89,7 @@ def test_tokens_is_next_token_loss_of_the_right_label() -> None:
     count = rows.targets_count()
     assert int(count) == int(every.targets_count()) == sum(map(len, right))
     ours = objective.loss(decoder, rows, count)
-    assert float(ours) == pytest.approx(float(objective.loss(decoder, every, count)), rel=1e-6)
+    assert ours.item() == pytest.approx(objective.loss(decoder, every, count).item(), rel=1e-6)
     assert_same(ours, CausalLM().loss(decoder, rows, count), decoder)
     lengths = torch.tensor([len(word) for word in SEVERAL])
     sums = reference_scores(decoder, SEVERAL) * lengths

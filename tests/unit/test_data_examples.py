@@ -1,4 +1,4 @@
-"""Finetuning examples: templates, the held-out split, order, rows, and what is wrong with an input."""
+"""Finetuning examples: the held-out split, order, rows, and what is wrong with an input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from hlat.data import open_data
 from hlat.data.example_rows import fit_prompt, label_batch, pair_batch
-from hlat.data.template import parse_template
 from hlat.errors import UserError
 from hlat.recipe import load
 
@@ -71,26 +70,6 @@ def line_of(call, *args, **more) -> str:
         call(*args, **more)
     assert "\n" not in caught.value.line()
     return caught.value.line()
-
-
-# Templates
-
-
-def test_template_puts_in_whole_values_only() -> None:
-    template = parse_template("{{{q}}} is {n}, {q}")
-    assert template.fields == ("q", "n")
-    assert template.render({"q": "{n}{0.__class__}", "n": 3}) == "{{n}{0.__class__}} is 3, {n}{0.__class__}"
-    assert template.render({"q": "x"}) is None
-    for wrong in (None, ["x"], {"a": 1}, True):
-        assert template.render({"q": wrong, "n": 1}) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["{q.__class__}", "{q[0]}", "{q!r}", "{q:>9}", "{}", "{0}", "{a b}", "{", "}"]
-)
-def test_template_refuses_everything_else(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_template(text)
 
 
 # Pairs

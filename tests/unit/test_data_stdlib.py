@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
+from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.stdlib import PACKAGES, documented_functions, labelled_functions
 
 
@@ -27,3 +30,24 @@ def test_docstrings_are_sentences_beside_signatures() -> None:
         assert record["signature"].startswith(("def ", "async def "))
         assert "\n" not in record["summary"]
         assert record["summary"][-1] in ".!?"
+
+
+def test_words_tell_packages_apart_but_do_not_name_them() -> None:
+    """Naive Bayes on words, whole files held out as in `finetune/packages`: 68 % with Python 3.11. Near 17 %
+    there would be nothing to learn, near 100 % a leak.
+    """
+    pytest.importorskip("sklearn")
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    below = holdout_threshold(0.25)
+    sides: dict[bool, list[dict]] = {True: [], False: []}
+    for record in labelled_functions():
+        sides[document_hash(record["file"].encode()) < below].append(record)
+    texts, labels = (
+        {side: [record[key] for record in records] for side, records in sides.items()}
+        for key in ("text", "label")
+    )
+    words = CountVectorizer(token_pattern=r"\w+")
+    model = MultinomialNB().fit(words.fit_transform(texts[False]), labels[False])
+    assert 0.4 < model.score(words.transform(texts[True]), labels[True]) < 0.85
