@@ -235,14 +235,15 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.initial import initial_from
     from hlat.train.loop import Loop
     from hlat.train.run import build_run
-    from hlat.train.saves import open_saves
+    from hlat.train.saves import kind_of_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
-    saves = open_saves(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, data.tokenizer.files())
+    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
+    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")

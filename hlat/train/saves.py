@@ -42,7 +42,7 @@ class Saves:
         warn: Callable[[str], None],
         tokenizer: Sequence[Path] = (),
     ) -> None:
-        section = recipe.checkpoint
+        self.section = section = recipe.checkpoint
         self.nxd_folder, self.tokenizer = nxd_folder, list(tokenizer)
         self.store = CheckpointStore(
             folder,
@@ -95,17 +95,7 @@ class NxdSaves(Saves):
     NxD marks a save in the background as complete at a later call only: `complete` makes one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        nxd_folder: Path,
-        recipe: Recipe,
-        warn: Callable[[str], None],
-        tokenizer: Sequence[Path] = (),
-    ) -> None:
-        super().__init__(folder, nxd_folder, recipe, warn, tokenizer)
-        self.keep, self.background = recipe.checkpoint.keep, recipe.checkpoint.async_
-        self._open: int | None = None  # step of a save that is not marked complete yet
+    _open: int | None = None  # step of a save that is not marked complete yet
 
     def save(self, run: Run, wait: bool) -> None:
         """See `Saves`."""
@@ -116,9 +106,13 @@ class NxdSaves(Saves):
             super().save(run, wait)
             return
         nxd_checkpoint.save(
-            run, self.nxd_folder, keep=self.keep, background=self.background, tokenizer=self.tokenizer
+            run,
+            self.nxd_folder,
+            keep=self.section.keep,
+            background=self.section.async_,
+            tokenizer=self.tokenizer,
         )
-        self._open = run.step if self.background else None
+        self._open = run.step if self.section.async_ else None
 
     def complete(self, step: int) -> bool:
         """See `Saves`."""
@@ -139,13 +133,6 @@ class NxdSaves(Saves):
             files.finish(self.nxd_folder)
 
 
-def open_saves(
-    folder: Path,
-    nxd_folder: Path,
-    recipe: Recipe,
-    warn: Callable[[str], None],
-    tokenizer: Sequence[Path] = (),
-) -> Saves:
+def kind_of_saves(recipe: Recipe) -> type[Saves]:
     """As the recipe says."""
-    kind = NxdSaves if recipe.checkpoint.format == "nxd" else Saves
-    return kind(folder, nxd_folder, recipe, warn, tokenizer)
+    return NxdSaves if recipe.checkpoint.format == "nxd" else Saves

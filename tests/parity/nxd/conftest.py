@@ -107,6 +107,32 @@ def nxd_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     return run
 
 
+RECIPE = """
+run: {{name: trn, dir: {dir}, steps: 8, seed: 3}}
+model: {{layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 320, max_seq_len: 64}}
+data: {{sources: [{{path: {text}}}], micro_batch: 4, global_batch: 8, holdout: 0.2}}
+parallel: {{dp: 2, zero1: true}}
+optim: {{lr: 1e-3}}
+schedule: {{name: cosine, warmup_steps: 2}}
+checkpoint: {{every: 4}}
+eval: {{every: 4, batches: 2}}
+log: {{every: 2}}
+backend: nxd
+"""
+
+
+@pytest.fixture
+def trn_recipe(tmp_path: Path) -> Path:
+    """A recipe of two ranks with text to train on; its run folder is `run` beside it."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(" ".join(f"word{(i * 7 + j) % 50}" for j in range(60)))
+    path = tmp_path / "trn.yaml"
+    path.write_text(RECIPE.format(dir=tmp_path / "run", text=text))
+    return path
+
+
 @pytest.fixture
 def nxd_start() -> Callable[..., list[int]]:
     """`start_ranks`."""

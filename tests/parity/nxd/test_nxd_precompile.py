@@ -15,19 +15,7 @@ import pytest
 pytestmark = pytest.mark.nxd
 
 PROGRAM = Path(__file__).with_name("nxd_cli.py")
-RECIPE = """
-run: {{name: trn, dir: {dir}, steps: 14, seed: 3}}
-model: {{layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 320, max_seq_len: 64}}
-data: {{sources: [{{path: {text}}}], micro_batch: 4, global_batch: 8, holdout: 0.2}}
-parallel: {{dp: 2}}
-optim: {{lr: 1e-3}}
-reduce: {{name: conef, start_step: 6}}
-schedule: {{name: cosine, warmup_steps: 2}}
-checkpoint: {{every: 5}}
-eval: {{every: 4, batches: 2}}
-log: {{every: 2}}
-backend: nxd
-"""
+WORDS = ["run.steps=14", "parallel.zero1=false", "reduce={name: conef, start_step: 6}", "checkpoint.every=5"]
 # Stands for AWS's tool, which runs the command it is given with this variable set and then compiles. The
 # program it is given runs through the stand-ins for NxD's closed parts.
 TOOL = """#!{python}
@@ -47,13 +35,9 @@ def graphs(file: Path) -> set[str]:
     return found
 
 
-def test_xla_mode_every_graph_of_a_run(tmp_path: Path, nxd_start: Callable[..., list[int]]) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(40):
-        (text / f"{i}.txt").write_text(" ".join(f"word{(i * 7 + j) % 50}" for j in range(60)))
-    recipe = tmp_path / "trn.yaml"
-    recipe.write_text(RECIPE.format(dir=tmp_path / "run", text=text))
+def test_xla_mode_every_graph_of_a_run(
+    tmp_path: Path, trn_recipe: Path, nxd_start: Callable[..., list[int]]
+) -> None:
     tool = tmp_path / "bin" / "neuron_parallel_compile"
     tool.parent.mkdir()
     tool.write_text(TOOL.format(python=sys.executable, program=str(PROGRAM)))
@@ -71,7 +55,7 @@ def test_xla_mode_every_graph_of_a_run(tmp_path: Path, nxd_start: Callable[..., 
         "XLA_FLAGS": flags,
         "XLA_SAVE_TENSORS_FILE": str(ahead),
     }
-    command = [sys.executable, "-m", "hlat", "train", str(recipe), "--precompile"]
+    command = [sys.executable, "-m", "hlat", "train", str(trn_recipe), *WORDS, "--precompile"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("run*")), "nothing is left behind"
@@ -81,7 +65,7 @@ def test_xla_mode_every_graph_of_a_run(tmp_path: Path, nxd_start: Callable[..., 
         for stop in (9, 14):  # and once more, from the checkpoint
             logs = tmp_path / f"logs-{stop}"
             logs.mkdir()
-            words = [str(PROGRAM), "train", str(recipe), f"run.stop_at_step={stop}"]
+            words = [str(PROGRAM), "train", str(trn_recipe), *WORDS, f"run.stop_at_step={stop}"]
             assert nxd_start("xla-mode", 2, words, logs, 300) == [0, 0], (logs / "rank-0.log").read_text()[
                 -3000:
             ]

@@ -17,42 +17,16 @@ from hlat.cli import main
 pytestmark = pytest.mark.nxd
 
 PROGRAM = Path(__file__).with_name("nxd_cli.py")
-RECIPE = """
-run: {{name: trn, dir: {dir}, steps: 8, seed: 3}}
-model: {{layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 320, max_seq_len: 64}}
-data: {{sources: [{{path: {text}}}], micro_batch: 4, global_batch: 8, holdout: 0.2}}
-parallel: {{tp: 1, dp: 2, zero1: true}}
-optim: {{lr: 1e-3}}
-schedule: {{name: cosine, warmup_steps: 2}}
-checkpoint: {{every: 4}}
-eval: {{every: 4, batches: 2}}
-log: {{every: 2}}
-backend: nxd
-"""
-
-
 MODES = pytest.mark.parametrize("mode", ["cpu-mode", "xla-mode"])
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(40):
-        words = " ".join(f"word{(i * 7 + j) % 50}" for j in range(60))
-        (text / f"{i}.txt").write_text(words)
-    path = tmp_path / "trn.yaml"
-    path.write_text(RECIPE.format(dir=tmp_path / "run", text=text))
-    return path
-
-
-@pytest.fixture
-def train(tmp_path: Path, recipe: Path, nxd_start: Callable[..., list[int]]) -> Callable[..., str]:
+def train(tmp_path: Path, trn_recipe: Path, nxd_start: Callable[..., list[int]]) -> Callable[..., str]:
     """A function that runs `hlat train` on some ranks, checks its exit status and gives their output."""
 
     def run(mode: str, *words: str, ranks: int = 2, status: int = 0) -> str:
         logs = Path(tempfile.mkdtemp(dir=tmp_path))
-        codes = nxd_start(mode, ranks, [str(PROGRAM), "train", str(recipe), *words], logs, 240)
+        codes = nxd_start(mode, ranks, [str(PROGRAM), "train", str(trn_recipe), *words], logs, 240)
         output = "\n".join((logs / f"rank-{rank}.log").read_text()[-4000:] for rank in range(ranks))
         assert codes == [status] * ranks, output
         return output
