@@ -86,3 +86,21 @@ def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool) -> Batch:
         torch.from_numpy(positions),
         torch.from_numpy(documents[:, :-1].copy()),
     )
+
+
+def rows_of(
+    step: int, micro_batch: int, accumulate: int, rank: int, world: int, global_batch: int
+) -> list[range]:
+    """Numbers of the rows in each micro-batch of one rank in global step `step` (from 0).
+
+    The step's rows are step*G ... step*G + G-1, G = micro_batch * accumulate * world; rank r takes the r-th
+    of `world` equal runs of them. So the union over the ranks is the same for every `world`. Raises
+    ValueError when G is not `global_batch` (0: any).
+    """
+    per_rank = micro_batch * accumulate
+    if global_batch and per_rank * world != global_batch:
+        raise ValueError(
+            f"{micro_batch} x {accumulate} x {world} rows are not the global batch {global_batch}"
+        )
+    first = step * per_rank * world + rank * per_rank
+    return [range(start, start + micro_batch) for start in range(first, first + per_rank, micro_batch)]

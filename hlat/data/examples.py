@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hlat.data.batch import Batch, rows_of
 from hlat.data.example_rows import Ids, fit_prompt, label_batch, pair_batch, rows_per_example
 from hlat.data.example_text import WHERE, Example, read_examples
 from hlat.data.mixture import permute
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
-    from hlat.data.batch import Batch
     from hlat.data.tokenizer import Tokenizer
     from hlat.recipe import Recipe
 
@@ -114,16 +114,8 @@ class Examples:
         """The micro-batches of one rank in global step `step` (from 0); see `Data.batches`. `micro_batch`
         counts examples. Raises ValueError when the rows are not the recipe's global batch.
         """
-        per_rank = micro_batch * accumulate
-        if self._global_batch and per_rank * world != self._global_batch:
-            raise ValueError(
-                f"{micro_batch} x {accumulate} x {world} rows are not the global batch {self._global_batch}"
-            )
-        first = step * per_rank * world + rank * per_rank
-        return [
-            self.batch([self.index(row) for row in range(start, start + micro_batch)])
-            for start in range(first, first + per_rank, micro_batch)
-        ]
+        rows = rows_of(step, micro_batch, accumulate, rank, world, self._global_batch)
+        return [self.batch([self.index(row) for row in part]) for part in rows]
 
     def batch(self, indices: Sequence[int], size: int | None = None) -> Batch:
         """Training examples by number, in as many rows as there are, or for `size` examples."""

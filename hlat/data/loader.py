@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hlat.data.batch import Batch, make_batch
+from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
@@ -90,25 +90,13 @@ class Data:
     def batches(
         self, step: int, micro_batch: int, accumulate: int, rank: int = 0, world: int = 1
     ) -> list[Batch]:
-        """The micro-batches of one rank in global step `step` (from 0).
-
-        The step's rows are step*G ... step*G + G-1, G = micro_batch * accumulate * world; rank r takes the
-        r-th of `world` equal runs of them. So the union over the ranks is the same for every `world`. Raises
-        ValueError when G is not the recipe's global batch.
+        """The micro-batches of one rank in global step `step` (from 0), as `hlat.data.batch.rows_of` counts
+        rows. Raises ValueError when they are not the recipe's global batch.
         """
-        per_rank = micro_batch * accumulate
-        if self._global_batch and per_rank * world != self._global_batch:
-            raise ValueError(
-                f"{micro_batch} x {accumulate} x {world} rows are not the global batch {self._global_batch}"
-            )
-        first = step * per_rank * world + rank * per_rank
+        rows = rows_of(step, micro_batch, accumulate, rank, world, self._global_batch)
         return [
-            make_batch(
-                np.stack([self.train.ids(row) for row in range(start, start + micro_batch)]),
-                self._eos,
-                self._mask,
-            )
-            for start in range(first, first + per_rank, micro_batch)
+            make_batch(np.stack([self.train.ids(row) for row in part]), self._eos, self._mask)
+            for part in rows
         ]
 
     def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
