@@ -85,7 +85,9 @@ class ForwardOnly:
         optimizer = self.optimizer
         optimizer.agree, optimizer.guard = _agreement(run), run.guard
         optimizer.count = run.step
-        optimizer.scale.fill_(run.schedule(run.step))
+        # As data with a dimension: torch-xla makes a constant of a lone 0 or 1, and with it another graph.
+        factor = torch.tensor([run.schedule(run.step)], dtype=optimizer.scale.dtype)
+        optimizer.scale.copy_(factor.to(optimizer.scale.device)[0])
         self._move(run, lambda: run.engine.forward(batches, tokens))
         report = optimizer.report
         run.updates.add_(report["keep"])
