@@ -99,7 +99,7 @@ class Team:
         """The first rank's text on every rank, parsed."""
         if self._world.size == 1:
             return json.loads(text or "null")
-        raw = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self._device)
+        raw = torch.frombuffer(bytearray((text or " ").encode()), dtype=torch.uint8).to(self._device)
         size = self._world.broadcast(torch.tensor([raw.numel()], device=self._device))
         if text is None:
             raw = torch.empty(int(size), dtype=torch.uint8, device=self._device)
