@@ -153,20 +153,22 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def plan(rows: Sequence[Row], batch_size: int, multiple: int = 8) -> Iterator[Batch]:
+def plan(rows: Sequence[Row], batch_size: int, multiple: int = 8, few_shapes: bool = True) -> Iterator[Batch]:
     """Batches of rows of about equal length, the longest first: what does not fit in memory fails at once.
 
     Args:
         batch_size: rows of a batch at most.
         multiple: lengths are multiples of it (of the tensor-parallel ranks under sequence parallelism).
+        few_shapes: pad to few shapes, for a device that compiles a graph for each; else as little as can be.
     """
     for branches in (False, True):
         chosen = sorted((row for row in rows if row.branches == branches), key=lambda row: -row.length)
         while chosen:
-            length = shape_bucket(chosen[0].length, multiple)
+            longest = chosen[0].length
+            length = shape_bucket(longest, multiple) if few_shapes else -(-longest // multiple) * multiple
             most = max(1, min(batch_size, MOST_MASK // length**2)) if branches else batch_size
             part, chosen = chosen[:most], chosen[most:]
-            yield _lay_out(part, row_bucket(len(part), most), length)
+            yield _lay_out(part, row_bucket(len(part), most) if few_shapes else len(part), length)
 
 
 def _lay_out(rows: Sequence[Row], count: int, length: int) -> Batch:

@@ -60,7 +60,10 @@ class Team:
         if not requests:
             return []
         rows = share_beginnings(list(enumerate(requests)), max(len(r.tokens) for r in requests))
-        batches = sorted(plan(rows, batch_size, 8 * self.live.split), key=lambda batch: -batch.cost)
+        graphs = self._device.type not in ("cpu", "cuda")
+        batches = sorted(
+            plan(rows, batch_size, 8 * self.live.split, few_shapes=graphs), key=lambda batch: -batch.cost
+        )
         job = {
             "kind": "score",
             "batches": [batch.to_json() for batch in batches],

@@ -44,11 +44,11 @@ def read_back(batch: Batch, number: int) -> Request:
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.integers(1, 8))
-def test_every_request_can_be_read_back(wanted: list[Request], size: int) -> None:
+@given(requests, st.integers(1, 8), st.booleans())
+def test_every_request_can_be_read_back(wanted: list[Request], size: int, few: bool) -> None:
     rows = share_beginnings(list(enumerate(wanted)), 64)
     assert sum(row.length for row in rows) <= sum(len(request.tokens) for request in wanted)
-    batches = list(plan(rows, size))
+    batches = list(plan(rows, size, few_shapes=few))
     seen = [owner for batch in batches for owner in batch.owners if owner >= 0]
     assert sorted(set(seen)) == list(range(len(wanted)))
     assert len(seen) == sum(len(request.continuation) for request in wanted)
