@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHORTEST_BEGINNING = 8  # tokens; for less, a mask costs more than is saved
-LONGEST_SHARED_ROW = 2048  # positions of a row with branches; attention grows with its square
+LONGEST_SHARED_ROW = 2048  # positions of a row with branches: attention grows with the square
+MOST_MASK = 1 << 28  # elements of a batch's mask
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ def share_beginnings(requests: Sequence[tuple[int, Request]], max_length: int) -
 
     Args:
         requests: (number, request), each short enough for the model.
-        max_length: positions of a row without branches; one with branches takes up to LONGEST_SHARED_ROW,
-            or this if it is more.
+        max_length: positions of the longest row without branches; one with branches takes up to half as many
+            again, or LONGEST_SHARED_ROW if that is more.
     """
     rows: list[Row] = []
-    longest = max(max_length, LONGEST_SHARED_ROW)
+    longest = max(max_length * 3 // 2, LONGEST_SHARED_ROW)
     for number, request in sorted(requests, key=lambda item: item[1].tokens):
         tokens = request.tokens
         if rows and (row := _joined(rows[-1], number, request, longest)):
@@ -152,18 +153,22 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def plan(rows: Sequence[Row], batch_size: int, multiple: int = 8) -> Iterator[Batch]:
+def plan(rows: Sequence[Row], batch_size: int, multiple: int = 8, few_shapes: bool = True) -> Iterator[Batch]:
     """Batches of rows of about equal length, the longest first: what does not fit in memory fails at once.
 
     Args:
         batch_size: rows of a batch at most.
         multiple: lengths are multiples of it (of the tensor-parallel ranks under sequence parallelism).
+        few_shapes: pad to few shapes, for a device that compiles a graph for each; else as little as can be.
     """
     for branches in (False, True):
         chosen = sorted((row for row in rows if row.branches == branches), key=lambda row: -row.length)
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            yield _lay_out(part, row_bucket(len(part), batch_size), shape_bucket(part[0].length, multiple))
+        while chosen:
+            longest = chosen[0].length
+            length = shape_bucket(longest, multiple) if few_shapes else -(-longest // multiple) * multiple
+            most = max(1, min(batch_size, MOST_MASK // length**2)) if branches else batch_size
+            part, chosen = chosen[:most], chosen[most:]
+            yield _lay_out(part, row_bucket(len(part), most) if few_shapes else len(part), length)
 
 
 def _lay_out(rows: Sequence[Row], count: int, length: int) -> Batch:

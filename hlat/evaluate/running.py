@@ -87,12 +87,7 @@ def load_tasks(selection: Selection) -> Loaded:
             manager = TaskManager(include_path=folders, **options)
         for name in selection.tasks:
             _check_name(manager, name)
-        if not selection.allow_code and (unsafe := _first_unsafe(manager, selection.tasks)):
-            raise UserError(
-                f"task '{unsafe}' runs code that the model writes",
-                where="--tasks",
-                fix=f"add {ALLOW_CODE} (in a container you can lose), or leave the task out",
-            )
+        _check_safety(manager, selection)
         if selection.allow_code:
             os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
         objects = [item for name in selection.tasks for item in _load(manager, name)]
@@ -204,8 +199,27 @@ def _check_name(manager: Any, name: str) -> None:
     )
 
 
-def _first_unsafe(manager: Any, names: Sequence[str]) -> str | None:
-    """The first task marked as running generated code, found without loading any (loading may run code)."""
+def _check_safety(manager: Any, selection: Selection) -> None:
+    """Refuse tasks that run code, found without loading any task: loading may run code already."""
+    import datasets
+
+    unsafe = next((n for n, c in _members(manager, selection.tasks) if c.get("unsafe_code")), None)
+    if unsafe and not selection.allow_code:
+        raise UserError(
+            f"task '{unsafe}' runs code that the model writes",
+            where="--tasks",
+            fix=f"add {ALLOW_CODE} (in a container you can lose), or leave the task out",
+        )
+    if int(datasets.__version__.partition(".")[0]) >= 4:
+        return  # it can no longer run a data set's own code
+    for name, config in _members(manager, selection.tasks):
+        if (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
+            what = f"task '{name}' wants to run code from the hub to read its data set"
+            raise UserError(what, where="--tasks", fix="run: pip install 'datasets>=4', which needs none")
+
+
+def _members(manager: Any, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, configuration) of all tasks and groups that some names stand for."""
     waiting, seen = list(names), set()
     while waiting:
         name = waiting.pop(0)
@@ -214,14 +228,15 @@ def _first_unsafe(manager: Any, names: Sequence[str]) -> str | None:
             continue
         seen.add(name)
         config = entry.cfg or {}
-        if config.get("unsafe_code"):
-            return name
+        yield name, config
         members = config.get("task")
-        if isinstance(members, list):
-            waiting += [m if isinstance(m, str) else str(m.get("task", m.get("group"))) for m in members]
+        for member in members if isinstance(members, list) else []:
+            inner = member if isinstance(member, dict) else {}
+            waiting.append(str(inner.get("group", inner.get("task", member))))
+            if isinstance(inner.get("task"), list):  # a group defined in place
+                waiting += [str(m.get("task") if isinstance(m, dict) else m) for m in inner["task"]]
         if entry.yaml_path is None:  # a tag
             waiting += sorted(entry.tags)
-    return None
 
 
 def _load(manager: Any, name: str) -> list[Any]:

@@ -60,7 +60,10 @@ class Team:
         if not requests:
             return []
         rows = share_beginnings(list(enumerate(requests)), max(len(r.tokens) for r in requests))
-        batches = sorted(plan(rows, batch_size, 8 * self.live.split), key=lambda batch: -batch.cost)
+        graphs = self._device.type not in ("cpu", "cuda")
+        batches = sorted(
+            plan(rows, batch_size, 8 * self.live.split, few_shapes=graphs), key=lambda batch: -batch.cost
+        )
         job = {
             "kind": "score",
             "batches": [batch.to_json() for batch in batches],
@@ -99,7 +102,7 @@ class Team:
         """The first rank's text on every rank, parsed."""
         if self._world.size == 1:
             return json.loads(text or "null")
-        raw = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self._device)
+        raw = torch.frombuffer(bytearray((text or " ").encode()), dtype=torch.uint8).to(self._device)
         size = self._world.broadcast(torch.tensor([raw.numel()], device=self._device))
         if text is None:
             raw = torch.empty(int(size), dtype=torch.uint8, device=self._device)

@@ -27,9 +27,9 @@ LAYOUTS = {"tp2": (2, 1), "sequence-tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1), 
 SECONDS = 420
 
 
-def random_llama(folder: Path) -> Path:
-    """8 heads, 4 key/value heads, a vocabulary of bytes that three ranks cannot divide."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def random_llama(folder: Path, add_bos: bool = False) -> Path:
+    """8 heads, 4 key/value heads, a vocabulary of bytes that two ranks cannot divide evenly."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -51,6 +51,9 @@ def random_llama(folder: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
+    if add_bos:
+        added = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 256)]}
+        backend.post_processor = processors.TemplateProcessing(**added)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -138,6 +141,26 @@ def check(target: Path, folder: Path, layouts: Sequence[str]) -> None:
 
 def test_a_small_llama(tmp_path: Path) -> None:
     check(random_llama(tmp_path / "llama"), tmp_path, ("tp2", "sequence-tp2", "pp2", "dp2"))
+
+
+def test_a_tokenizer_that_adds_bos(tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from hlat.backend.native import NativeBackend
+    from hlat.evaluate.harness import lm_class
+    from hlat.evaluate.target import load_team, open_target
+
+    target = random_llama(tmp_path / "llama", add_bos=True)
+    team = load_team(open_target(target), NativeBackend(device=torch.device("cpu")), torch.float32)
+    ours = lm_class()(pretrained=team)
+    theirs = HFLM(pretrained=str(target), dtype="float32", device="cpu")
+    assert ours.tok_encode("ab")[0] == 256 == ours.prefix_token_id
+    for text in ("ab", "", "<s>ab", " a </s> b", "a<s>"):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special), (text, special)
+    for context, rest in (("ab ", "c"), ("<s>x", " y"), ("a", "  b")):
+        assert ours._encode_pair(context, rest) == theirs._encode_pair(context, rest)
+    assert (ours.eot_token_id, ours.max_length) == (theirs.eot_token_id, theirs.max_length)
 
 
 @pytest.mark.slow

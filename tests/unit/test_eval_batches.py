@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hlat.evaluate.batches import (
     LONGEST_SHARED_ROW,
+    MOST_MASK,
     Batch,
     Request,
     common_length,
@@ -43,11 +44,11 @@ def read_back(batch: Batch, number: int) -> Request:
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.integers(1, 8))
-def test_every_request_can_be_read_back(wanted: list[Request], size: int) -> None:
+@given(requests, st.integers(1, 8), st.booleans())
+def test_every_request_can_be_read_back(wanted: list[Request], size: int, few: bool) -> None:
     rows = share_beginnings(list(enumerate(wanted)), 64)
     assert sum(row.length for row in rows) <= sum(len(request.tokens) for request in wanted)
-    batches = list(plan(rows, size))
+    batches = list(plan(rows, size, few_shapes=few))
     seen = [owner for batch in batches for owner in batch.owners if owner >= 0]
     assert sorted(set(seen)) == list(range(len(wanted)))
     assert len(seen) == sum(len(request.continuation) for request in wanted)
@@ -76,6 +77,13 @@ def test_short_or_too_long_beginnings_are_not_shared() -> None:
     many = [Request(tuple(range(1000)), (i, *range(300))) for i in range(5)]
     rows = share_beginnings(list(enumerate(many)), 64)
     assert len(rows) > 1 and all(row.length <= LONGEST_SHARED_ROW for row in rows)
+
+
+def test_masks_have_bounds() -> None:
+    long = [Request((n, *range(6000)), (i, 5)) for n in range(6) for i in range(2)]
+    batches = list(plan(share_beginnings(list(enumerate(long)), 6001), 16))
+    assert all(len(batch.ids) * len(batch.ids[0]) ** 2 <= MOST_MASK for batch in batches)
+    assert sum(len(set(batch.owners) - {-1}) for batch in batches) == 12
 
 
 def test_cut_left() -> None:

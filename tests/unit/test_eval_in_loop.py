@@ -88,6 +88,15 @@ def test_the_figures_are_those_of_the_checkpoint(place: Path) -> None:
     assert "hlat-function: acc" in Path("c.html").read_text()
 
 
+def test_a_run_that_is_not_done_is_evaluated_from_its_last_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", "small.yaml", "run.dir=run", "run.stop_at_step=3"]) == 0
+    (place / "run" / "checkpoints" / ".step-00000004.partial-1-host").mkdir()
+    assert main(["eval", "run", "--tasks", "hlat-function", "--limit", "3"]) == 0
+    assert "run step-00000003, 768 tokens" in capsys.readouterr().out
+
+
 def test_an_unknown_task_is_refused_before_training(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "small.yaml", "run.dir=run", "eval.tasks=[hlat-functoin]"]) == 2
     assert "unknown task 'hlat-functoin'; did you mean 'hlat-function'?" in capsys.readouterr().err
@@ -95,11 +104,19 @@ def test_an_unknown_task_is_refused_before_training(place: Path, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["parallel.tp=2 parallel.sequence=true", "parallel.pp=2", "parallel.dp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.tp=2 parallel.sequence=true",
+        "parallel.pp=2",
+        "parallel.pp=2 parallel.schedule=interleaved parallel.stages=2",
+        "parallel.dp=2",
+    ],
+)
 def test_in_every_layout(place: Path, layout: str) -> None:
-    common = ["small.yaml", "precision.compute=fp32", *TASKS]
+    common = ["small.yaml", "precision.compute=fp32", *TASKS, "model.layers=4"]
     assert main(["train", *common, "run.dir=one"]) == 0
-    runs = {"with": [*common, *layout.split()], "without": [*common[:2], *layout.split()]}
+    runs = {"with": [*common, *layout.split()], "without": [*common[:2], common[-1], *layout.split()]}
     for name, arguments in runs.items():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

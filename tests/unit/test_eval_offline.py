@@ -64,7 +64,7 @@ def test_texts(make) -> None:
 def test_every_task_of_the_paper_exists() -> None:
     """The data sets lie on a hub; that the harness knows the names is what can be checked here."""
     tasks = pytest.importorskip("lm_eval.tasks")
-    from hlat.evaluate.running import TASKS, _first_unsafe
+    from hlat.evaluate.running import TASKS, Selection, _check_safety, _members
 
     manager = tasks.TaskManager(include_path=[str(TASKS)])
     members = manager.task_index["hlat-paper"].cfg["task"]
@@ -75,8 +75,11 @@ def test_every_task_of_the_paper_exists() -> None:
         "hlat-commonsense",
         "hlat-world-knowledge",
     }
-    assert _first_unsafe(manager, ["hlat-paper"]) == "humaneval"
-    assert _first_unsafe(manager, ["hlat-offline", "mmlu"]) is None
+    with pytest.raises(UserError, match="task 'humaneval' runs code"):
+        _check_safety(manager, Selection(("hlat-paper",)))
+    _check_safety(manager, Selection(("hlat-paper",), allow_code=True))
+    _check_safety(manager, Selection(("hlat-offline", "mmlu")))
+    assert {"piqa", "mmlu_anatomy", "nq_open"} <= {name for name, _ in _members(manager, ["hlat-paper"])}
     shots = {m.get("group") or m["task"]: m.get("num_fewshot") for m in members}
     assert shots["mmlu"] == 5 and shots["gsm8k"] == 8 and shots["hlat-commonsense"] == 0
 
@@ -84,3 +87,40 @@ def test_every_task_of_the_paper_exists() -> None:
 def test_published_values() -> None:
     assert any((p.task, p.model, p.value) == ("mmlu", "HLAT-7B", 41.318) for p in PUBLISHED)
     assert all(0 < p.value < 100 and p.source for p in PUBLISHED)
+
+
+def test_a_task_that_trusts_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    import datasets
+
+    from hlat.evaluate.running import Selection, _check_safety
+
+    entry = types.SimpleNamespace(
+        cfg={"dataset_kwargs": {"trust_remote_code": True}}, yaml_path="x", tags=set()
+    )
+    manager = types.SimpleNamespace(task_index={"old": entry})
+    _check_safety(manager, Selection(("old",)))
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(UserError, match="run code from the hub"):
+        _check_safety(manager, Selection(("old",)))
+
+
+def test_random_states_are_put_back() -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    from hlat.evaluate.running import same_random_state
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with same_random_state():
+        assert draw() == expected
+        torch.manual_seed(5)
+    assert draw() == expected
