@@ -1,4 +1,4 @@
-"""MADA, Muon, compressed reductions and methods without gradients do on NxD what they do natively."""
+"""MADA, Muon and compressed reductions do on NxD what they do on the native backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.nxd
 
-STEPS = {"mada": 20, "muon": 6, "reduce": 12, "forward": 8}
+STEPS = {"mada": 20, "muon": 6, "reduce": 12}
 START = {"beta1": 0.85, "beta2": 0.9, "beta3": 0.3, "rho": 0.6, "c": 0.7, "gamma": 0.8}
 SPEEDS = "{beta1: 0.2, beta2: 2.0, beta3: 10.0, rho: 3.0, c: 80.0, gamma: 0.8}"
 MADA = [
@@ -18,8 +18,6 @@ MADA = [
 ]
 MUON = ["optim={name: muon, lr: 1e-3}"]
 CONEF = ["reduce={name: conef, start_step: 3, ratio: 0.1, size: 0.2}"]
-MEZO = ["method={name: mezo, lr: 1e-5}"]
-SVRG = ["method={name: mezo_svrg, lr_anchor: 1e-5, lr_inner: 1e-6, anchor_examples: 16}"]
 POWER = ["reduce={name: powersgd, start_step: 3, rank: 2}"]
 LAYOUTS = {
     "tp2": ["parallel.tp=2"],
@@ -38,9 +36,6 @@ CASES: dict[str, tuple[int, str, list[str], str]] = {
     "conef-dp2": (2, "dp2", CONEF, "reduce"),
     "conef-dp2-zero1": (2, "dp2-zero1", CONEF, "reduce"),
     "powersgd-dp2": (2, "dp2", POWER, "reduce"),
-    "mezo-dp2": (2, "dp2", MEZO, "forward"),
-    "mezo_svrg-tp2": (2, "tp2", SVRG, "forward"),
-    "mezo_svrg-pp2": (2, "pp2", SVRG, "forward"),
     "mada-dp2-tp2-zero1": (4, "dp2-tp2-zero1", MADA, "mada"),
     "conef-dp2-tp2": (4, "dp2-tp2", CONEF, "reduce"),
     "conef-dp2-tp2-zero1": (4, "dp2-tp2-zero1", CONEF, "reduce"),
@@ -52,7 +47,7 @@ OTHER = {
     "conef-dp2-tp2": (4, "conef-dp2-tp2-zero1"),
     "conef-dp2-tp2-zero1": (4, "conef-dp2-tp2"),
 }
-XLA = ("mada-tp2", "mada-dp2-zero1", "conef-dp2", "conef-dp2-zero1", "mezo_svrg-tp2")
+XLA = ("mada-tp2", "mada-dp2-zero1", "conef-dp2", "conef-dp2-zero1")
 IDS = [("cpu-mode", name) for name in CASES] + [("xla-mode", name) for name in XLA]
 Rows = list[dict[str, float]]
 
@@ -92,11 +87,6 @@ def worst(ours: Rows, theirs: Rows, keys: tuple[str, ...]) -> float:
 @pytest.mark.parametrize(("mode", "name"), IDS, ids=[f"{m}-{n}" for m, n in IDS])
 def test_it_trains_as_on_the_native_backend(mode: str, name: str, pair: Callable) -> None:
     ours, theirs = pair(mode, name)
-    if CASES[name][3] == "forward":  # a slope is a small difference of losses
-        assert len({row["loss"] for row in ours}) == len(ours)
-        assert worst(ours, theirs, ("loss",)) < 1e-5
-        assert worst(ours, theirs, ("grad_norm",)) < 2e-2
-        return
     assert ours[-1]["loss"] < ours[0]["loss"]
     assert worst(ours, theirs, ("loss", "grad_norm")) < 1e-5
 

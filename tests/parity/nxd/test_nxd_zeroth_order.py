@@ -10,7 +10,11 @@ pytestmark = pytest.mark.nxd
 
 MEZO = "method={name: mezo, lr: 1e-4}"
 SVRG = "method={name: mezo_svrg, lr_anchor: 1e-4, lr_inner: 1e-4, anchor_examples: 16}"
-LAYOUTS = {"tp2": ["parallel.tp=2"], "pp2": ["parallel.pp=2", "data.micro_batch=2"]}
+LAYOUTS = {
+    "tp2": ["parallel.tp=2"],
+    "pp2": ["parallel.pp=2", "data.micro_batch=2"],
+    "dp2": ["parallel.dp=2", "data.micro_batch=4"],
+}
 METHODS = {"mezo": MEZO, "svrg": SVRG}
 TWO = {f"{a}-{b}": [*words, text] for a, words in LAYOUTS.items() for b, text in METHODS.items()}
 ALONE = [{"name": name, "job": "graphs", "overrides": [text]} for name, text in METHODS.items()]
