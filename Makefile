@@ -37,7 +37,7 @@ train:
 # What `make train` made, on questions that need no network.
 eval:
 	$(SETUP) --extras eval
-	$(RUN) hlat eval runs/tiny --tasks hlat-offline $(ARGS)
+	$(RUN) hlat eval runs/tiny --tasks hlat-offline --json runs/tiny/offline.json $(ARGS)
 
 test:
 	$(SETUP) $(FULL)

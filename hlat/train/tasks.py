@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 def refuse_tasks(recipe: Recipe) -> None:
     """Raise UserError where a recipe asks for tasks that cannot run inside it."""
+    if recipe.eval.tasks and recipe.model.classes:
+        raise UserError(
+            "a model with a classifier in place of its output head cannot continue texts",
+            where="eval.tasks",
+            fix="leave it empty, or write objective.by=words",
+        )
     if recipe.eval.tasks and recipe.backend == "nxd":
         raise UserError(
             "backend nxd runs no tasks inside a run: its graphs have the shapes of training",

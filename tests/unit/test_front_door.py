@@ -173,6 +173,15 @@ def test_check_of_the_tiny_run(tmp_path: Path, steps: int, bits: list[float], wr
     assert len(check.problems(write_run(tmp_path, steps, bits))) == wrong
 
 
+@pytest.mark.parametrize(("values", "better"), [((0.5, 0.4), 2), ((0.5, 0.3), 1), ((0.25, 0.1), 0)])
+def test_check_of_the_evaluation(values: tuple[float, float], better: int) -> None:
+    check = load_file(ROOT / ".ci" / "check_eval.py")
+    results = {f"task{i}": {"acc,none": v, "acc_stderr,none": 0.03} for i, v in enumerate(values)}
+    results["bits"] = {"bits_per_byte,none": 1.6, "bits_per_byte_stderr,none": "N/A"}
+    chance = {**{name: {"acc": 0.25} for name in ("task0", "task1")}, "bits": {"bits_per_byte": 8.0}}
+    assert len(check.above_chance({"results": results, "hlat": {"chance": chance}})) == better
+
+
 def test_recipe_reference_is_current() -> None:
     module = load_file(ROOT / "docs" / "recipe_reference.py")
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
