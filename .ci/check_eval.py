@@ -1,5 +1,5 @@
-"""Check what `make eval` left in the run folder: the model of `make train` does better than chance on at least
-two kinds of questions, by more than three standard errors.
+"""Check what `make eval` left in the run folder: the model of `make train` does better than chance on at
+least two kinds of questions, by more than three standard errors.
 
 python .ci/check_eval.py runs/tiny/offline.json
 """
