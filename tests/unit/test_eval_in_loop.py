@@ -27,7 +27,7 @@ eval: {every: 2, batches: 2}
 log: {every: 1}
 """
 TASKS = ("eval.tasks=[hlat-bits-comment, hlat-function]", "eval.limit=3")
-CLOCK = ("tokens_per_second", "mfu", "step_seconds")
+MEASURED = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows(folder: Path, *kinds: str) -> list[dict]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in found if row["kind"] in kinds]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found if row["kind"] in kinds]
 
 
 def test_training_is_the_same_with_and_without(place: Path, capsys: pytest.CaptureFixture) -> None:
