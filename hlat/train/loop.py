@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hlat.backend.cluster import Cluster
+from hlat.observe.heartbeat import FIRST_STEP, STEP
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.watchdog import Watchdog
 from hlat.train.evaluate import evaluate
@@ -115,6 +116,7 @@ class Loop:
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
         self._saving: int | None = None
+        self._stepped = False
         self._timeouts_are_long = self.cluster.world > 1
         self.held_out: dict[str, Any] | None = None
 
@@ -138,9 +140,10 @@ class Loop:
     def one_step(self) -> None:
         """One training step and whatever is due after it."""
         run, recipe = self.run, self.run.recipe
-        self.watchdog.beat(run.step + 1, "training")
+        self.watchdog.beat(run.step + 1, STEP if self._stepped else FIRST_STEP)
         rate = run.learning_rate()
         values = train_step(run)
+        self._stepped = True
         self.metrics.add(run.step, {"lr": rate, **values}, self._figures())
         if self._timeouts_are_long:
             self._shorten_timeouts()

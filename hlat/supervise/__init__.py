@@ -1,0 +1,1 @@
+"""Operating a run: what starts it, watches it and starts it again."""
