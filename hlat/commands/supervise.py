@@ -90,7 +90,9 @@ def _check(args: argparse.Namespace) -> None:
                         ("max_fruitless", 1), ("hang_seconds", 1)):  # fmt: skip
         if getattr(args, name) < least:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{getattr(args, name):g} is too small", where=option, fix=f"write {least} or more")
+            raise UserError(
+                f"{getattr(args, name):g} is too small", where=option, fix=f"write {least} or more"
+            )
     if args.node_rank >= args.nnodes:
         fix = f"number the machines from 0 to {args.nnodes - 1}"
         raise UserError(f"{args.node_rank} is not below --nnodes {args.nnodes}", where="--node-rank", fix=fix)

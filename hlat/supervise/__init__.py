@@ -1,1 +1,1 @@
-"""Operating a run: what starts it, watches it and starts it again."""
+"""Keeps a run going: starts the ranks, watches them, says why they ended, starts them again."""

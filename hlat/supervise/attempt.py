@@ -18,7 +18,7 @@ from typing import Any
 from hlat.observe.heartbeat import FOLDER, STACKS_SIGNAL, Heartbeat, read_all, stacks_file
 from hlat.supervise import processes
 from hlat.supervise.logs import LogMirror
-from hlat.supervise.watch import Limits, overdue, sign
+from hlat.supervise.watch import Limits, kind_of, overdue, sign
 
 POLL = 0.2
 SAMPLE = 2.5  # seconds between two looks at heartbeats: a living rank has written in between
@@ -160,12 +160,12 @@ class Attempt:
     def _find_hang(self, first: Mapping[int, Heartbeat], outcome: Outcome) -> bool:
         """Whether a rank here has been too long in one place; then stacks are written."""
         now = time.monotonic()
-        late = overdue(first, now, self.limits, processes.compiles)
+        late = self._late(first, now)
         if not late:
             return False
         time.sleep(SAMPLE)
         second, again = read_all(self.scratch), time.monotonic()
-        if not overdue(second, again, self.limits, processes.compiles) or self._process.poll() is not None:
+        if not self._late(second, again) or self._process.poll() is not None:
             return False
         outcome.hang = True
         outcome.signs = tuple(  # type: ignore[assignment]
@@ -173,12 +173,15 @@ class Attempt:
             for beats, at in ((first, now), (second, again))
         )
         worst = late[0]
-        limit = self.limits.of_beat(worst)
-        seconds = again - worst.began
-        outcome.why = f"no progress for {seconds:.0f} s in step {worst.step} ({worst.phase}; limit {limit:.0f} s)"
+        seconds, limit = again - worst.began, self.limits.of_beat(worst)
+        what = f"step {worst.step} ({kind_of(worst.phase)}"
+        outcome.why = f"no progress for {seconds:.0f} s in {what}; limit {limit:.0f} s)"
         processes.send([beat.pid for beat in second.values()], STACKS_SIGNAL)
         time.sleep(_STACKS_SECONDS)
         return True
+
+    def _late(self, beats: Mapping[int, Heartbeat], now: float) -> list[Heartbeat]:
+        return overdue(beats, now, self.limits, processes.compiles, processes.halted)
 
     def _codes(self) -> dict[int, int]:
         try:

@@ -71,6 +71,12 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
+def halted(pid: int) -> bool:
+    """Whether a process is stopped by a signal (or held by a debugger)."""
+    process = look(pid)
+    return process is not None and process.state in "Tt"
+
+
 def compiles(pid: int) -> bool:
     """Whether a compiler works for this process."""
     return any(_program(process) in COMPILERS for process in descendants(pid))

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hlat.supervise.watch import Limits, name_the_late
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
 _LONGEST_PAUSE = 300.0
-_HANGS_OF_A_BAD_NODE = 2  # of the same machine, in a job of several
+_TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Supervisor:
         self.events = Events(self.logs, quiet=place.node > 0)
         self.timeline = Timeline()
         self.received: int | None = None
-        self._hangs: Counter[str] = Counter()
+        self._faults: Counter[tuple[str, str]] = Counter()  # (rule, machine)
         self._furthest, self._steps = 0, False  # highest step seen; whether this attempt trains yet
         self._reached, self._fruitless = 0, 0
 
@@ -172,7 +172,16 @@ class Supervisor:
             return self._name_the_hang(shared)
         verdicts = [(self._classify(report), report["host"]) for report in shared.values()]
         rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
-        return min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
+        verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
+        return (self._again_bad(verdict, host) if verdict.kind == "node" else verdict), host
+
+    def _again_bad(self, verdict: Verdict, host: str) -> Verdict:
+        """A machine that shows the same fault again is excluded, where there are others."""
+        self._faults[verdict.rule, host] += 1
+        if verdict.action == "restart" and host and self.team.count > 1:
+            if self._faults[verdict.rule, host] >= _TWICE:
+                return replace(verdict, action="exclude")
+        return verdict
 
     def _classify(self, report: dict[str, Any]) -> Verdict:
         return classify(
@@ -194,10 +203,8 @@ class Supervisor:
         hardware = [self._classify(report) for report in shared.values()]
         if bad := next((verdict for verdict in hardware if verdict.action == "exclude"), None):
             return bad, host
-        self._hangs[host] += 1
-        bad_node = self.team.count > 1 and host and self._hangs[host] >= _HANGS_OF_A_BAD_NODE
-        action = "exclude" if bad_node else "restart"
-        return Verdict("hang", action, f"{why}: {text}", "hang", rank if rank >= 0 else None), host
+        named = rank if rank >= 0 else None
+        return self._again_bad(Verdict("hang", "restart", f"{why}: {text}", "hang", named), host), host
 
     def _again(self, number: int) -> dict[str, Any]:
         """Start again, unless the budget is spent."""

@@ -56,14 +56,23 @@ class Limits:
 
 
 def overdue(
-    beats: Mapping[int, Heartbeat], now: float, limits: Limits, compiles: Callable[[int], bool]
+    beats: Mapping[int, Heartbeat],
+    now: float,
+    limits: Limits,
+    compiles: Callable[[int], bool],
+    halted: Callable[[int], bool],
 ) -> list[Heartbeat]:
     """The ranks that have been in one place for longer than it may last, the longest first.
 
-    compiles: whether a compiler works for a process; then it has the limit of compiling.
+    compiles: whether a compiler works for a process; then it has the limit of compiling. halted: whether a
+    process is stopped by a signal; then no phase excuses it.
     """
-    late = [beat for beat in beats.values() if now - beat.began > limits.of_beat(beat)]
-    late = [beat for beat in late if now - beat.began > limits.compiling or not compiles(beat.pid)]
+    late = []
+    for beat in beats.values():
+        here, silent = now - beat.began, now - beat.stamp
+        stays = here > limits.of_beat(beat) and (here > limits.compiling or not compiles(beat.pid))
+        if stays or (silent > limits.stepping and halted(beat.pid)):
+            late.append(beat)
     return sorted(late, key=lambda beat: beat.began)
 
 
@@ -87,7 +96,9 @@ def sign(beat: Heartbeat, age: float) -> dict[str, Any]:
             "waiting": beat.waiting}  # fmt: skip
 
 
-def name_the_late(hosts: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]], now: float) -> tuple[int, str]:
+def name_the_late(
+    hosts: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]], now: float
+) -> tuple[int, str]:
     """The rank that holds up the others (-1: none in particular), and a sentence.
 
     Args:
@@ -105,5 +116,7 @@ def name_the_late(hosts: Mapping[str, tuple[list[dict[str, Any]], list[dict[str,
         members += [Rank(item["rank"], host, item["pid"]) for item in second]
     members.sort(key=lambda member: member.rank)
     # A silent rank has the same beat twice; its age differs, so only the beat is compared.
-    same = {rank: after[rank] for rank in after if rank in before and before[rank].number == after[rank].number}
+    same = {
+        rank: after[rank] for rank in after if rank in before and before[rank].number == after[rank].number
+    }
     return who_is_late(members, {**before, **same}, after)

@@ -25,6 +25,7 @@ LAYERS = (
     ("reduce", "checkpoint"),
     ("evaluate",),
     ("train", "method", "doctor"),
+    ("supervise",),
     ("commands",),
     ("cli",),
     ("__main__",),
