@@ -1,8 +1,8 @@
 """A rank's heartbeat under `hlat supervise`: one small file on its own machine, rewritten twice a second.
 
-The supervisor there reads it: where the rank is, since when, and how long a step takes. It lies in a folder of
-the machine (not of the run), so that a slow or full disk says nothing about the rank. Times are CLOCK_MONOTONIC,
-which all processes of a machine share.
+The supervisor there reads it: where the rank is, since when, and how long a step takes. It lies in a folder
+of the machine (not of the run), so that a slow or full disk says nothing about the rank. Times are
+CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _PR_SET_PDEATHSIG = 1
 class Heartbeat:
     """What a rank says of itself.
 
-    step, phase: where its main thread is. began: when it came there; stamp: when this was written (monotonic
-    seconds). first: the first step that this process trains, 0 before it. patient: whether the phase may last long by its nature. pace: seconds of the slowest of the last
-    steps, 0 before there is one. where, waiting: innermost line of HLAT, and whether it waits for other ranks.
+    step, phase: where its main thread is. began: when it came there; stamp: when this was written, both in
+    monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
+    may last long by its nature. pace: seconds of the slowest of the last steps, 0 before there is one. where,
+    waiting: innermost line of HLAT, and whether it waits for other ranks.
     """
 
     rank: int

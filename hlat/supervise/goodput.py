@@ -1,7 +1,7 @@
 """Where the time of a supervised run went, and how much of it made steps that lasted.
 
 Goodput is the time of steps that stayed, over the wall time from the first start to the end. A step that was
-trained again after a restart counts once; the first step of an attempt, which may compile, counts as starting.
+trained again after a restart counts once; the first step of an attempt, which may compile, does not count.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from pathlib import Path
 
 # Names of programs that compile for a rank: a main thread that waits for one of them does not hang.
 COMPILERS = frozenset(
-    "neuronx-cc neuron-cc walrus_driver hlo2penguin hlo-opt tensorizer neuronx-cc-backend penguin birsim"
-    " cc1plus cc1 c++ g++ gcc clang clang++ ld nvcc cicc ptxas fatbinary ninja".split()
+    ("neuronx-cc", "neuron-cc", "neuronx-cc-backend", "walrus_driver", "hlo2penguin", "hlo-opt", "birsim")
+    + ("tensorizer", "penguin", "cc1plus", "cc1", "c++", "g++", "gcc", "clang", "clang++", "ld")
+    + ("nvcc", "cicc", "ptxas", "fatbinary", "ninja")
 )
 _PR_SET_CHILD_SUBREAPER = 36
 

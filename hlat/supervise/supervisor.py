@@ -72,7 +72,7 @@ class Supervisor:
         self.received: int | None = None
         self._faults: Counter[tuple[str, str]] = Counter()  # (rule, machine)
         self._furthest, self._steps = 0, False  # highest step seen; whether this attempt trains yet
-        self._reached, self._fruitless = 0, 0
+        self._best, self._fruitless = (0, 0), 0
 
     def run(self) -> int:
         """Until the run is done or nothing more can be done here. Returns the exit status."""
@@ -133,8 +133,7 @@ class Supervisor:
     def _decide(self, number: int, shared: dict[int, dict[str, Any]], logs: Path) -> dict[str, Any]:
         """On the first machine: {"exit": status or None, "pause": seconds, ...}."""
         reached = max(report["reached"] for report in shared.values())
-        self._fruitless = 0 if reached > self._reached else self._fruitless + 1
-        self._reached = max(reached, self._reached)
+        self._count_fruitless(reached)
         verdict, host = self._judge(shared)
         end: dict[str, Any] = {"attempt": number, "step": reached, "kind": verdict.kind, "rule": verdict.rule}
         end |= {"reason": verdict.reason, "rank": verdict.rank, "node": host}
@@ -146,12 +145,21 @@ class Supervisor:
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
         if stopped is not None:
             return {"exit": 130 if stopped == signal.SIGINT else REQUEUE, "why": verdict.reason}
+        if verdict.kind == "preempted":  # nobody asked this job to end: a rank alone was sent a signal
+            return self._again(number)
         if verdict.action == "stop":
             return {"exit": _CODES.get(verdict.kind, FAILED), "why": verdict.reason}
         if verdict.action == "exclude":
             self._exclude(host)
             return {"exit": BAD_NODE, "why": f"{host} is bad: {verdict.reason}"}
         return self._again(number)
+
+    def _count_fruitless(self, reached: int) -> None:
+        """An attempt bears fruit when it comes further than those before, or began further on."""
+        began = max((span.first for span in self.timeline.spans), default=0)
+        fruit = reached > self._best[0] or began > self._best[1]
+        self._best = max(reached, self._best[0]), began
+        self._fruitless = 0 if fruit else self._fruitless + 1
 
     def _judge(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
         """Why the attempt ended, and on which machine."""
@@ -178,10 +186,9 @@ class Supervisor:
     def _again_bad(self, verdict: Verdict, host: str) -> Verdict:
         """A machine that shows the same fault again is excluded, where there are others."""
         self._faults[verdict.rule, host] += 1
-        if verdict.action == "restart" and host and self.team.count > 1:
-            if self._faults[verdict.rule, host] >= _TWICE:
-                return replace(verdict, action="exclude")
-        return verdict
+        again = self._faults[verdict.rule, host] >= _TWICE and self.team.count > 1
+        exclude = again and verdict.action == "restart" and host != ""
+        return replace(verdict, action="exclude") if exclude else verdict
 
     def _classify(self, report: dict[str, Any]) -> Verdict:
         return classify(
@@ -211,7 +218,7 @@ class Supervisor:
         if number > self.budget.restarts:
             return {"exit": FAILED, "why": f"{number - 1} restarts are the budget (--max-restarts)"}
         if self._fruitless >= self.budget.fruitless:
-            why = f"{self._fruitless} attempts in a row came no further than step {self._reached}"
+            why = f"{self._fruitless} attempts in a row came no further than step {self._best[0]}"
             return {"exit": FAILED, "why": why}
         pause = min(_LONGEST_PAUSE, self.budget.pause * 2**self._fruitless)
         return {"exit": None, "pause": pause}

@@ -105,7 +105,9 @@ def name_the_late(
         hosts: for each machine its ranks' signs, and the same a few seconds later.
         now: unix time, for "last sign ... ago".
     """
-    members, before, after = [], {}, {}
+    members: list[Rank] = []
+    before: dict[int, Sign] = {}
+    after: dict[int, Sign] = {}
     for host, (first, second) in hosts.items():
         for signs, into in ((first, before), (second, after)):
             for item in signs:
