@@ -260,7 +260,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
     make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
-    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer)
+    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
@@ -272,6 +272,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         saves.restore(run, saved)
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = _metrics(recipe, run, folder, saved, console, note, began)
+    metrics.notes = saves.journal.rows
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
     loop = Loop(
         run,

@@ -115,7 +115,6 @@ class Loop:
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
-        self._saving: int | None = None
         self._stepped = False
         self._timeouts_are_long = self.cluster.world > 1
         self.held_out: dict[str, Any] | None = None
@@ -152,7 +151,8 @@ class Loop:
             self.verify()
         if run.step == recipe.run.steps or (recipe.eval.every and run.step % recipe.eval.every == 0):
             self.evaluate()
-        if run.step % recipe.checkpoint.every == 0 and run.step != self.last_step:  # `train` saves that
+        due = run.step % recipe.checkpoint.every == 0
+        if (due or self.saves.retry_due()) and run.step != self.last_step:  # `train` saves that
             self.save()
         self._note_saved()
 
@@ -199,21 +199,22 @@ class Loop:
     def save(self, wait: bool = False) -> None:
         """Save this step's state, once; `wait` until it is complete on the disk."""
         run = self.run
-        if self._saved != run.step:
+        if wait:
+            self._beat_save(patient=True)
+        if self._saved != run.step or (wait and not self.saves.wait()):
             self._saved = run.step
-            self.watchdog.beat(run.step, "checkpoint", patient=wait)
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
-                self.saves.save(run, wait)
-            self._saving = run.step
-        if wait:
-            self.saves.wait()
+                self.saves.save(run, wait, self.metrics.trouble, lambda: self._beat_save(wait))
         self._note_saved()
 
+    def _beat_save(self, patient: bool) -> None:
+        self.watchdog.beat(self.run.step, "checkpoint", patient=patient)
+
     def _note_saved(self) -> None:
-        if self._saving is not None and self.saves.complete(self.run.step):
-            self.on_checkpoint(self._saving)
-            self._saving = None
+        step = self.saves.completed(self.run.step)
+        if step is not None:
+            self.on_checkpoint(step)
 
 
 @contextmanager

@@ -65,8 +65,7 @@ def term(target: Target) -> None:
 def corrupt(target: Target) -> None:
     """A byte of the newest checkpoint changes on the disk, and then a rank is killed, so that it is needed."""
     before = target.newest()
-    while target.newest() == before:  # a fresh one, which a kill at once leaves the newest
-        time.sleep(0.02)
+    wait_for(lambda: target.newest() > before, "a fresh checkpoint")  # which the kill leaves the newest
     step = target.newest()
     file = sorted(step_folder(target.run / "checkpoints", step).glob("data-*"))[0]
     with file.open("r+b") as data:
