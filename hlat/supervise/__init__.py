@@ -1,1 +1,1 @@
-"""Keeps a run going on one node: starts the ranks, watches them, says why they ended, starts them again."""
+"""Keeps a run going: starts the ranks, watches them, says why they ended, starts them again."""

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["recipe", "anomaly", "software", "node", "peer", "store", "preempted", "unknown"]
+# done, hang: not from the table; the supervisor sees these itself.
+Kind = Literal[
+    "recipe", "anomaly", "software", "node", "peer", "store", "preempted", "unknown", "done", "hang"
+]
 Action = Literal["stop", "restart", "exclude"]
 Where = Literal["kernel", "text", "both", "status", "flag"]
 
