@@ -42,6 +42,8 @@ _FREE = (
     "run.dir",
     "run.steps",
     "run.stop_at_step",
+    "run.max_hours",
+    "run.spot_notice",
     "run.resume",
     "model.preset",
     "data.micro_batch",

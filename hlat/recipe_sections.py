@@ -40,6 +40,12 @@ class RunSection(Section):
     """Optimizer steps in the whole run."""
     stop_at_step: Positive | None = None
     """Save and stop after this step; no schedule depends on it. Default: steps."""
+    max_hours: PositiveFloat | None = None
+    """Save and stop before so many hours have passed since the process started; null: no limit but that of
+    SLURM's job (SLURM_JOB_END_TIME).
+    """
+    spot_notice: Literal["auto"] | bool = "auto"
+    """Ask EC2 whether the spot instance will be taken back, then save and stop. auto: on EC2."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest complete checkpoint in the run folder, if there is one."""
 
@@ -320,6 +326,10 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    grace: PositiveFloat = 30.0
+    """Seconds from a signal to stop to the end of the processes: a step and a save must fit, else there is a
+    warning.
+    """
     format: Literal["hlat", "nxd"] = "hlat"
     """hlat: loads in any layout, on any backend. nxd: NxD's own files while training, for this layout alone;
     the last step is saved as hlat. `hlat convert from-nxd` turns them into the former.

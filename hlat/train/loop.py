@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from hlat.backend.cluster import Cluster
 from hlat.observe.metrics import MetricBuffer
+from hlat.observe.stopping import REBALANCE, WALLTIME, Asked, Deadline, Signals
 from hlat.observe.watchdog import Watchdog
 from hlat.train.evaluate import evaluate
 from hlat.train.memory import peak_bytes, persistent_bytes
@@ -21,30 +22,6 @@ from hlat.train.saves import Saves
 from hlat.train.step import train_step
 
 _MARGIN = 15  # seconds by which collectives outlast the watchdog, whose report says more
-
-
-class Signals:
-    """Turns SIGTERM and the first Ctrl-C into "save and stop after this step"; a second Ctrl-C interrupts at
-    once.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @contextmanager
-    def watch(self) -> Iterator[Signals]:
-        """Handle the signals inside; put the former handlers back after."""
-        former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
 
 class StopVote:
@@ -59,12 +36,14 @@ class StopVote:
         self._number = torch.zeros(1, dtype=torch.int32)
 
     def begin(self, received: int | None) -> None:
-        """Give this rank's vote: a signal's number, or None to go on. Returns at once."""
+        """Give this rank's vote: a cause (see `hlat.observe.stopping`), or None to go on. Returns at
+        once.
+        """
         self._number.fill_(received or 0)
         self._pending = self._group.start_all_reduce(self._number, "max")
 
     def result(self) -> int | None:
-        """The signal to stop for, the same on every rank; None to go on."""
+        """The cause to stop for, the same on every rank; None to go on."""
         self._pending.wait()
         return int(self._number) or None
 
@@ -91,6 +70,9 @@ class Loop:
         metrics: receives every step's scalars.
         saves: keeps the state.
         on_checkpoint: told of a checkpoint's step once it is complete.
+        warn: receives a line about what may be wrong.
+        signals: requests to stop.
+        deadline: when the job's time is over.
         cluster: the ranks that train together; each of them runs a loop.
         watchdog: told where the loop is.
         tasks: runs the tasks of `eval.tasks`; returns their figures on the first rank.
@@ -103,37 +85,73 @@ class Loop:
         saves: Saves,
         on_checkpoint: Callable[[int], None] = lambda step: None,
         *,
+        warn: Callable[[str], None] = lambda line: None,
+        signals: Signals | None = None,
+        deadline: Deadline | None = None,
         cluster: Cluster | None = None,
         watchdog: Watchdog | None = None,
         tasks: Callable[[], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.run, self.metrics, self.saves = run, metrics, saves
-        self.on_checkpoint = on_checkpoint
+        self.on_checkpoint, self.warn = on_checkpoint, warn
         self.tasks = tasks
+        self.signals = signals or Signals()
+        self.deadline = deadline or Deadline(None, run.recipe.checkpoint.grace)
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
         self._saving: int | None = None
+        self._save_began, self._steps_done = 0.0, 0
+        self._needed = 0.0  # seconds between a signal and a complete save, the most so far
         self._timeouts_are_long = self.cluster.world > 1
         self.held_out: dict[str, Any] | None = None
 
     def train(self) -> int | None:
-        """Train to the last step, save and evaluate. Returns the signal that stopped it early, or None."""
+        """Train to the last step, save and evaluate. Returns the cause that stopped it early, or None."""
         stop, vote = None, StopVote(self.cluster)
-        with Signals().watch() as signals, manual_collection() as collector:
+        self.signals.hold()
+        with manual_collection() as collector:
             self.metrics.start()
+            if self.run.tasks_due:
+                self._run_tasks()
+                self._saved = None  # they are done: say so in the checkpoint
+                self.save()
             while self.run.step < self.last_step and stop is None:
-                vote.begin(signals.received)
+                began = time.monotonic()
+                vote.begin(self._asked(2))  # the step that begins, and the next one if this stops nothing
                 self.one_step()
                 collector()
-                stop = vote.result() if self.cluster.world > 1 else signals.received
+                self._note_time(time.monotonic() - began)
+                stop = vote.result() if self.cluster.world > 1 else self._asked(1)
+                if stop == REBALANCE:
+                    stop = None
+                    self.save()
+                    self.signals.done(REBALANCE)
             self.metrics.flush()
             self.save(wait=True)
-            if stop is None and self.held_out is None and self.run.data.holdout.documents:
-                self.watchdog.beat(self.run.step, "evaluation")
-                self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
+        if self.run.step == self.last_step and not self.run.tasks_due:
+            stop = None  # nothing is left to do
+        if stop is None and self.held_out is None and self.run.data.holdout.documents:
+            self.watchdog.beat(self.run.step, "evaluation")
+            self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
         return stop
+
+    def _asked(self, steps: int) -> int | None:
+        """The cause to stop for that this rank knows of, looking ahead so many steps."""
+        ahead = [self._evaluates(self.run.step + 1 + n) for n in range(steps)]
+        return self.signals.received or (WALLTIME if self.deadline.due(ahead) else None)
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether a step ends with an evaluation."""
+        recipe = self.run.recipe
+        return step == recipe.run.steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
+
+    def _note_time(self, seconds: float) -> None:
+        """How long the step just done took. The first one, which may compile, is like no other."""
+        if self._steps_done:
+            self.deadline.step(seconds, self._evaluates(self.run.step))
+        self._steps_done += 1
 
     def one_step(self) -> None:
         """One training step and whatever is due after it."""
@@ -147,7 +165,7 @@ class Loop:
         self.held_out = None
         if recipe.parallel.verify_every and run.step % recipe.parallel.verify_every == 0:
             self.verify()
-        if run.step == recipe.run.steps or (recipe.eval.every and run.step % recipe.eval.every == 0):
+        if self._evaluates(run.step):
             self.evaluate()
         if run.step % recipe.checkpoint.every == 0 and run.step != self.last_step:  # `train` saves that
             self.save()
@@ -185,13 +203,23 @@ class Loop:
             with self.metrics.paused():
                 self.held_out = evaluate(self.run)
             self.metrics.eval(self.run.step, self.held_out)
-        if self.tasks is not None:
-            self.watchdog.beat(self.run.step, "evaluation", patient=True)
+        self._run_tasks()
+
+    def _run_tasks(self) -> None:
+        """The tasks at this step. Where a stop cuts them short they are due when the run continues."""
+        self.run.tasks_due = self.tasks is not None
+        if self.tasks is None:
+            return
+        self.watchdog.beat(self.run.step, "evaluation", patient=True)
+        try:
             with self.metrics.paused():
                 figures = self.tasks()
-            if figures is not None:
-                tokens = self.run.step * self.run.recipe.tokens_per_step
-                self.metrics.eval(self.run.step, {"tokens": tokens, **figures}, kind="tasks")
+        except Asked:
+            return
+        self.run.tasks_due = False
+        if figures is not None:
+            tokens = self.run.step * self.run.recipe.tokens_per_step
+            self.metrics.eval(self.run.step, {"tokens": tokens, **figures}, kind="tasks")
 
     def save(self, wait: bool = False) -> None:
         """Save this step's state, once; `wait` until it is complete on the disk."""
@@ -199,6 +227,7 @@ class Loop:
         if self._saved != run.step:
             self._saved = run.step
             self.watchdog.beat(run.step, "checkpoint", patient=wait)
+            self._save_began = time.monotonic()
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
                 self.saves.save(run, wait)
@@ -211,6 +240,18 @@ class Loop:
         if self._saving is not None and self.saves.complete(self.run.step):
             self.on_checkpoint(self._saving)
             self._saving = None
+            self._note_save_time(time.monotonic() - self._save_began)
+
+    def _note_save_time(self, seconds: float) -> None:
+        """Warn, once, where a signal leaves too little time for a save."""
+        step, grace = self.deadline.longest(), self.run.recipe.checkpoint.grace
+        if seconds + step > grace >= self._needed:
+            self.warn(
+                f"a checkpoint took {seconds:.1f} s and a step {step:.1f} s, more than the {grace:g} s of "
+                "checkpoint.grace: after a signal the newest checkpoint may be all that is left"
+            )
+        self._needed = max(self._needed, seconds + step)
+        self.deadline.save_seconds = seconds
 
 
 @contextmanager

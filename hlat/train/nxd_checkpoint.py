@@ -76,6 +76,7 @@ def restore(run: Run, folder: Path, tag: str | None = None) -> None:
     files.load(folder, found.path.name, loaded)
     _put(_contents(run), loaded, str(folder))
     run.step = int(meta["step"])
+    run.tasks_due = bool(meta.get("tasks_due"))
     run.publish()
     run.backend.mark_step("checkpoint")
 

@@ -44,7 +44,8 @@ class Run:
 
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
-    those not skipped. `assembly` made the parts, and makes weights of masters.
+    those not skipped. `assembly` made the parts, and makes weights of masters. `tasks_due`: the tasks of
+    `eval.tasks` belong to this step and are still to be run.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Run:
     frozen: dict[str, tuple[Tensor, Part]]
     assembly: Assembly
     step: int = 0
+    tasks_due: bool = False
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a

@@ -111,6 +111,7 @@ def meta(run: Run) -> dict[str, Any]:
     return {
         "step": run.step,
         "tokens": run.step * recipe.tokens_per_step,
+        "tasks_due": run.tasks_due,
         "next_row": run.step * recipe.data.global_batch,
         "recipe": recipe.to_dict(),
         "fingerprint": recipe.fingerprint(),
@@ -162,6 +163,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
             if torch.is_tensor(value) and value.dim() == 0 and slot not in own_scalars(run.optimizer):
                 value.copy_(states[0][slot])
     run.step = int(checkpoint.meta["step"])
+    run.tasks_due = bool(checkpoint.meta.get("tasks_due"))
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
     run.backend.mark_step("checkpoint")

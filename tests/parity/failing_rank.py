@@ -2,7 +2,7 @@
 
     python failing_rank.py KIND RANK STEP train RECIPE [key=value ...]
 
-KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), flip (one bit of the first bucket's
+KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first bucket's
 weights), flip-master (of its masters), nan (in the masters), mistake (a UserError).
 RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
 """
@@ -21,7 +21,7 @@ from hlat.cli import main
 from hlat.errors import UserError
 from hlat.train import loop, same
 
-SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 
 
 def mishap(kind: str, run: Any) -> None:
