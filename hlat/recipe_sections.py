@@ -163,6 +163,10 @@ class DataSection(Section):
     """Rows of one optimizer step over all ranks: a multiple of micro_batch x dp."""
     document_mask: bool = False
     """Attend only within a document, positions counted from its start. false: one stream, as HLAT trained."""
+    skip: tuple[tuple[Positive, Positive], ...] = ()
+    """Stretches of the data that are left out, as [first step, last step]: what these steps would read,
+    counted from 1 (`hlat data locate` shows it). Those not reached yet may be added on a resume.
+    """
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Fraction of the documents held out for evaluation, always the same ones; 0: none."""
 
@@ -180,6 +184,14 @@ class DataSection(Section):
         if self.examples is not None and self.tokenizer.startswith("train:"):
             fix = "take the tokenizer of the pretrained model: tokenizer: init"
             raise problem("a tokenizer is not trained on examples", "tokenizer", fix)
+        return self
+
+    @model_validator(mode="after")
+    def _skips_forward(self) -> DataSection:
+        for number, (first, last) in enumerate(self.skip):
+            if first > last:
+                what = "the stretch ends at step {b}, before it begins at {a}"
+                raise problem(what, f"skip[{number}]", "write [first, last]", a=first, b=last)
         return self
 
     @model_validator(mode="after")

@@ -321,10 +321,10 @@ def _metrics(
     from hlat.observe.metrics import MetricBuffer
     from hlat.observe.peak import peak_flops
     from hlat.observe.sinks import open_sinks
+    from hlat.train.anomalies import GuardWatch
     from hlat.train.describe import banner
-    from hlat.train.loop import GuardWatch
 
-    guard = GuardWatch(run.guard)
+    guard = GuardWatch(run, None if console is None else folder.logs)
     if console is None:
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
@@ -332,7 +332,7 @@ def _metrics(
     console.banner(banner(run, folder.path, saved, compiled, peak, began))
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
     work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
-    return MetricBuffer(
+    buffer = MetricBuffer(
         [console, *sinks, guard],
         every=recipe.log.every,
         tokens_per_step=recipe.tokens_per_step,
@@ -342,6 +342,8 @@ def _metrics(
         ),
         peak_flops=peak.flops * run.backend.world if peak else None,
     )
+    guard.send = buffer.event
+    return buffer
 
 
 def _tasks(run: Any, job: Job) -> Any:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from hlat.backend.cluster import Cluster
+from hlat.errors import TrainingStopped
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.stopping import REBALANCE, WALLTIME, Asked, Deadline, Signals
 from hlat.observe.watchdog import Watchdog
+from hlat.train import state
+from hlat.train.anomalies import GoBack
 from hlat.train.evaluate import evaluate
 from hlat.train.memory import peak_bytes, persistent_bytes
 from hlat.train.replicas import verify
@@ -46,20 +49,6 @@ class StopVote:
         """The cause to stop for, the same on every rank; None to go on."""
         self._pending.wait()
         return int(self._number) or None
-
-
-class GuardWatch:
-    """A metric sink that lets the guard stop the run. Give it last: other sinks have the row by then."""
-
-    def __init__(self, guard: Any) -> None:
-        self.guard = guard
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Show a row's count of skips in a row to the guard. Raises TrainingStopped when it gives up."""
-        self.guard.check(row.get("skips_in_a_row") or 0)
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class Loop:
@@ -109,33 +98,61 @@ class Loop:
 
     def train(self) -> int | None:
         """Train to the last step, save and evaluate. Returns the cause that stopped it early, or None."""
-        stop, vote = None, StopVote(self.cluster)
+        stop = None
         self.signals.hold()
+        self.metrics.start()
+        self._begin()
         with manual_collection() as collector:
-            self.metrics.start()
-            if self.run.tasks_due:
-                self._run_tasks()
-                self._saved = None  # they are done: say so in the checkpoint
-                self.save()
             while self.run.step < self.last_step and stop is None:
-                began = time.monotonic()
-                vote.begin(self._asked(2))  # the step that begins, and the next one if this stops nothing
-                self.one_step()
-                collector()
-                self._note_time(time.monotonic() - began)
-                stop = vote.result() if self.cluster.world > 1 else self._asked(1)
-                if stop == REBALANCE:
-                    stop = None
-                    self.save()
-                    self.signals.done(REBALANCE)
-            self.metrics.flush()
-            self.save(wait=True)
+                stop = self._steps(collector)
+                self._attempt(self._finish)
         if self.run.step == self.last_step and not self.run.tasks_due:
             stop = None  # nothing is left to do
         if stop is None and self.held_out is None and self.run.data.holdout.documents:
             self.watchdog.beat(self.run.step, "evaluation")
             self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
         return stop
+
+    def _begin(self) -> None:
+        """What comes before the first step: tasks that a stop cut short; a state to go back to, if the guard
+        may want one.
+        """
+        if self.run.tasks_due:
+            self._run_tasks()
+            self._saved = None  # they are done: say so in the checkpoint
+            self.save()
+        elif self.run.step == 0 and hasattr(self.run.guard, "steps_back"):
+            self.save()
+
+    def _steps(self, collector: Callable[[], None]) -> int | None:
+        """Steps until the last one, or until all ranks agree to stop; then returns the cause."""
+        stop, vote = None, StopVote(self.cluster)
+        while self.run.step < self.last_step and stop is None:
+            began = time.monotonic()
+            vote.begin(self._asked(2))  # the step that begins, and the next one if this stops nothing
+            if self._attempt(self.one_step):
+                self._note_time(time.monotonic() - began)
+            collector()
+            stop = vote.result() if self.cluster.world > 1 else self._asked(1)
+            if stop == REBALANCE:
+                stop = None
+                self._attempt(self.save)
+                self.signals.done(REBALANCE)
+        return stop
+
+    def _finish(self) -> None:
+        """Rows and state of the last step done."""
+        self.metrics.flush()
+        self.save(wait=True)
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Do what may fetch metrics. Returns False where they showed bad steps and the run went back."""
+        try:
+            action()
+        except GoBack as bad:
+            self._go_back(bad)
+            return False
+        return True
 
     def _asked(self, steps: int) -> int | None:
         """The cause to stop for that this rank knows of, looking ahead so many steps."""
@@ -181,6 +198,54 @@ class Loop:
         if hasattr(run.method, "queries"):
             figures["method/queries"] = run.method.queries(run.recipe, run.step)
         return figures
+
+    def _go_back(self, bad: GoBack) -> None:
+        """Continue from the newest checkpoint before the bad steps, without their data. All ranks do so.
+
+        Raises TrainingStopped when that has been done too often, or there is no such checkpoint.
+        """
+        run = self.run
+        guard, former = run.guard, run.skips
+        number = former.position(bad.last)
+        first, last = former.position(bad.first) - guard.before, number + guard.after
+        facts: dict[str, Any] = {"data_step": number}
+        try:
+            near = [stretch for stretch in former.found if stretch[1] + guard.within >= first]
+            if len(near) >= guard.rewinds:
+                raise TrainingStopped(
+                    f"step {bad.last} is bad, and the run has gone back {len(near)} times for data within "
+                    f"{guard.within} steps",
+                    where="guard.rewinds",
+                    fix="continue from an earlier checkpoint with a lower optim.lr or other data",
+                )
+            self.watchdog.beat(run.step, "rewinding", patient=True)
+            self._restore_before(max(1, bad.first - guard.before))
+        except TrainingStopped:
+            bad.watch.report("stop", bad.row, **facts)
+            raise
+        first = max(first, former.position(run.step) + 1)
+        run.skips = former.add(first, last)
+        self.metrics.rewind(run.step)
+        facts |= {"skipped_data": [first, last], "checkpoint": run.step}
+        bad.watch.report("rewind", bad.row, step=run.step + 1, **facts)
+
+    def _restore_before(self, step: int) -> None:
+        """Put the state of the newest checkpoint before a step into the run. Only one that left out the same
+        data counts: there may be some from before the run went back the last time.
+        """
+        run, before = self.run, step
+        self.saves.wait()
+        self._note_saved()
+        while (found := self.saves.find(before)) is not None and not state.same_course(run, found.meta):
+            before = found.step
+        if found is None:
+            raise TrainingStopped(
+                f"a step from {step} on is bad, and no checkpoint before it is left",
+                where="guard.name: rewind",
+                fix="raise checkpoint.keep",
+            )
+        self.saves.restore(run, found)
+        self._saved, self.held_out = run.step, None
 
     def verify(self) -> None:
         """Compare the ranks' weights. Comes before the checkpoint: what differs is never saved."""

@@ -2,8 +2,8 @@
 
     python failing_rank.py KIND RANK STEP train RECIPE [key=value ...]
 
-KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first bucket's
-weights), flip-master (of its masters), nan (in the masters), mistake (a UserError).
+KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first
+bucket's weights), flip-master (of its masters), nan (in the masters), mistake (a UserError).
 RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
 """
 
