@@ -85,12 +85,18 @@ class Console:
             self._event(_eval_text(row))
         elif row.get("kind") == "tasks":
             self._event(_tasks_text(row))
+        elif row.get("kind") == "anomaly":
+            self.warn(anomaly_text(row))
         elif row.get("kind") == "train":
             self.progress.train(row, now)
             if self.is_live:
                 self._start_live()
             elif self._printed is None or now - self._printed >= self._interval:
                 self._print_step(now)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of `step`."""
+        self.progress.rewind(step)
 
     def checkpoint(self, step: int) -> None:
         """Note that the checkpoint of `step` is complete."""
@@ -299,6 +305,20 @@ def _tasks_text(row: Mapping[str, Any]) -> str:
         if "/" in name and not name.endswith("_stderr")
     ]
     return f"tasks at step {int(row['step']):,}: {', '.join(figures)}"
+
+
+def anomaly_text(row: Mapping[str, Any]) -> str:
+    """A row of kind `anomaly` in a line."""
+    values = [
+        f"{name} {fixed(row.get(key)) if row.get(key) is not None else 'not finite'}"
+        for key, name in (("loss", "loss"), ("grad_norm", "norm"))
+    ]
+    text = f"step {int(row['bad_step']):,}: {', '.join(values)}"
+    if row["policy"] != "rewind":
+        return f"{text}; {'update skipped' if row['policy'] == 'skip' else 'the run stops'}"
+    first, last = row["skipped_data"]
+    data = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+    return f"{text}; back to step {int(row['checkpoint']):,}, without the data of {data}"
 
 
 def _without_control(text: Text) -> Text:
