@@ -25,6 +25,7 @@ LAYERS = (
     ("reduce", "checkpoint"),
     ("evaluate",),
     ("train", "method", "doctor"),
+    ("launch",),
     ("commands",),
     ("cli",),
     ("__main__",),
