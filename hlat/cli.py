@@ -13,6 +13,7 @@ from hlat.errors import UserError
 
 VERBS = {
     "train": "train a model from a recipe",
+    "supervise": "train, and start again after a failure until it is done",
     "launch": "start a run on a cluster: SLURM, torchrun on every node, Kubernetes",
     "recipes": "list, show, compare and check recipes",
     "data": "train tokenizers, tokenize text, inspect tokenized folders",

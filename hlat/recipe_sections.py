@@ -320,6 +320,8 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    patience: NonNegativeFloat = 600.0
+    """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
     format: Literal["hlat", "nxd"] = "hlat"
     """hlat: loads in any layout, on any backend. nxd: NxD's own files while training, for this layout alone;
     the last step is saved as hlat. `hlat convert from-nxd` turns them into the former.

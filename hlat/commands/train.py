@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
     from hlat.observe.failures import Ending
+    from hlat.observe.heartbeat import Pulse
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
@@ -48,10 +50,13 @@ def main(args: argparse.Namespace) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    pulse = _pulse()
     neuron_profile = _prepare_neuron(args)  # before anything imports torch
     from hlat.backend.cluster import join
 
     job = Job(join(), neuron_profile)
+    if pulse is not None:
+        pulse.look = job.watchdog.look
     if job.cluster.world == 1:
         return _main(args, job)
     job.watch()
@@ -62,6 +67,18 @@ def main(args: argparse.Namespace) -> int:
         if job.ending is not None:
             job.ending.end()
         raise
+
+
+def _pulse() -> Pulse | None:
+    """Heartbeats for `hlat supervise`, from before torch is imported; None without it."""
+    from hlat.observe.heartbeat import Pulse, prepare, supervised
+
+    prepare()
+    folder, began = supervised(), time.monotonic()
+    if folder is None:
+        return None
+    rank = int(os.environ.get("RANK", "0"))
+    return Pulse(folder, rank, lambda: {"step": 0, "phase": "starting", "began": began})
 
 
 def _precompile(args: argparse.Namespace) -> int:
@@ -243,7 +260,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
     make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
-    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer)
+    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
@@ -255,6 +272,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         saves.restore(run, saved)
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = _metrics(recipe, run, folder, saved, console, note, began)
+    metrics.notes = saves.journal.rows
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
     loop = Loop(
         run,

@@ -13,7 +13,7 @@ from hlat.launch.template import fill, word, words
 
 _WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+/=-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-# An option of sbatch without what its parser of #SBATCH lines interprets: quotation marks, backslash, space, #.
+# An option of sbatch, without what its parser of #SBATCH lines interprets: quotes, backslash, space, #.
 _OPTION = re.compile(r"[a-z][a-z-]*(?:=[A-Za-z0-9_.,:;@+/=&|*()\[\]%!<>~-]+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\\"]")
 
@@ -31,7 +31,7 @@ class Options:
     at_once: int = 0
 
     def check(self, grace: int) -> None:
-        """Raise UserError for a value that no #SBATCH line can carry and a time limit within the grace time."""
+        """Raise UserError for a value that no #SBATCH line can carry, or a time limit within the grace."""
         allowed("--partition", self.partition, _WORDS)
         allowed("--account", self.account, _WORDS)
         for option in self.sbatch:

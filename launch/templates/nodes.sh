@@ -41,10 +41,11 @@ cd -- "$work_dir"
 ulimit -n 65535 2>/dev/null || ulimit -n "$(ulimit -H -n)"
 ulimit -l unlimited 2>/dev/null || say "locked memory is limited to $(ulimit -l) KiB; EFA and InfiniBand need more"
 
-# The nodes meet at the first one, on a port of the job's own: 10000 to 29999, below those of outgoing connections.
+# The nodes meet at the first one, on a port of the job's own and the next: 10000 to 29999, below those of outgoing
+# connections.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${hosts%%$'\n'*}
-port=$((10000 + SLURM_JOB_ID % 20000))
+port=$((10000 + SLURM_JOB_ID % 10000 * 2))
 if [[ -n $interface ]]; then # its address here: this script runs on the first node
     found=$(ip -oneline -4 address show dev "$interface")
     [[ -n $found ]] || found=$(ip -oneline -6 address show dev "$interface")

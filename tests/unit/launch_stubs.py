@@ -29,7 +29,8 @@ echo "scontrol $*" >>"$RECORD/calls"
 case "$1 $2" in
 "show hostnames") printf 'node1\\nnode2\\n' ;;
 "show job") echo "JobId=7 JobState=COMPLETING Reason=${REASON:-None} ExcNodeList=${EXCLUDED:-(null)} A=0" ;;
-"show node") [[ $3 != *.* ]] ;;
+"show nodes") echo "NodeName=q-7 Arch=x86_64 NodeAddr=q-7 NodeHostName=ip-10-0-0-7 Version=22" ;;
+"show node") [[ $3 == node2 ]] ;;
 esac
 """
 SCANCEL = """

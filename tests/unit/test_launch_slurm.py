@@ -201,7 +201,7 @@ def test_trn1_compiles_ahead(neuron, cluster, tmp_path, capsys) -> None:
     assert done.returncode == 0, done.stderr
     assert cluster.words("argv-1") == ["-m", "hlat", "train", *neuron[:1], *neuron[3:], "--precompile"]
     environ = dict(item.split("=", 1) for item in cluster.words("environ-1"))
-    wanted = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "10007", "CORES": "32"}
+    wanted = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "10014", "CORES": "32"}
     wanted |= {"FI_PROVIDER": "efa", "MALLOC_ARENA_MAX": "64"}
     assert wanted.items() <= environ.items()
     assert cli.main(["launch", "slurm", *neuron, "--no-precompile", "--dry-run"]) == 0
@@ -241,7 +241,7 @@ def test_each_node_gets_its_number_and_the_first_node(recipe, cluster) -> None:
     for node in range(2):
         assert cluster.words(f"argv-{node}") == [
             "-m", "hlat", "supervise", recipe, "run.steps=3", "--nproc-per-node", "2", "--grace", "77",
-            "--nnodes", "2", "--master-addr", "node1", "--master-port", "13456", "--node-rank", str(node),
+            "--nnodes", "2", "--master-addr", "node1", "--master-port", "16912", "--node-rank", str(node),
         ]  # fmt: skip
         assert (plan.run_dir / f"logs/slurm/job-123456/attempt-0/node-{node}-node{node + 1}.txt").exists()
 
@@ -298,9 +298,11 @@ def test_bad_nodes_are_excluded_besides_the_others(recipe, cluster) -> None:
     script = slurm.train_script(plan, slurm.Options(), cluster.folder)
     bad = plan.run_dir / "logs/supervisor/bad-nodes.txt"
     bad.parent.mkdir(parents=True)
-    bad.write_text("node2\n$(touch x)\n--help\nnode7.cluster.internal")
+    bad.write_text("node2\n$(touch x)\n--help\nip-10-0-0-7.cluster.internal\nnode8.x")
     assert cluster.run(script, CODES="1 76", EXCLUDED="node[5-6]").returncode == 76
-    assert cluster.calls("scontrol update") == ["scontrol update JobId=7 ExcNodeList=node[5-6],node2,node7"]
+    assert cluster.calls("scontrol update") == [
+        "scontrol update JobId=7 ExcNodeList=node[5-6],node2,q-7,node8"
+    ]
     order = [
         line.split()[1] for line in cluster.calls("scontrol") if line.split()[1] in ("requeue", "update")
     ]

@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "hlat").rglob("*.py"))
 # Plug-ins are found by the registry: `train` does not import `method`. Imports under TYPE_CHECKING are free.
 LAYERS = (
     ("errors",),
-    ("registry", "section"),
+    ("registry", "section", "storage"),
     ("mesh",),
     ("model", "data", "observe", "backend"),
     ("recipe", "optim", "objective"),
@@ -25,7 +25,7 @@ LAYERS = (
     ("reduce", "checkpoint"),
     ("evaluate",),
     ("train", "method", "doctor"),
-    ("launch",),
+    ("supervise", "launch"),
     ("commands",),
     ("cli",),
     ("__main__",),
