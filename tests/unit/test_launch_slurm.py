@@ -270,6 +270,7 @@ def test_the_interface_binds_rendezvous_and_collectives(recipe, cluster) -> None
         ("1 75", 1, False),
         ("1 143", 1, False),
         ("127 127", 127, False),
+        ("130 130", 130, False),
         ("75 75", 75, True),
         ("75 0", 75, True),
         ("137 75", 75, True),
