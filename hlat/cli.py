@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.overrides = [*args.overrides, *rest]
         return int(args.run(args) or 0)
     except UserError as error:
-        print(f"hlat: error: {error.line()}", file=sys.stderr)
+        from hlat.observe.redact import redact
+
+        print(f"hlat: error: {redact(error.line())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)
@@ -63,4 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    from hlat.observe.redact import print_exception
+
+    sys.excepthook = print_exception
     sys.exit(main())

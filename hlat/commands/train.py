@@ -7,7 +7,6 @@ import importlib.util
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
     job = Job(join(), neuron_profile)
     if pulse is not None:
-        pulse.look = job.watchdog.look
+        job.watchdog.pace, pulse.look = pulse.pace, job.watchdog.look
     if job.cluster.world == 1:
         return _main(args, job)
     job.watch()
@@ -74,11 +73,8 @@ def _pulse() -> Pulse | None:
     from hlat.observe.heartbeat import Pulse, prepare, supervised
 
     prepare()
-    folder, began = supervised(), time.monotonic()
-    if folder is None:
-        return None
-    rank = int(os.environ.get("RANK", "0"))
-    return Pulse(folder, rank, lambda: {"step": 0, "phase": "starting", "began": began})
+    folder = supervised()
+    return None if folder is None else Pulse(folder, int(os.environ.get("RANK", "0")))
 
 
 def _precompile(args: argparse.Namespace) -> int:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
 
 HIDDEN = "***"
 _LEAST = 8  # characters: a shorter value would be found in innocent text
@@ -25,6 +29,7 @@ _ASSIGNED = re.compile(
 )
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+_PASSWORD = re.compile(r"\w+://[^/@\s:]+:[^/@\s]+@|\bhttps?://[^/@\s]+@")
 _FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS access key ids
@@ -66,6 +71,26 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
         text = text.replace(value, HIDDEN)
     text = _FORMS.sub(HIDDEN, without_login(text))
     return _ASSIGNED.sub(_hide, _SIGNED.sub(rf"\1{HIDDEN}", text))
+
+
+def redact_all(data: Any, environ: Mapping[str, str] | None = None) -> Any:
+    """JSON-ready data with `redact` applied to every text in it."""
+    if isinstance(data, str):
+        return redact(data, environ)
+    if isinstance(data, Mapping):
+        return {key: redact_all(value, environ) for key, value in data.items()}
+    return [redact_all(item, environ) for item in data] if isinstance(data, list | tuple) else data
+
+
+def line_with_secret(text: str) -> int | None:
+    """The line (from 1) on which a login in a URL or a well-known form of token begins; None without one."""
+    starts = [match.start() for match in (_FORMS.search(text), _PASSWORD.search(text)) if match]
+    return text.count("\n", 0, min(starts)) + 1 if starts else None
+
+
+def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For `sys.excepthook`: the traceback as Python prints it, without secrets."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _hide(match: re.Match[str]) -> str:

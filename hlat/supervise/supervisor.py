@@ -116,7 +116,7 @@ class Supervisor:
         return self.team.decide(number, lambda: self._decide(number, shared, logs))
 
     def _look(self, beats: Mapping[int, Heartbeat]) -> None:
-        self.timeline.look(time.monotonic(), beats)
+        self.timeline.look(beats)
         self._furthest = max([self._furthest, *(beat.step for beat in beats.values())])
         steps = next((beat for beat in beats.values() if beat.phase == STEP), None)
         if steps is not None and not self._steps:

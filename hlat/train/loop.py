@@ -155,6 +155,7 @@ class Loop:
         if (due or self.saves.retry_due()) and run.step != self.last_step:  # `train` saves that
             self.save()
         self._note_saved()
+        self.watchdog.beat(run.step + 1, STEP)  # the wait for the others belongs to the next step
 
     def _figures(self) -> dict[str, int | None]:
         """What the host knows of a step: memory, and how many examples went through the model so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 from pathlib import Path
@@ -222,3 +223,13 @@ def test_kernel_lines_fall_back_to_dmesg_and_to_nothing(
 def test_kernel_lines_on_this_machine() -> None:
     assert isinstance(kernel_lines(0.0), str)
     assert kernel_lines(time.time() + 1000) == ""
+
+
+def test_the_page_is_current() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "failure_reference.py"
+    spec = importlib.util.spec_from_file_location("failure_reference", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert module.page(page) == page, "run: python docs/failure_reference.py"
