@@ -5,17 +5,21 @@ run that never saw the data.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import poisoned  # noqa: F401 (registers the objective)
 import pytest
 import torch
 
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
 from hlat.train import loop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import poisoned  # noqa: F401 (registers the objective)
 
 RECIPE = """
 run: {name: small, steps: 12, seed: 3}
@@ -63,7 +67,7 @@ def open_data() -> Any:
 def poison(*steps: int) -> str:
     """The override that makes the second row of these data steps bad."""
     data = open_data()
-    rows = [data.batches(step - 1, 4, 1)[0].ids[1].tolist() for step in steps]
+    rows = [data.batches(step - 1, 4, 1)[0].targets[1].tolist() for step in steps]
     return f"objective.rows={rows}"
 
 
@@ -89,9 +93,9 @@ def same_state(a: str, b: str) -> bool:
     return all(torch.equal(one.read(name), two.read(name)) for name in one.names())
 
 
-def ends_like(skip: str, poisoned: str, *overrides: str) -> bool:
+def ends_like(skip: str, bad: str, *overrides: str) -> bool:
     """Whether runs/small is, but for its records, an undisturbed run that leaves out this data."""
-    assert train(f"data.skip={skip}", poisoned, "run.dir=whole", *overrides) == 0
+    assert train(f"data.skip={skip}", bad, "run.dir=whole", *overrides) == 0
     assert records("whole") == []
     kinds = ("train", "eval")
     return rows("runs/small", *kinds) == rows("whole", *kinds) and same_state("runs/small", "whole")
