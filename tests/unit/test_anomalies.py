@@ -122,6 +122,34 @@ def test_a_bad_batch_is_taken_back_and_left_out(place: Path, capsys) -> None:
     assert ends_like("[[6, 6]]", bad)
 
 
+def test_the_documents_of_a_step_are_found(place: Path, capsys) -> None:
+    bad = poison(6)
+    assert train(bad) == 0
+    capsys.readouterr()
+    assert main(["data", "locate", "runs/small", "--step", "5"]) == 0
+    assert "step 5 reads data step 5: 4 rows" in capsys.readouterr().out
+    assert main(["data", "locate", "runs/small", "--step", "6", "--row", "1", "--text"]) == 0
+    out = capsys.readouterr().out
+    assert "step 6 reads data step 7: 1 rows" in out
+    ids = open_data().batches(6, 4, 1)[0].ids[1]
+    parts = open_data().tokenizer.decode(ids.tolist()).split("<")[0]
+    assert parts and parts in out
+    assert main(["data", "locate", "runs/small", "--data-step", "6"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row   1")]
+    recorded = [entry for entry in records()[0]["documents"] if entry["row"] == 1]
+    assert len(lines) == len(recorded) and all(
+        e["hash"] in text for e, text in zip(recorded, lines, strict=True)
+    )
+    assert main(["report", "runs/small", "--out", "report.html"]) == 0
+    assert "back to step 4, without the data of step 6" in Path("report.html").read_text()
+    for wrong, word in (
+        (["runs", "--step", "1"], "not a run folder"),
+        (["runs/small", "--step", "0"], "from 1"),
+    ):
+        assert main(["data", "locate", *wrong]) == 2
+        assert word in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_it_may_be_noticed_late(place: Path, every: int) -> None:
     """In the first step, in the last one, and twice; whatever the window of metrics."""
