@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hlat.observe.progress import Progress, sparkline
-from hlat.observe.text import duration, fixed, percent, rate, scientific
+from hlat.observe.text import anomaly_text, duration, fixed, percent, rate, scientific
 
 Lines = Sequence[str | tuple[str, str]]
 _REFRESH_HZ = 2  # by rich's thread, half a millisecond each: 0.1 % of one core
@@ -305,20 +305,6 @@ def _tasks_text(row: Mapping[str, Any]) -> str:
         if "/" in name and not name.endswith("_stderr")
     ]
     return f"tasks at step {int(row['step']):,}: {', '.join(figures)}"
-
-
-def anomaly_text(row: Mapping[str, Any]) -> str:
-    """A row of kind `anomaly` in a line."""
-    values = [
-        f"{name} {fixed(row.get(key)) if row.get(key) is not None else 'not finite'}"
-        for key, name in (("loss", "loss"), ("grad_norm", "norm"))
-    ]
-    text = f"step {int(row['bad_step']):,}: {', '.join(values)}"
-    if row["policy"] != "rewind":
-        return f"{text}; {'update skipped' if row['policy'] == 'skip' else 'the run stops'}"
-    first, last = row["skipped_data"]
-    data = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-    return f"{text}; back to step {int(row['checkpoint']):,}, without the data of {data}"
 
 
 def _without_control(text: Text) -> Text:

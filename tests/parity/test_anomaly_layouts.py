@@ -1,4 +1,4 @@
-"""Going back from a bad batch in every layout, and through kill -9: bit for bit a run that left the data out."""
+"""Going back from a bad batch in every layout, and through kill -9: bitwise a run that left the data out."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ log: {every: 3}
 compile: false
 """
 LAYOUTS = {
-    "dp2": (),
-    "zero1": ("parallel.zero1=true", "optim.name=mada"),
-    "conef": ("reduce={name: conef}",),
+    "dp2": ("parallel.zero1=true", "optim={name: mada, lr: 3e-3}", "reduce={name: conef}"),
     "tp2": ("parallel.tp=2", "parallel.sequence=true"),
     "pp2": ("parallel.pp=2",),
     "mezo": ("method={name: mezo, lr: 1e-4}",),
@@ -53,8 +51,9 @@ class Place:
             (path / "text" / f"{number:02}.txt").write_text("".join(row))
         (path / "small.yaml").write_text(RECIPE)
         probe = (
-            "from hlat.data import open_data; from hlat.recipe import load; data = open_data(load('small.yaml'))\n"
-            "print([data.batches(step - 1, 8, 1)[0].ids[5].tolist() for step in (4, 7)])"
+            "from hlat.data import open_data; from hlat.recipe import load\n"
+            "data = open_data(load('small.yaml'))\n"
+            "print([data.batches(step - 1, 8, 1)[0].targets[5].tolist() for step in (4, 7)])"
         )
         done = subprocess.run(
             [sys.executable, "-c", probe], cwd=path, env=self.environment(), capture_output=True, text=True
@@ -148,7 +147,7 @@ def test_a_user_signal_stops_both_ranks(place: Place) -> None:
 
 @pytest.mark.slow
 def test_kills_while_going_back(place: Place) -> None:
-    """kill -9 at random moments of the run, most of them around the bad steps, then the same command again."""
+    """kill -9 at random moments of the run, most of them around the bad steps, and the same command again."""
     moments, kills = random.Random(1), 0
     for _ in range(12):
         first = len(place.rows("killed"))

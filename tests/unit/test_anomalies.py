@@ -5,17 +5,21 @@ run that never saw the data.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import poisoned  # noqa: F401 (registers the objective)
 import pytest
 import torch
 
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
 from hlat.train import loop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import poisoned  # noqa: F401 (registers the objective)
 
 RECIPE = """
 run: {name: small, steps: 12, seed: 3}
@@ -63,7 +67,7 @@ def open_data() -> Any:
 def poison(*steps: int) -> str:
     """The override that makes the second row of these data steps bad."""
     data = open_data()
-    rows = [data.batches(step - 1, 4, 1)[0].ids[1].tolist() for step in steps]
+    rows = [data.batches(step - 1, 4, 1)[0].targets[1].tolist() for step in steps]
     return f"objective.rows={rows}"
 
 
@@ -89,9 +93,9 @@ def same_state(a: str, b: str) -> bool:
     return all(torch.equal(one.read(name), two.read(name)) for name in one.names())
 
 
-def ends_like(skip: str, poisoned: str, *overrides: str) -> bool:
+def ends_like(skip: str, bad: str, *overrides: str) -> bool:
     """Whether runs/small is, but for its records, an undisturbed run that leaves out this data."""
-    assert train(f"data.skip={skip}", poisoned, "run.dir=whole", *overrides) == 0
+    assert train(f"data.skip={skip}", bad, "run.dir=whole", *overrides) == 0
     assert records("whole") == []
     kinds = ("train", "eval")
     return rows("runs/small", *kinds) == rows("whole", *kinds) and same_state("runs/small", "whole")
@@ -116,6 +120,34 @@ def test_a_bad_batch_is_taken_back_and_left_out(place: Path, capsys) -> None:
     assert [row["step"] for row in rows("runs/small", "train")] == list(range(1, 13))
     assert open_checkpoint("runs/small").meta["skipped_data"] == [[6, 6]]
     assert ends_like("[[6, 6]]", bad)
+
+
+def test_the_documents_of_a_step_are_found(place: Path, capsys) -> None:
+    bad = poison(6)
+    assert train(bad) == 0
+    capsys.readouterr()
+    assert main(["data", "locate", "runs/small", "--step", "5"]) == 0
+    assert "step 5 reads data step 5: 4 rows" in capsys.readouterr().out
+    assert main(["data", "locate", "runs/small", "--step", "6", "--row", "1", "--text"]) == 0
+    out = capsys.readouterr().out
+    assert "step 6 reads data step 7: 1 rows" in out
+    ids = open_data().batches(6, 4, 1)[0].ids[1]
+    parts = open_data().tokenizer.decode(ids.tolist()).split("<")[0]
+    assert parts and parts in out
+    assert main(["data", "locate", "runs/small", "--data-step", "6"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row   1")]
+    recorded = [entry for entry in records()[0]["documents"] if entry["row"] == 1]
+    assert len(lines) == len(recorded) and all(
+        e["hash"] in text for e, text in zip(recorded, lines, strict=True)
+    )
+    assert main(["report", "runs/small", "--out", "report.html"]) == 0
+    assert "back to step 4, without the data of step 6" in Path("report.html").read_text()
+    for wrong, word in (
+        (["runs", "--step", "1"], "not a run folder"),
+        (["runs/small", "--step", "0"], "from 1"),
+    ):
+        assert main(["data", "locate", *wrong]) == 2
+        assert word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])
