@@ -114,9 +114,7 @@ class Machines(Team):
         if told.get("exit") is not None:
             self._gather(f"{attempt}/read", 10.0, lambda: False)  # after a signal too
 
-    def _gather(
-        self, prefix: str, seconds: float, leave: Callable[[], bool] | None = None
-    ) -> dict[int, str]:
+    def _gather(self, prefix: str, seconds: float, leave: Callable[[], bool] | None = None) -> dict[int, str]:
         """What the machines say, as far as they do in time; `leave` (default: a signal) ends the wait."""
         leave = leave or self.waiting
         deadline = time.monotonic() + seconds
