@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -158,7 +159,7 @@ def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
     from hlat.launch.slurm import Task
 
     trials, out = plan_sweep(args.recipe, args.overrides, args.seeds, args.out)
-    args.job_name = args.job_name or out.name
+    args.job_name = args.job_name or re.sub(r"[^A-Za-z0-9]+", "-", out.name).strip("-") or "sweep"
     plan = _plan(args, trials[0].overrides)
     for trial in trials[1:]:
         plan.check_recipe(load(args.recipe, trial.overrides))

@@ -114,5 +114,5 @@ class Plan:
 def allowed(option: str, value: str, pattern: re.Pattern[str]) -> None:
     """Raise UserError unless an option's value is empty or matches."""
     if value and not pattern.fullmatch(value):
-        fix = f"write letters, digits, and what {pattern.pattern} allows"
-        raise UserError(f"{value!r} has characters that are not allowed here", where=option, fix=fix)
+        fix = f"it must match {pattern.pattern}"
+        raise UserError(f"{value!r} is not allowed here", where=option, fix=fix)

@@ -143,7 +143,7 @@ def test_train_and_test_share_the_environment() -> None:
     for text in (test, full):
         assert "--extras dev,hf,eval,gguf" in text
     assert all(".venv/bin/python -m" in text for text in (train, test, full))
-    assert '-m "not slow"' in test and "-m slow" in full
+    assert '-m "not slow and not slurm"' in test and "-m slow" in full
 
 
 def test_continuous_integration_runs_everything() -> None:
@@ -151,7 +151,15 @@ def test_continuous_integration_runs_everything() -> None:
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
     assert "set -euo pipefail" in script
     ran = [line.split(maxsplit=1)[1] for line in re.findall(r'^step ".*?" (\d+ .*)$', script, re.MULTILINE)]
-    wanted = ["make train", "make test", "make eval", "make lint", "make docs", "make test-full"]
+    wanted = [
+        "make train",
+        "make test",
+        "make test-slurm",
+        "make eval",
+        "make lint",
+        "make docs",
+        "make test-full",
+    ]
     assert [command for command in ran if command.startswith("make")] == wanted
     assert any("check_tiny.py" in command for command in ran)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
