@@ -23,6 +23,7 @@ from hlat.section import (
     near_multiple,
     problem,
 )
+from hlat.storage.remote import check_url
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -320,6 +321,10 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    remote: Text | None = None
+    """Also keep the checkpoints in a store, in the folder <remote>/<run.name>: s3://bucket/folder (extra s3),
+    or another URL that fsspec knows. Credentials come from the environment.
+    """
     patience: NonNegativeFloat = 600.0
     """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
     format: Literal["hlat", "nxd"] = "hlat"
@@ -332,6 +337,15 @@ class CheckpointSection(Section):
         if self.format == "nxd" and self.permanent_every_tokens is not None:
             what = "NxD deletes all but the newest checkpoints: permanent_every_tokens has no effect"
             raise problem(what, "permanent_every_tokens", "leave it out, or write format: hlat")
+        return self
+
+    @model_validator(mode="after")
+    def _where_copies_go(self) -> CheckpointSection:
+        if self.remote is not None and (wrong := check_url(self.remote)):
+            raise problem(wrong, "remote", "write s3://bucket/folder, or file:///folder")
+        if self.remote is not None and self.format == "nxd":
+            what = "NxD's own files are not uploaded"
+            raise problem(what, "remote", "leave it out, or write format: hlat")
         return self
 
 

@@ -17,6 +17,7 @@ from hlat.checkpoint.store import CheckpointStore
 from hlat.errors import SaveFailed, UserError
 from hlat.storage.journal import Journal
 from hlat.train import state
+from hlat.train.remote import RemoteSaves
 
 if TYPE_CHECKING:
     from hlat.checkpoint.reader import Checkpoint
@@ -67,12 +68,38 @@ class Saves:
             async_=section.async_,
             warn=warn,
         )
+        self._remote: RemoteSaves | None = None
+        if section.remote is not None and self.store.first:
+            self._remote = RemoteSaves(recipe, folder, self.journal)
+            self.store.keep_back = self._remote.keeps
+        self._remote_searched = section.remote is None
 
     def find(self) -> Checkpoint | NxdFolder | None:
-        """The newest state there is; None where there is none."""
+        """The newest state there is; None where there is none. The first time also `checkpoint.remote` is
+        searched: what is newer there is fetched, and uploading begins.
+
+        Raises SaveFailed when the store does not answer for `checkpoint.patience`.
+        """
         checkpoint, files = self.store.newest(), newest_nxd(self.nxd_folder)
+        if not self._remote_searched:
+            self._remote_searched = True
+            checkpoint = self._newest_of_both(checkpoint)
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
             return files
+        return checkpoint
+
+    def _newest_of_both(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        while True:
+            step = None
+            if self._remote is not None:
+                step = self._remote.bring_newer(checkpoint.path if checkpoint else None)
+                self.store.after_sequence = self._remote.sequence
+                self.journal.report()
+            if self._exchange(step)[0] is None:
+                break
+            checkpoint = self.store.newest()
+        if self._remote is not None:
+            self._remote.start(checkpoint.path if checkpoint else None)
         return checkpoint
 
     def restore(self, run: Run, found: Checkpoint | NxdFolder) -> None:
@@ -132,6 +159,8 @@ class Saves:
         if self._saving is None or self.store.busy or self.store.failure is not None:
             return None
         done, self._saving = self._saving, None
+        if self._remote is not None:
+            self._remote.submit(done)
         return done
 
     def retry_due(self) -> bool:
@@ -154,6 +183,14 @@ class Saves:
         self._settle()
         self.journal.report()
         return self._failed is None
+
+    def finish(self, stopped: bool) -> None:
+        """At the end of the run, when the last save is complete: wait for its upload, for a bounded time (see
+        `RemoteSaves.finish`). Raises SaveFailed on the first rank.
+        """
+        if self._remote is not None:
+            self._remote.finish(stopped)
+        self.journal.report()
 
     def _has_failed(self) -> bool:
         return self._failed is not None or self.store.failure is not None
