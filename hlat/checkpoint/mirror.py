@@ -24,11 +24,13 @@ from hlat.checkpoint.codec import unseal
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.reader import Checkpoint
 from hlat.checkpoint.retention import Entry, expired
+from hlat.observe.jsonl import read_rows
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
 
 RUN_FILES = "run"
-KEPT_BESIDE = ("metrics.jsonl", "recipe.yaml", "resolved.yaml", "environment.json")
+METRICS = "metrics.jsonl"
+KEPT_BESIDE = (METRICS, "recipe.yaml", "resolved.yaml", "environment.json")
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{12})")
 
 
@@ -208,18 +210,25 @@ class Mirror:
                 self.remote.write(f"{name}/{RUN_FILES}/{file}", data[: data.rfind(b"\n") + 1])
 
     def _fetch_beside(self, copy: Copy) -> None:
-        """On a disk that has lost the run, its metrics so far come back as well."""
-        target = self.root.parent / "metrics.jsonl"
-        if target.exists() and target.stat().st_size:
+        """The metrics so far come back as well, where those on the disk end before this checkpoint."""
+        target = self.root.parent / METRICS
+        if _last_step(target) >= copy.entry.step:
             return
         partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            self.remote.download(f"{copy.name}/{RUN_FILES}/{target.name}", partial)
+            self.remote.download(f"{copy.name}/{RUN_FILES}/{METRICS}", partial)
             os.replace(partial, target)
         except FileNotFoundError:
-            pass
+            pass  # saved before there was a metrics file
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _last_step(metrics: Path) -> int:
+    """The last step a metrics file has a training row of; -1 without one."""
+    if not metrics.is_file():
+        return -1
+    return max((row["step"] for row in read_rows(metrics) if row.get("kind") == "train"), default=-1)
 
 
 def newer(copies: list[Copy], sequence: int, unusable: set[str]) -> list[Copy]:

@@ -58,6 +58,7 @@ class Saves:
         self._failed: SaveFailed | None = None  # the last save's failure, as all ranks know it
         self._open_since: float | None = None  # when the last save began, until its outcome is known
         self._step = 0  # of the last save
+        self._sent: int | None = None  # step of the last checkpoint given to the uploads
         self._countdown: int | None = None  # steps until the outcome of the last save is compared
         self.section = section = recipe.checkpoint
         self.nxd_folder, self.tokenizer = nxd_folder, list(tokenizer)
@@ -159,8 +160,7 @@ class Saves:
         if self._saving is None or self.store.busy or self.store.failure is not None:
             return None
         done, self._saving = self._saving, None
-        if self._remote is not None:
-            self._remote.submit(done)
+        self._send(done)
         return done
 
     def retry_due(self) -> bool:
@@ -192,12 +192,18 @@ class Saves:
             self._remote.finish(stopped)
         self.journal.report()
 
+    def _send(self, step: int) -> None:
+        """Let a complete checkpoint be uploaded, once."""
+        if self._remote is not None and self._sent != step:
+            self._sent = step
+            self._remote.submit(step)
+
     def _has_failed(self) -> bool:
         return self._failed is not None or self.store.failure is not None
 
     def _attempt(self, run: Run, wait: bool, obstacle: OSError | None) -> None:
         details = state.meta(run)
-        self._step = self._saving = run.step
+        self._step, self._saving, self._sent = run.step, run.step, None
         self._failed, self._countdown, self._open_since = None, RETRY_STEPS, time.monotonic()
         try:
             self.store.save(
@@ -232,6 +238,7 @@ class Saves:
         seconds = time.monotonic() - began
         if failure is None:
             self.journal.done("save", self._step, seconds=seconds, size=0, row=False)
+            self._send(self._step)
             return
         self._failed, self._saving = failure, None
         if self.store.first:
