@@ -62,7 +62,9 @@ class SourceSection(Section):
     """One source of text: a path or a data set."""
 
     path: Text | None = None
-    """File or folder of text, jsonl, parquet or arrow; relative to the working directory."""
+    """File or folder of text, jsonl, parquet or arrow; relative to the working directory. Or a folder that
+    `hlat data tokenize` has written, also in a store: s3://bucket/folder (extra s3).
+    """
     dataset: Text | None = None
     """A Hugging Face data set, or python-stdlib: the standard library installed on this machine."""
     weight: PositiveFloat = 1.0
@@ -75,6 +77,8 @@ class SourceSection(Section):
         if (self.path is None) == (self.dataset is None):
             what = "neither path nor dataset" if self.path is None else "both path and dataset"
             raise problem(f"a source has {what}", "", "give exactly one of them")
+        if self.path is not None and "://" in self.path and (wrong := check_url(self.path)):
+            raise problem(wrong, "path", "write s3://bucket/folder, or a path")
         return self
 
 
