@@ -221,7 +221,7 @@ def _work(
     if console is None:
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
-    _check_resume(recipe, data, folder)
+    _check_resume(recipe, data, folder, console)
     text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description):
         job.watchdog.before_exit = folder.close
@@ -236,13 +236,17 @@ def _work(
             raise
 
 
-def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
+def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
     from hlat.checkpoint.nxd import newest_nxd
     from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
     from hlat.train import state
+    from hlat.train.remote import newest_meta
 
+    remote = None
+    if recipe.checkpoint.remote is not None:
+        remote = newest_meta(recipe, folder.checkpoints, console.warn)
     if recipe.run.resume == "never":
         saved = (folder.checkpoints, folder.nxd_checkpoints)
         if any(kept.is_dir() and any(kept.iterdir()) for kept in saved):
@@ -251,7 +255,13 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
                 where=str(folder.path),
                 fix="choose another run.dir, or run.resume=auto to continue",
             )
+        if remote is not None:
+            what = "checkpoint.remote holds checkpoints of this run and run.resume is never"
+            fix = "choose another run.name, or run.resume=auto to continue"
+            raise UserError(what, where=str(recipe.checkpoint.remote), fix=fix)
         return
+    if remote is not None:
+        state.check_same_run(recipe, data.fingerprint, remote, str(recipe.checkpoint.remote))
     newest, _ = newest_in(folder.checkpoints, False, Peers())
     for found in (newest, newest_nxd(folder.nxd_checkpoints)):
         if found is not None:
@@ -265,10 +275,12 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.initial import initial_from
     from hlat.train.loop import Loop
     from hlat.train.run import build_run
+    from hlat.train.same import check_shared
     from hlat.train.saves import kind_of_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
+    check_shared(cluster, folder.path, limit)
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
