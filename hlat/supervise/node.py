@@ -44,7 +44,8 @@ def node_findings(
     machine = machine or Machine()
     machine.patience = PATIENCE
     platform = "trn1" if recipe.backend == "nxd" else None
-    case = make_case(machine, platform, nodes, Path(recipe.run.dir))
+    run = Path("." if "://" in recipe.run.dir else recipe.run.dir)
+    case = make_case(machine, platform, nodes, run)
     mine = {os.getpid(), os.getppid(), *own}
     parts: tuple[Callable[[], Iterable[Finding]], ...] = (
         lambda: _devices(machine, case, ranks, mine),
