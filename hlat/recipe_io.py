@@ -202,16 +202,21 @@ def shipped_recipes() -> dict[str, Path]:
 
 def recipes_folder() -> Path | None:
     """`recipes/` of the checkout HLAT runs from, else the installed package `hlat_recipes`, else None."""
+    return shipped_folder("recipes", "hlat_recipes")
+
+
+def shipped_folder(folder: str, package: str) -> Path | None:
+    """A folder of data files: that of the checkout HLAT runs from, else the installed package, else None."""
     root = Path(__file__).resolve().parents[1]
-    if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir():
-        return root / "recipes"
+    if (root / "pyproject.toml").is_file() and (root / folder).is_dir():
+        return root / folder
     from importlib.resources import files
 
     try:
-        folder = Path(str(files("hlat_recipes")))
+        installed = Path(str(files(package)))
     except ModuleNotFoundError:
         return None
-    return folder if folder.is_dir() else None
+    return installed if installed.is_dir() else None
 
 
 def _safe_name(stem: str) -> str:

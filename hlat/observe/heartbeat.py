@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Heartbeat:
     step, phase: where its main thread is. began: when it came there; stamp: when this was written, both in
     monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
     may last long by its nature. pace: seconds of the slowest of the last steps, 0 before there is one. where,
-    waiting: innermost line of HLAT, and whether it waits for other ranks.
+    waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase until
+    `stamp`.
     """
 
     rank: int
@@ -50,30 +51,38 @@ class Heartbeat:
     pace: float = 0.0
     where: str = ""
     waiting: bool = False
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 class Pace:
-    """How long the last steps took. `begin` belongs to one thread; others only read."""
+    """Seconds by phase, and of the last steps. `begin` belongs to one thread; others only read."""
 
     def __init__(self, recent: int = 64) -> None:
         self.first = 0
-        self._now = (0, "start", time.monotonic())
+        self._state: tuple[tuple[int, str, float], dict[str, float]] = ((0, "start", time.monotonic()), {})
         self._recent: deque[float] = deque(maxlen=recent)
 
     def begin(self, step: int, phase: str) -> None:
         """The phase before ends, this one begins."""
         now = time.monotonic()
-        _, before, began = self._now
+        (_, before, began), spent = self._state
         if before == STEP:
             self._recent.append(now - began)
         if phase == FIRST_STEP:
             self.first = step
-        self._now = (step, phase, now)
+        # In one assignment, for the thread that reads it.
+        self._state = ((step, phase, now), {**spent, before: spent.get(before, 0.0) + now - began})
 
     @property
     def now(self) -> tuple[int, str, float]:
-        """Step, phase, and when it began, read in one piece."""
-        return self._now
+        """Step, phase, and when it began."""
+        return self._state[0]
+
+    def look(self, now: float) -> dict[str, Any]:
+        """The same as values of a `Heartbeat`, and seconds by phase until `now`."""
+        (step, phase, began), spent = self._state
+        spent = {**spent, phase: spent.get(phase, 0.0) + now - began}
+        return {"step": step, "phase": phase, "began": began, "first": self.first, "spent": spent}
 
     def slowest(self) -> float:
         """The longest of the last steps, 0 without any. On an accelerator most steps are only queued, and the
@@ -88,18 +97,23 @@ class Pulse:
     Args:
         folder: of the heartbeats on this machine.
         rank: this process.
-        look: gives the other values of a `Heartbeat`.
+
+    Attributes:
+        pace: where the main thread is; whoever tells it has this one.
+        look: gives the other values of a `Heartbeat` at a time; may be replaced by one that knows more.
     """
 
-    def __init__(self, folder: Path, rank: int, look: Callable[[], Mapping[str, Any]]) -> None:
-        self.path, self.rank, self.look = folder / f"rank-{rank:05}.json", rank, look
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path, self.rank, self.pace = folder / f"rank-{rank:05}.json", rank, Pace()
+        self.look: Callable[[float], Mapping[str, Any]] = self.pace.look
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def write(self) -> None:
         """Write it now."""
-        beat = Heartbeat(self.rank, os.getpid(), stamp=time.monotonic(), **self.look())
+        now = time.monotonic()
+        beat = Heartbeat(self.rank, os.getpid(), stamp=now, **self.look(now))
         partial = self.path.with_suffix(".new")
         partial.write_text(json.dumps(asdict(beat)))
         partial.replace(self.path)

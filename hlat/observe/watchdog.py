@@ -113,12 +113,11 @@ class Watchdog:
         self.pace.begin(step, phase)
         self._patient = patient
 
-    def look(self) -> dict[str, Any]:
+    def look(self, now: float) -> dict[str, Any]:
         """Where the main thread is, as a `hlat.observe.heartbeat.Heartbeat` has it."""
-        step, phase, began = self.pace.now
         where, waiting = _position(sys._current_frames().get(self._main or 0))
-        pace = {"first": self.pace.first, "pace": self.pace.slowest(), "patient": self._patient}
-        return {"step": step, "phase": phase, "began": began, "where": where, "waiting": waiting, **pace}
+        place = {"where": where, "waiting": waiting, "patient": self._patient}
+        return {**self.pace.look(now), **place, "pace": self.pace.slowest()}
 
     def start(self, board: Board, store_holder: str, serves_store: bool = False) -> None:
         """Start the thread, and another that sees whether the store answers.

@@ -118,6 +118,7 @@ class Attempt:
         try:
             self._wait(outcome)
             outcome.beats = read_all(self.scratch)
+            self.on_look(outcome.beats)
             outcome.code = self._process.poll() if self._process.poll() is not None else 1  # type: ignore[assignment]
             outcome.codes = self._codes()
         finally:

@@ -112,12 +112,14 @@ class Machines(Team):
         """The store ends with this process: the others read what was decided first."""
         self._store.set(f"{attempt}/read/0", "1")
         if told.get("exit") is not None:
-            self._gather(f"{attempt}/read", 10.0)
+            self._gather(f"{attempt}/read", 10.0, lambda: False)  # after a signal too
 
-    def _gather(self, prefix: str, seconds: float) -> dict[int, str]:
+    def _gather(self, prefix: str, seconds: float, leave: Callable[[], bool] | None = None) -> dict[int, str]:
+        """What the machines say, as far as they do in time; `leave` (default: a signal) ends the wait."""
+        leave = leave or self.waiting
         deadline = time.monotonic() + seconds
         while True:
             there = [node for node in range(self.count) if self._store.check([f"{prefix}/{node}"])]
-            if len(there) == self.count or time.monotonic() > deadline or self.waiting():
+            if len(there) == self.count or time.monotonic() > deadline or leave():
                 return {node: self._store.get(f"{prefix}/{node}").decode() for node in there}
             time.sleep(_POLL)

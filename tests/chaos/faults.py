@@ -63,7 +63,7 @@ def term(target: Target) -> None:
 
 
 def corrupt(target: Target) -> None:
-    """A byte of the newest checkpoint changes on the disk, and then a rank is killed, so that it is needed."""
+    """A byte of the newest checkpoint changes on the disk; then a rank is killed, so that it is needed."""
     before = target.newest()
     wait_for(lambda: target.newest() > before, "a fresh checkpoint")  # which the kill leaves the newest
     step = target.newest()

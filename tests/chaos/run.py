@@ -5,9 +5,9 @@
 
 A run of a small decoder over gloo ranks is trained once without a fault, then again and again under
 `hlat supervise` while faults hit it; each run must end with bitwise the same parameters and optimizer state,
-leave no process behind, and lose no complete checkpoint but those a fault destroyed. Prints a table of faults,
-of how they were seen, and of the seconds until training went on. Linux; mounts a small tmpfs to fill (as root,
-or in a namespace of its own).
+leave no process behind, and lose no complete checkpoint but those a fault destroyed. Prints a table of
+faults, of how they were seen, and of the seconds until training went on. Linux; mounts a small tmpfs to fill
+(as root, or in a namespace of its own).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from faults import FAULTS, RESTARTS, Target, wait_for  # noqa: E402
 
-from hlat.checkpoint.folder import step_folder  # noqa: E402
+from hlat.checkpoint.folder import entries, step_folder  # noqa: E402
 from hlat.observe.jsonl import read_rows  # noqa: E402
 from hlat.supervise.processes import descendants  # noqa: E402
 
@@ -108,7 +108,8 @@ class Chaos:
         """One run under these faults, one after the other. Raises AssertionError, TimeoutError."""
         run = self.disk / name
         log = self.folder / f"{name}.log"
-        process = self._start(run, log, f"checkpoint.remote={self.store.as_uri()}")
+        stored = [f"checkpoint.remote={self.store.as_uri()}"] if "store_errors" in kinds else []
+        process = self._start(run, log, *stored)
         target = Target(process.pid, run, self.disk, self.store, self.dice)
         hits = []
         try:
@@ -136,19 +137,20 @@ class Chaos:
         attempt = attempts(run)
         before = [e for e in events(run) if e["event"] == "end"]
         at = time.time()
-        if kind == "corrupt":  # counts from the kill, which waits for a fresh checkpoint
-            FAULTS[kind](target)
-            at = time.time()
-        else:
-            FAULTS[kind](target)
-        hit = Hit(kind, at)
+        FAULTS[kind](target)
+        hit = Hit(
+            kind, time.time() if kind == "corrupt" else at
+        )  # corrupt waits for a fresh checkpoint first
+        complete = [e.step for e in entries(run / "checkpoints") if e.step not in target.lost]
         if kind not in RESTARTS:
             hit.recovered = time.time()
             return hit
         wait_for(lambda: attempts(run) > attempt and trains(run), f"new attempt after {kind}", 240)
         end = [e for e in events(run) if e["event"] == "end"][len(before)]
         hit.detected, hit.seen = end["time"], end["rule"]
-        hit.recovered = next(e["time"] for e in reversed(events(run)) if e["event"] == "stepping")
+        last = next(e for e in reversed(events(run)) if e["event"] == "stepping")
+        hit.recovered = last["time"]
+        assert last["step"] > max(complete, default=0), f"a checkpoint was lost: {complete}, but {last}"
         return hit
 
 
@@ -243,8 +245,9 @@ def campaign(chaos: Chaos, kinds: list[str], faults: int, per_run: int) -> tuple
         agree = goodput_by_metrics(run)
         runs.append({"faults": len(new), "wall": finish["wall"], "goodput": finish["goodput"],
                      "goodput_by_metrics": agree, "seconds": finish["seconds"]})  # fmt: skip
-        print(f"run {number}: {len(new)} faults, {finish['attempts']} attempts, {finish['wall']:.0f} s, "
-              f"goodput {finish['goodput']:.3f}, by its metrics {agree:.3f}; ends as undisturbed", flush=True)  # fmt: skip
+        share = f"goodput {finish['goodput']:.3f}, by its metrics {agree:.3f}"
+        what = f"{len(new)} faults, {finish['attempts']} attempts, {finish['wall']:.0f} s"
+        print(f"run {number}: {what}, {share}; ends as undisturbed", flush=True)
         subprocess.run(["rm", "-rf", str(run)], check=True)
         for path in chaos.store.iterdir():
             subprocess.run(["rm", "-rf", str(path)], check=True)

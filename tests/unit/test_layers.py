@@ -25,7 +25,7 @@ LAYERS = (
     ("reduce", "checkpoint"),
     ("evaluate",),
     ("train", "method", "doctor"),
-    ("supervise",),
+    ("supervise", "launch"),
     ("commands",),
     ("cli",),
     ("__main__",),
