@@ -127,7 +127,7 @@ class Attempt:
         finally:
             outcome.left = len(processes.end_all(self._process.pid))
             self._process.wait()
-            self.mirror.sync()
+            self.mirror.sync(last=True)
             outcome.text = self.mirror.tail()
             self._keep_stacks()
             shutil.rmtree(self.scratch, ignore_errors=True)
