@@ -38,7 +38,15 @@ _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
 class Terminated(BaseException):
-    """SIGTERM before or after the training loop, which handles it otherwise."""
+    """A signal that ends the process before the training loop, which handles it otherwise."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = int(number)
+
+    def line(self) -> str:
+        """What is said of it."""
+        return f"stopped by {signal.Signals(self.number).name} before a step; the newest checkpoint stands"
 
 
 class PeerFailed(Exception):
@@ -143,7 +151,8 @@ class Ending:
         if self.status is not None:
             return
         self.status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank has ended
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a launcher sends it as soon as one rank has ended
+            signal.signal(number, signal.SIG_IGN)
         self.watchdog.rest()
         self.before_print()
         try:
@@ -180,7 +189,7 @@ class Ending:
                 time.sleep(_STAMP_SECONDS)
                 return cause.code
             if isinstance(error, Terminated):
-                return self._report_line("stopped by SIGTERM; nothing was saved", 128 + signal.SIGTERM)
+                return self._report_line(error.line(), 128 + error.number)
         record = Record("error", self.board.rank, f"{type(error).__name__}: {first_line(error)}")
         twin = next((r for r in self.board.read() if (r.kind, r.text) == (record.kind, record.text)), None)
         self.board.note_end()

@@ -25,6 +25,10 @@ from hlat.observe.sinks import Sink
 _TRAIN_FIELDS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "skipped")
 
 
+class Interruption(Exception):
+    """What a sink raises to send the training loop elsewhere. Any other exception costs it its rows."""
+
+
 @dataclass
 class _Step:
     """One step that waits for its window to end: `packed` holds the values of `names`, in that order."""
@@ -164,6 +168,17 @@ class MetricBuffer:
         self._send([row])
         return row
 
+    def event(self, row: Mapping[str, Any]) -> None:
+        """Give every sink a row of another kind, after those it has."""
+        self._send([finite(row)])
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of `step`: sinks that have a method `rewind` drop what came after."""
+        self._pending.clear()
+        for sink in self._sinks:
+            getattr(sink, "rewind", lambda step: None)(step)
+        self.start()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keep the time spent inside (an evaluation, a blocking save) out of `step_seconds`."""
@@ -233,7 +248,7 @@ class MetricBuffer:
                 for row in rows:
                     sink.row(row)
                 getattr(sink, "flush", lambda: None)()
-            except UserError:
+            except (UserError, Interruption):
                 raise
             except Exception as error:  # a broken tracker must not end a training run
                 self._sinks.remove(sink)

@@ -13,6 +13,7 @@ from hlat.observe.heartbeat import STEP, Heartbeat
 from hlat.supervise.watch import kind_of
 
 DOWN = "down"  # no rank runs, or none has said anything yet
+REPEATED = "repeated"
 
 
 @dataclass
@@ -54,6 +55,9 @@ class Timeline:
         span, last = self.spans[-1], self._last
         before = last.spent if last is not None and last.pid == beat.pid else {}
         span.first = span.first or beat.first
+        if last is not None and beat.phase == STEP and beat.step < last.step:  # it went back by itself
+            for step in [step for step in span.steps if step >= beat.step]:
+                span.book(REPEATED, span.steps.pop(step))
         for phase, seconds in beat.spent.items():
             new = seconds - before.get(phase, 0.0)
             if new <= 0:
@@ -78,12 +82,12 @@ def table(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds by what they were spent on; their sum is the wall time. `stepping` is what lasted, `repeated`
     what a later attempt trained again, `down` includes the pauses between attempts.
     """
-    total = {"stepping": 0.0, "repeated": 0.0}
+    total = {"stepping": 0.0, REPEATED: 0.0}
     for number, span in enumerate(spans):
         later = [other.first for other in spans[number + 1 :] if other.first]
         again = min(later, default=None)
         for step, seconds in span.steps.items():
-            total["stepping" if again is None or step < again else "repeated"] += seconds
+            total["stepping" if again is None or step < again else REPEATED] += seconds
         for kind, seconds in span.other.items():
             total[kind] = total.get(kind, 0.0) + seconds
     pauses = sum(b.start - a.end for a, b in zip(spans, spans[1:], strict=False))

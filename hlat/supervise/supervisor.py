@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.observe.heartbeat import STEP, Heartbeat
+from hlat.observe.stopping import SPOT, text_of
 from hlat.supervise import processes
 from hlat.supervise.attempt import Attempt, Outcome, Place
 from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
@@ -24,6 +25,7 @@ from hlat.supervise.watch import Limits, name_the_late
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
+SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
 _TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
 
@@ -137,6 +139,7 @@ class Supervisor:
         verdict, host = self._judge(shared)
         end: dict[str, Any] = {"attempt": number, "step": reached, "kind": verdict.kind, "rule": verdict.rule}
         end |= {"reason": verdict.reason, "rank": verdict.rank, "node": host}
+        end["codes"] = {rank: code for report in shared.values() for rank, code in report["codes"].items()}
         end["left"] = sum(report["left"] for report in shared.values())
         if verdict.kind == "done":
             self.events.add("end", **end)
@@ -145,8 +148,10 @@ class Supervisor:
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
         if stopped is not None:
             return {"exit": 130 if stopped == signal.SIGINT else REQUEUE, "why": verdict.reason}
-        if verdict.kind == "preempted":  # nobody asked this job to end: a rank alone was sent a signal
-            return self._again(number)
+        if verdict.kind == "preempted":
+            if any(_is_over(report) for report in shared.values()):
+                return {"exit": REQUEUE, "why": verdict.reason}
+            return self._again(number)  # nobody asked this job to end: a rank alone was sent a signal
         if verdict.action == "stop":
             return {"exit": _CODES.get(verdict.kind, FAILED), "why": verdict.reason}
         if verdict.action == "exclude":
@@ -260,3 +265,8 @@ class Supervisor:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+
+def _is_over(report: Mapping[str, Any]) -> bool:
+    """Whether ranks saved because the job's time ends or its machine is taken back."""
+    return 128 + signal.SIGUSR1 in report["codes"].values() or SPOT_NOTICE in report["text"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
 STEPS, MARGIN = 2.0, 30.0  # a step may take this many of the slowest recent ones, and so many seconds more
-_LOADING = {"start", "starting", "joining", "data", "building", "restoring", "reading tasks"}
+_LOADING = {"start", "starting", "joining", "data", "building", "restoring", "rewinding", "reading tasks"}
 _SAVING = {"checkpoint", "leaving"}
 
 

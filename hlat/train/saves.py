@@ -68,9 +68,11 @@ class Saves:
             warn=warn,
         )
 
-    def find(self) -> Checkpoint | NxdFolder | None:
-        """The newest state there is; None where there is none."""
-        checkpoint, files = self.store.newest(), newest_nxd(self.nxd_folder)
+    def find(self, before: int | None = None) -> Checkpoint | NxdFolder | None:
+        """The newest state there is, of a step below `before` if that is given; None where there is none."""
+        checkpoint, files = self.store.newest(before=before), newest_nxd(self.nxd_folder)
+        if files is not None and before is not None and files.step >= before:
+            files = None
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
             return files
         return checkpoint
