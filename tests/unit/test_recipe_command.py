@@ -73,9 +73,9 @@ def test_schema(capsys, tmp_path):
 
 
 def test_overrides_may_stand_behind_options(capsys) -> None:
-    assert cli.main(["recipes", "show", "tiny", "run.steps=7", "--changed", "optim.lr=5e-4"]) == 0
+    assert cli.main(["recipes", "show", "tiny", "run.steps=70", "--changed", "optim.lr=5e-4"]) == 0
     shown = capsys.readouterr().out
-    assert "steps: 7" in shown and "lr: 0.0005" in shown
+    assert "steps: 70" in shown and "lr: 0.0005" in shown
     for words in (["recipes", "show", "tiny", "--unknown", "optim.lr=1"], ["recipes", "list", "optim.lr=1"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
