@@ -37,6 +37,14 @@ class TrainingStopped(UserError):
     exit_code = 3
 
 
+class SaveFailed(UserError):
+    """State could not be written: a full disk, a store that does not answer. What was complete before is
+    untouched, so the same command may be started again once there is room.
+    """
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
     """The error for an optional package that is not installed, with the line that installs it."""
     return UserError(f"{purpose} needs the package '{package}'", fix=f"run: pip install 'hlat[{extra}]'")

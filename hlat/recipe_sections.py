@@ -338,6 +338,8 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    patience: NonNegativeFloat = 600.0
+    """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
     grace: PositiveFloat = 30.0
     """Seconds from a signal to stop to the end of the processes: a step and a save must fit, else there is a
     warning.

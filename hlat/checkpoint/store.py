@@ -36,7 +36,7 @@ from hlat.checkpoint.peers import Peers
 from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint
 from hlat.checkpoint.retention import expired, is_permanent
 from hlat.checkpoint.stream import write_weights
-from hlat.errors import UserError
+from hlat.errors import SaveFailed, UserError
 
 __all__ = [
     "Checkpoint",
@@ -101,6 +101,7 @@ class CheckpointStore:
         tokens: int,
         tokenizer: Path | Sequence[Path] | None = None,
         wait: bool = False,
+        obstacle: OSError | None = None,
     ) -> None:
         """Save a checkpoint, replacing one of the same step. Waits for the save before it to finish.
 
@@ -111,10 +112,11 @@ class CheckpointStore:
             tokens: training tokens seen so far.
             tokenizer: its files, or a folder of them, copied into the checkpoint.
             wait: return only when it is complete on the disk.
+            obstacle: on the first process, a failure that forbids this save: it fails with it everywhere.
 
         Raises:
-            UserError: this save (or, in the background, the one before it) failed: disk full, not writable.
-                What was complete before is untouched, and nothing half-written stays.
+            SaveFailed: this save (or, in the background, the one before it) failed: disk full, not writable.
+                The same on every process. What was complete before is untouched, nothing half-written stays.
             TypeError: a value in `meta` that is not JSON, or in `tensors` that is not a tensor.
         """
         self.wait()
@@ -122,7 +124,7 @@ class CheckpointStore:
         files = folders.tokenizer_files(tokenizer)
         text = folders.meta_text(meta, step, tokens, files)
         snapshot = Snapshot(tensors, self._buffers if background else None)
-        arguments = (step, snapshot, text, tokens, files)
+        arguments = (step, snapshot, text, tokens, files, obstacle)
         if background:
             self._pending = self._pool.submit(self._write, *arguments)
         else:
@@ -133,6 +135,16 @@ class CheckpointStore:
     def busy(self) -> bool:
         """Whether a save is being written in the background."""
         return self._pending is not None and not self._pending.done()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why a save in the background failed, once it has; `wait` will raise it."""
+        return self._pending.exception() if self._pending is not None and self._pending.done() else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes what exists once."""
+        return self._peers.rank == 0
 
     def wait(self) -> None:
         """Wait until the last save is complete on the disk. Raises what `save` raises."""
@@ -169,11 +181,19 @@ class CheckpointStore:
         while self._remarks:
             self._warn(self._remarks.pop(0))
 
-    def _write(self, step: int, snapshot: Snapshot, meta: bytes, tokens: int, tokenizer: list[Path]) -> None:
+    def _write(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        meta: bytes,
+        tokens: int,
+        tokenizer: list[Path],
+        obstacle: OSError | None,
+    ) -> None:
         """Write one checkpoint, on all ranks; it is complete and has its name when this returns."""
         final = folders.step_folder(self.root, step)
         try:
-            partial = self._begin(final)
+            partial = self._begin(final, obstacle)
         except OSError as error:
             raise self._failure(error, step, snapshot) from error
 
@@ -207,12 +227,12 @@ class CheckpointStore:
             if self._peers.rank == 0:
                 folders.abandon(partial)
 
-    def _begin(self, final: Path) -> Path:
+    def _begin(self, final: Path, obstacle: OSError | None) -> Path:
         """The partial folder, made by rank 0 for all. Raises its OSError on every rank."""
         answer: Path | OSError = final
         if self._peers.rank == 0:
             try:
-                answer = folders.begin(final)
+                answer = obstacle or folders.begin(final)
             except OSError as error:
                 answer = error
         answer = self._peers.from_first(answer)
@@ -228,10 +248,10 @@ class CheckpointStore:
             except OSError as error:
                 self._remarks.append(f"could not delete the old checkpoint of step {entry.step}: {error}")
 
-    def _failure(self, error: OSError, step: int, snapshot: Snapshot) -> UserError:
+    def _failure(self, error: OSError, step: int, snapshot: Snapshot) -> SaveFailed:
         usable = [entry for entry in folders.entries(self.root) if entry.step not in self._unusable]
         newest = max(usable, key=lambda entry: entry.sequence, default=None)
         last = f"the one of step {newest.step} is untouched" if newest else "there is no earlier one"
         reason, remedy = folders.explain(error, self.root, snapshot.bytes())
         what = f"checkpoint of step {step} was not saved ({reason}); {last}"
-        return UserError(what, where=str(self.root), fix=f"{remedy}, then start again")
+        return SaveFailed(what, where=str(self.root), fix=remedy)

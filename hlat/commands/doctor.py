@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
+from hlat.observe.redact import redact, redact_all
 
 if TYPE_CHECKING:
     from hlat.doctor import Case
@@ -69,9 +70,9 @@ def main(args: argparse.Namespace) -> int:
         result["release"] = case.release.name if case.release else None
         result["healthy"] = healthy(findings)
         result["findings"] = [finding.to_dict() for finding in findings]
-        print(json.dumps(result, indent=2))
+        print(json.dumps(redact_all(result), indent=2))
     elif args.fix_plan:
-        print("\n".join(plan(findings) or ["# no command to run"]))
+        print(redact("\n".join(plan(findings) or ["# no command to run"])))
     else:
         _print(findings, case)
     return 0 if healthy(findings) else 1
@@ -141,7 +142,8 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
     applied = merged(settings, os.environ)
     if args.json:
         head = {"schema": 1, "platform": platform, "release": release.name, "nodes": nodes}
-        print(json.dumps({**head, "neuron_profile": [item.to_dict() for item in applied]}, indent=2))
+        profiles = redact_all([item.to_dict() for item in applied])
+        print(json.dumps({**head, "neuron_profile": profiles}, indent=2))
     else:
         print(f"{recipe.run.name}: {platform}, Neuron {release.name}, {nodes} node{'s' * (nodes > 1)}")
         if not applied:
@@ -149,7 +151,7 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
         for item in applied:
             note = f"  (yours; HLAT would take {item.hlat or 'no value'})" if item.origin == "user" else ""
             text = f"{item.name}={item.value}" if item.value or item.kind == "variable" else item.name
-            print(f"\n{text}{note}\n    {item.why}\n    source: {item.source}")
+            print(redact(f"\n{text}{note}\n    {item.why}\n    source: {item.source}"))
         print()
     conflicts(recipe, preview(settings, os.environ), platform, nodes)
     return 0
@@ -163,13 +165,13 @@ def _print(findings: list[Finding], case: Case) -> None:
     print(f"hlat doctor: {case.platform}{release}{nodes}\n")
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        print(f"{_status(finding.status)}  {finding.check:<{width}}  {finding.fact}")
+        print(f"{_status(finding.status)}  {finding.check:<{width}}  {redact(finding.fact)}")
         indent = " " * (width + 8)
         if finding.status != "ok":
             for line in finding.commands:
-                print(f"{indent}$ {line}")
+                print(f"{indent}$ {redact(line)}")
         if finding.advice:
-            print(f"{indent}{finding.advice}")
+            print(f"{indent}{redact(finding.advice)}")
     counts = [sum(finding.status == status for finding in findings) for status in _COLOURS]
     text = f"\n{counts[0]} ok, {counts[1]} to look at, {counts[2]} failed"
     if plan(findings):

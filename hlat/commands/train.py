@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
     from hlat.observe.failures import Ending
+    from hlat.observe.heartbeat import Pulse
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.stopping import Signals
     from hlat.observe.watchdog import Watchdog
@@ -50,22 +51,25 @@ def main(args: argparse.Namespace) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    pulse = _pulse()
     from hlat.observe.failures import Terminated, say
     from hlat.observe.stopping import Signals
 
     with Signals().watch() as signals:
         try:
-            return _start(args, signals)
+            return _start(args, signals, pulse)
         except Terminated as stopped:  # in a job of one process; others have ended
             say(f"hlat: {stopped.line()}")
             return 128 + stopped.number
 
 
-def _start(args: argparse.Namespace, signals: Signals) -> int:
+def _start(args: argparse.Namespace, signals: Signals, pulse: Pulse | None) -> int:
     neuron_profile = _prepare_neuron(args)  # before anything imports torch
     from hlat.backend.cluster import join
 
     job = Job(join(), neuron_profile, signals)
+    if pulse is not None:
+        job.watchdog.pace, pulse.look = pulse.pace, job.watchdog.look
     if job.cluster.world == 1:
         return _main(args, job)
     job.watch()
@@ -76,6 +80,15 @@ def _start(args: argparse.Namespace, signals: Signals) -> int:
         if job.ending is not None:
             job.ending.end()
         raise
+
+
+def _pulse() -> Pulse | None:
+    """Heartbeats for `hlat supervise`, from before torch is imported; None without it."""
+    from hlat.observe.heartbeat import Pulse, prepare, supervised
+
+    prepare()
+    folder = supervised()
+    return None if folder is None else Pulse(folder, int(os.environ.get("RANK", "0")))
 
 
 def _precompile(args: argparse.Namespace) -> int:
@@ -260,7 +273,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
     make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
-    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer)
+    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
@@ -272,6 +285,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         saves.restore(run, saved)
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = _metrics(recipe, run, folder, saved, console, note, began)
+    metrics.notes = saves.journal.rows
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
     ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
     loop = Loop(

@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hlat.errors import TrainingStopped, UserError
+from hlat.observe.redact import redact, redact_all
 
 ECHO_SECONDS = 12.0  # for the cause to show: a silent rank on another machine takes longest
 ALIKE_SECONDS = 5.0  # for the same mistake to show on a rank before this one
@@ -258,9 +260,9 @@ def first_line(error: BaseException) -> str:
 
 
 def say(line: str) -> None:
-    """Print to stderr in one piece: other ranks print to the same place."""
+    """Print to stderr in one piece, without secrets: other ranks print to the same place."""
     with contextlib.suppress(OSError):  # nobody may read
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{redact(line)}\n")
         sys.stderr.flush()
 
 
@@ -272,12 +274,15 @@ def say_traceback(name: str, error: BaseException) -> None:
 
 def write_error_file(error: BaseException) -> None:
     """Let torchrun name this rank, and not one that failed because of it, as the root cause."""
-    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         return
     try:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+        path = Path(file)
+        if path.exists():  # it may lie in the run folder
+            path.write_text(json.dumps(redact_all(json.loads(path.read_text()))))
     except Exception as trouble:  # only torchrun's own summary is poorer for it
         say(f"hlat: no error file for torchrun: {first_line(trouble)}")
 

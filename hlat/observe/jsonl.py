@@ -6,13 +6,15 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import UserError
+from hlat.errors import SaveFailed
 
 Row = dict[str, Any]
+MOST_WAITING = 256 << 20  # bytes of rows kept in memory while the file cannot be written
 
 
 def finite(value: Any) -> Any:
@@ -46,7 +48,10 @@ def read_rows(path: Path) -> Iterator[Row]:
 def truncate_after(path: Path, step: int) -> int:
     """Remove every row whose `step` is greater than `step`, and torn lines; rows without a step stay.
 
-    The file is rewritten beside itself and renamed, so a crash leaves either the old or the new one.
+    Rows at the end are cut off in place, which a full disk allows; else the file is rewritten beside itself
+    and renamed, so a crash leaves either the old or the new one.
+
+    Raises SaveFailed when the disk does not allow it.
 
     Returns:
         The number of lines removed; 0, without touching the file, when there is nothing to remove or no file.
@@ -77,13 +82,23 @@ def _cut(
         return []
     kept: list[bytes] = []
     removed: list[bytes] = []
+    at_the_end = True
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
-            (removed if row is None or goes(row) else kept).append(line)
-    if removed:
-        before(removed)
-        replace_file(path, b"".join(kept))
+            gone = row is None or goes(row)
+            (removed if gone else kept).append(line)
+            at_the_end = at_the_end and (gone or not removed)
+    if not removed:
+        return removed
+    before(removed)
+    try:
+        if at_the_end:  # also where the disk has no room for a second file
+            os.truncate(path, sum(map(len, kept)))
+        else:
+            replace_file(path, b"".join(kept))
+    except OSError as error:
+        raise _write_error(path, error) from error
     return removed
 
 
@@ -114,12 +129,17 @@ class MetricsFile:
     """Appends rows to `metrics.jsonl`. Rows wait in memory until `flush`, which writes them with one call.
 
     Opening cuts off a last line that a crash tore. A write that fails part-way (full disk) is undone, so the
-    file never holds half a row, and raises UserError.
+    file never holds half a row; its rows stay in memory and are written, in order, once there is room.
+
+    Attributes:
+        trouble: why rows are waiting; None when all that were flushed are in the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.trouble: OSError | None = None
         self._waiting: list[bytes] = []
+        self._whole: int | None = None  # size to go back to, where undoing half a write has failed
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -131,26 +151,46 @@ class MetricsFile:
         self._waiting.append(encode(row))
 
     def flush(self) -> None:
-        """Append the queued rows. Raises UserError when the disk is full or the file cannot be written."""
+        """Append the queued rows, or keep them and set `trouble`. Raises SaveFailed when too many wait."""
         if not self._waiting:
             return
         block = memoryview(b"".join(self._waiting))
+        size = len(block)
+        try:
+            self._append(block)
+        except OSError as error:
+            if self.trouble is None:
+                what = f"{_write_error(self.path, error).line()}; rows wait in memory until it can be written"
+                warnings.warn(what, stacklevel=2)
+            self.trouble = error
+            if size > MOST_WAITING:
+                raise _write_error(self.path, error) from error
+            return
         self._waiting.clear()
-        size = os.fstat(self._file).st_size
+        self.trouble = None
+
+    def _append(self, block: memoryview) -> None:
+        if self._whole is not None:
+            os.ftruncate(self._file, self._whole)
+        self._whole = os.fstat(self._file).st_size
         try:
             while block:
                 block = block[os.write(self._file, block) :]
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, size)
-            raise _write_error(self.path, error) from error
+                os.ftruncate(self._file, self._whole)
+                self._whole = None
+            raise
+        self._whole = None
 
     def close(self) -> None:
-        """Flush and close; calling it again does nothing."""
+        """Flush and close; calling it again does nothing. Raises SaveFailed when rows are lost with it."""
         if self._file < 0:
             return
         try:
             self.flush()
+            if self.trouble is not None:
+                raise _write_error(self.path, self.trouble) from self.trouble
         finally:
             os.close(self._file)
             self._file = -1
@@ -184,7 +224,7 @@ def _is_after(row: Row, step: int) -> bool:
     return isinstance(number, (int, float)) and number > step
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(
+def _write_error(path: Path, error: OSError) -> SaveFailed:
+    return SaveFailed(
         f"cannot write metrics ({error.strerror})", where=str(path), fix="free disk space or make it writable"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,8 @@ class MetricBuffer:
         self._fetch = fetch
         self._pending: list[_Step] = []
         self._mark = clock()
+        self.notes: deque[Row] = deque()
+        """Rows of other kinds, from any thread; they are written with the next window."""
 
     def start(self) -> None:
         """Start the first step's time now; call it when set-up is over."""
@@ -137,6 +140,7 @@ class MetricBuffer:
         crash.
         """
         if not self._pending:
+            self._send(self._noted())
             return []
         window, self._pending = self._pending, []
         values = self._values(window)
@@ -144,8 +148,16 @@ class MetricBuffer:
             self._row(entry, entry_values, seconds)
             for entry, entry_values, seconds in zip(window, values, self._seconds(window), strict=True)
         ]
-        self._send(rows)
+        self._send([*rows, *self._noted()])
         return rows
+
+    def trouble(self) -> OSError | None:
+        """Why rows handed out so far are not written, after another attempt; None when they are."""
+        for sink in self._sinks:
+            if getattr(sink, "trouble", None) is not None:
+                self._send([])
+                return getattr(sink, "trouble", None)
+        return None
 
     def eval(self, step: int, values: Mapping[str, Any], kind: str = "eval") -> Row:
         """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) or `tasks` (`<task>/<metric>`)
@@ -227,6 +239,9 @@ class MetricBuffer:
         if per_second is None or not self._flops_per_token or not self._peak_flops:
             return None
         return per_second * self._flops_per_token / self._peak_flops
+
+    def _noted(self) -> list[Row]:
+        return [finite(self.notes.popleft()) for _ in range(len(self.notes))]
 
     def _send(self, rows: list[Row]) -> None:
         for sink in list(self._sinks):

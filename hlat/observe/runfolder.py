@@ -7,6 +7,7 @@ nxd-checkpoints/ where NxD's own files are written; see docs/run-folder.md.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import UserError
+from hlat.errors import SaveFailed, UserError
 from hlat.observe import environment
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import Lock
@@ -56,8 +57,9 @@ class RunFolder:
             description: this start's entry of environment.json (default: `environment.describe()`).
 
         A start in an existing folder replaces both recipes; a text that differs from the new one moves to
-        `logs/<name>-until-start-<n>.yaml`. Raises UserError when the folder cannot be written or another
-        process trains in it; then a folder that this call has created is gone again.
+        `logs/<name>-until-start-<n>.yaml`. Raises SaveFailed when the disk is full, UserError when the folder
+        cannot be written for another reason or another process trains in it; then a folder that this call has
+        created is gone again.
         """
         self.check()
         try:
@@ -72,7 +74,10 @@ class RunFolder:
             replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
         except OSError as error:
             self.abandon()
-            raise self._error(error.strerror or str(error)) from error
+            failed = self._error(error.strerror or str(error))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SaveFailed(failed.what, where=failed.where, fix="make room there") from error
+            raise failed from error
         except BaseException:
             self.abandon()
             raise

@@ -89,7 +89,8 @@ class Signals:
             yield self
         finally:
             for number, handler in former.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) == self._handle:  # else a rank that leaves ignores it by now
+                    signal.signal(number, handler)
 
 
 class Deadline:

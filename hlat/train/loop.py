@@ -12,6 +12,7 @@ import torch
 
 from hlat.backend.cluster import Cluster
 from hlat.errors import TrainingStopped
+from hlat.observe.heartbeat import FIRST_STEP, STEP
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.stopping import REBALANCE, WALLTIME, Asked, Deadline, Signals
 from hlat.observe.watchdog import Watchdog
@@ -90,7 +91,7 @@ class Loop:
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
-        self._saving: int | None = None
+        self._stepped = False
         self._save_began, self._steps_done = 0.0, 0
         self._needed = 0.0  # seconds between a signal and a complete save, the most so far
         self._timeouts_are_long = self.cluster.world > 1
@@ -174,9 +175,10 @@ class Loop:
     def one_step(self) -> None:
         """One training step and whatever is due after it."""
         run, recipe = self.run, self.run.recipe
-        self.watchdog.beat(run.step + 1, "training")
+        self.watchdog.beat(run.step + 1, STEP if self._stepped else FIRST_STEP)
         rate = run.learning_rate()
         values = train_step(run)
+        self._stepped = True
         self.metrics.add(run.step, {"lr": rate, **values}, self._figures())
         if self._timeouts_are_long:
             self._shorten_timeouts()
@@ -185,9 +187,11 @@ class Loop:
             self.verify()
         if self._evaluates(run.step):
             self.evaluate()
-        if run.step % recipe.checkpoint.every == 0 and run.step != self.last_step:  # `train` saves that
+        due = run.step % recipe.checkpoint.every == 0
+        if (due or self.saves.retry_due()) and run.step != self.last_step:  # `train` saves that
             self.save()
         self._note_saved()
+        self.watchdog.beat(run.step + 1, STEP)  # the wait for the others belongs to the next step
 
     def _figures(self) -> dict[str, int | None]:
         """What the host knows of a step: memory, and how many examples went through the model so far."""
@@ -290,22 +294,23 @@ class Loop:
     def save(self, wait: bool = False) -> None:
         """Save this step's state, once; `wait` until it is complete on the disk."""
         run = self.run
-        if self._saved != run.step:
+        if wait:
+            self._beat_save(patient=True)
+        if self._saved != run.step or (wait and not self.saves.wait()):
             self._saved = run.step
-            self.watchdog.beat(run.step, "checkpoint", patient=wait)
             self._save_began = time.monotonic()
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
-                self.saves.save(run, wait)
-            self._saving = run.step
-        if wait:
-            self.saves.wait()
+                self.saves.save(run, wait, self.metrics.trouble, lambda: self._beat_save(wait))
         self._note_saved()
 
+    def _beat_save(self, patient: bool) -> None:
+        self.watchdog.beat(self.run.step, "checkpoint", patient=patient)
+
     def _note_saved(self) -> None:
-        if self._saving is not None and self.saves.complete(self.run.step):
-            self.on_checkpoint(self._saving)
-            self._saving = None
+        step = self.saves.completed(self.run.step)
+        if step is not None:
+            self.on_checkpoint(step)
             self._note_save_time(time.monotonic() - self._save_began)
 
     def _note_save_time(self, seconds: float) -> None:

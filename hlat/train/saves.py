@@ -1,18 +1,21 @@
 """Where a run's state is kept: in HLAT's checkpoints, or (`checkpoint.format: nxd`) in NxD's own files while
 it trains.
 
-What a run continues from is the newer of the two, whichever of them it writes.
+What a run continues from is the newer of the two, whichever of them it writes. A save that fails is reported
+and tried again a few steps later; training goes on. Only the last one has to succeed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hlat.checkpoint.nxd import NxdFolder, newest_nxd
 from hlat.checkpoint.store import CheckpointStore
-from hlat.errors import UserError
+from hlat.errors import SaveFailed, UserError
+from hlat.storage.journal import Journal
 from hlat.train import state
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 SETTLE = 10  # steps after which a save in NxD's background must be complete
+RETRY_STEPS = 10  # after which the outcome of a save is compared, and a failed one tried again
+LONGEST_PAUSE = 15.0  # seconds between two attempts at the last save
 
 
 class Saves:
@@ -32,6 +37,10 @@ class Saves:
         recipe: how often, how many.
         warn: receives a line about each checkpoint that cannot be used.
         tokenizer: its files, kept with each checkpoint.
+        exchange: every rank's value, by rank, on every rank.
+
+    Attributes:
+        journal: what went wrong and what worked.
     """
 
     def __init__(
@@ -41,7 +50,14 @@ class Saves:
         recipe: Recipe,
         warn: Callable[[str], None],
         tokenizer: Sequence[Path] = (),
+        exchange: Callable[[Any], list[Any]] = lambda value: [value],
     ) -> None:
+        self.journal, self._exchange = Journal(warn), exchange
+        self._saving: int | None = None  # step of a save whose completion nobody was told of
+        self._failed: SaveFailed | None = None  # the last save's failure, as all ranks know it
+        self._open_since: float | None = None  # when the last save began, until its outcome is known
+        self._step = 0  # of the last save
+        self._countdown: int | None = None  # steps until the outcome of the last save is compared
         self.section = section = recipe.checkpoint
         self.nxd_folder, self.tokenizer = nxd_folder, list(tokenizer)
         self.store = CheckpointStore(
@@ -74,20 +90,119 @@ class Saves:
 
         nxd_checkpoint.restore(run, self.nxd_folder, found.path.name)
 
-    def save(self, run: Run, wait: bool) -> None:
-        """Save a run's state; `wait` until it is complete on the disk. Raises UserError if that failed."""
+    def save(
+        self,
+        run: Run,
+        wait: bool,
+        obstacle: Callable[[], OSError | None] = lambda: None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Save a run's state; a failure is reported, and `retry_due` asks for another attempt.
+
+        Args:
+            run: whose state.
+            wait: until it is complete on the disk; a failed attempt is repeated for `checkpoint.patience`.
+            obstacle: what forbids a save on the first rank: rows of steps it covers that are not written.
+            beat: called before each attempt.
+
+        Raises:
+            SaveFailed: with `wait`, when it did not succeed in that time.
+        """
+        self._settle()
+        start, pause = time.monotonic(), 1.0
+        while True:
+            beat()
+            self._attempt(run, wait, obstacle())
+            if self._failed is None or not wait:
+                return
+            seconds = time.monotonic() - start
+            answers = self._exchange((seconds + pause > self.section.patience, seconds, self._failed.what))
+            if any(over for over, _, _ in answers):
+                _, seconds, what = answers[0]  # the same words on all ranks are printed once
+                what, fix = (
+                    f"after {seconds:.0f} s of trying: {what}",
+                    f"{self._failed.fix}, then start again",
+                )
+                raise SaveFailed(what, where=self._failed.where, fix=fix) from self._failed
+            self.journal.report()
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def completed(self, step: int) -> int | None:
+        """Step of a save that has become complete, as far as this rank knows after `step`; told once."""
+        self.journal.report()
+        if self._saving is None or self.store.busy or self.store.failure is not None:
+            return None
+        done, self._saving = self._saving, None
+        return done
+
+    def retry_due(self) -> bool:
+        """Whether the last save failed and is to be tried again now; the same on every rank. Call it once
+        after each step.
+        """
+        if self._countdown is None:
+            return False
+        self._countdown -= 1
+        if self._countdown:
+            return False
+        self._countdown = RETRY_STEPS
+        states = self._exchange("busy" if self.store.busy else "failed" if self._has_failed() else "saved")
+        if "busy" not in states and "failed" not in states:
+            self._countdown = None
+        return "busy" not in states and "failed" in states
+
+    def wait(self) -> bool:
+        """Wait until nothing is being written. Returns whether the last save is complete."""
+        self._settle()
+        self.journal.report()
+        return self._failed is None
+
+    def _has_failed(self) -> bool:
+        return self._failed is not None or self.store.failure is not None
+
+    def _attempt(self, run: Run, wait: bool, obstacle: OSError | None) -> None:
         details = state.meta(run)
-        self.store.save(
-            run.step, state.tensors(run), details, details["tokens"], tokenizer=self.tokenizer, wait=wait
-        )
+        self._step = self._saving = run.step
+        self._failed, self._countdown, self._open_since = None, RETRY_STEPS, time.monotonic()
+        try:
+            self.store.save(
+                run.step,
+                state.tensors(run),
+                details,
+                details["tokens"],
+                tokenizer=self.tokenizer,
+                wait=wait,
+                obstacle=obstacle,
+            )
+        except SaveFailed as failure:
+            self._note(failure)
+        else:
+            if wait or not self.section.async_:
+                self._note(None)
 
-    def complete(self, step: int) -> bool:
-        """Whether everything saved so far is complete on the disk, as far as this rank knows after `step`."""
-        return not self.store.busy
+    def _settle(self) -> None:
+        """Wait for a save in the background, and take note of how it ended."""
+        try:
+            self.store.wait()
+        except SaveFailed as failure:
+            self._note(failure)
+        else:
+            self._note(None)
 
-    def wait(self) -> None:
-        """Wait until everything is complete. Raises what `save` raises."""
-        self.store.wait()
+    def _note(self, failure: SaveFailed | None) -> None:
+        """Take note of how the last save ended, once."""
+        began, self._open_since = self._open_since, None
+        if began is None:
+            return
+        seconds = time.monotonic() - began
+        if failure is None:
+            self.journal.done("save", self._step, seconds=seconds, size=0, row=False)
+            return
+        self._failed, self._saving = failure, None
+        if self.store.first:
+            kind = str(getattr(failure.__cause__, "errno", ""))
+            line = f"{failure.line()}; it will be tried again"
+            self.journal.failed("save", self._step, line, kind=kind or "?", seconds=seconds)
 
 
 class NxdSaves(Saves):
@@ -99,14 +214,22 @@ class NxdSaves(Saves):
 
     _open: int | None = None  # step of a save that is not marked complete yet
 
-    def save(self, run: Run, wait: bool) -> None:
-        """See `Saves`."""
+    def save(
+        self,
+        run: Run,
+        wait: bool,
+        obstacle: Callable[[], OSError | None] = lambda: None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See `Saves`. A rank cannot tell whether NxD failed on another one: a failure ends the run."""
         from hlat.train import nxd_checkpoint
 
         self._finish()
         if wait:
-            super().save(run, wait)
+            super().save(run, wait, obstacle, beat)
             return
+        if (problem := obstacle()) is not None:
+            raise SaveFailed(str(problem), where=str(self.nxd_folder), fix="make room, then start again")
         nxd_checkpoint.save(
             run,
             self.nxd_folder,
@@ -114,18 +237,19 @@ class NxdSaves(Saves):
             background=self.section.async_,
             tokenizer=self.tokenizer,
         )
+        self._saving = run.step
         self._open = run.step if self.section.async_ else None
 
-    def complete(self, step: int) -> bool:
+    def completed(self, step: int) -> int | None:
         """See `Saves`."""
         if self._open is not None and step >= self._open + SETTLE:
             self._finish()
-        return self._open is None
+        return super().completed(step) if self._open is None else None
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """See `Saves`."""
         self._finish()
-        super().wait()
+        return super().wait()
 
     def _finish(self) -> None:
         if self._open is not None:

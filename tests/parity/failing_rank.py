@@ -3,7 +3,8 @@
     python failing_rank.py KIND RANK STEP train RECIPE [key=value ...]
 
 KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first
-bucket's weights), flip-master (of its masters), nan (in the masters), mistake (a UserError).
+bucket's weights), flip-master (of its masters), nan (in the masters), mistake (a UserError), full (no room
+for checkpoints on this rank for twelve steps), full-for-good.
 RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hlat.checkpoint import layout
 from hlat.cli import main
 from hlat.errors import UserError
 from hlat.train import loop, same
@@ -54,10 +56,14 @@ def plant(kind: str, rank: int, step: int) -> None:
 
         same.check_data = checked
         return
-    train_step = loop.train_step
+    train_step, usage = loop.train_step, layout.shutil.disk_usage
 
     def train_step_with_mishap(run: Any) -> Any:
         now = run.step == step
+        if kind.startswith("full") and run.step in (step, step + 12):
+            full = now or kind == "full-for-good"
+            layout.shutil.disk_usage = lambda path: usage(path)._replace(**({"free": 0} if full else {}))
+            return train_step(run)
         if now and kind != "flip":
             mishap(kind, run)
         values = train_step(run)

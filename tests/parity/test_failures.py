@@ -172,6 +172,31 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Place) -> Non
     assert ended.texts[0].count("exitcode  : 143") == 2, ended.texts[0]
 
 
+@pytest.mark.parametrize(
+    "options", [("checkpoint.async=true",), ("checkpoint.async=false", "parallel.zero1=true")]
+)
+def test_a_disk_that_is_full_on_one_rank_for_a_while(place: Place, options: tuple[str, ...]) -> None:
+    """Steps 7 to 18 have no room on rank 1: the saves of 8 to 16 fail on both, training goes on."""
+    ended = place.torchrun(2, ("full", 1, 6), "run.steps=22", "checkpoint.every=4", *options)
+    assert ended.codes == [0] and ended.lines == [], ended.texts[0]
+    assert ended.texts[0].count("was not saved (the disk is full") == 1, ended.texts[0]
+    assert "the one of step 4 is untouched" in ended.texts[0] and "the trouble is over" in ended.texts[0]
+    saved = sorted(path.name for path in (place.path / "runs" / "small" / "checkpoints").iterdir())
+    assert saved == ["step-00000004", "step-00000020", "step-00000022"]
+    failed = [(row["what"], row["step"]) for row in place.rows("storage")]
+    assert failed == [("save", step) for step in (8, 12, 16)]
+    assert [row["step"] for row in place.rows()] == list(range(1, 23))
+
+
+def test_a_disk_that_is_full_on_one_rank_for_good(place: Place) -> None:
+    ended = place.torchrun(2, ("full-for-good", 1, 3), "checkpoint.patience=2")
+    assert ended.codes == [1] and len(ended.lines) == 1 and ended.seconds < SECONDS, ended.texts[0]
+    line = r"hlat: error: .*/checkpoints: after \d s of trying: checkpoint of step 6 was not saved .the disk"
+    assert re.match(line, ended.lines[0]) and "the one of step 2 is untouched" in ended.lines[0], ended.lines
+    assert ended.texts[0].count("exitcode  : 74") == 2, ended.texts[0]
+    assert place.newest == 2
+
+
 def test_an_exception_on_one_rank(place: Place) -> None:
     ended = place.torchrun(2, ("raise", 1, 2))
     text = ended.texts[0]

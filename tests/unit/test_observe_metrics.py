@@ -7,17 +7,22 @@ import json
 import math
 import os
 import struct
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlat.errors import UserError
-from hlat.observe import metrics, sinks
+from hlat.errors import SaveFailed, UserError
+from hlat.observe import jsonl, metrics, sinks
 from hlat.observe.jsonl import MetricsFile, encode, read_rows, truncate_after
 from hlat.observe.metrics import MetricBuffer
 from hlat.registry import register
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Memory:
@@ -205,7 +210,8 @@ def test_rows_reach_the_file_on_flush_in_whole_lines(tmp_path):
     file.close()
 
 
-def test_a_full_disk_is_a_user_error_and_leaves_whole_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize("undo_fails", [False, True])
+def test_rows_wait_for_a_full_disk_and_follow_in_order(tmp_path, monkeypatch, undo_fails):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.row({"step": 1})
     file.flush()
@@ -217,12 +223,65 @@ def test_a_full_disk_is_a_user_error_and_leaves_whole_lines(tmp_path, monkeypatc
         return real(handle, block[: len(block) - 4])
 
     monkeypatch.setattr(os, "write", half_then_full)
+    if undo_fails:
+        monkeypatch.setattr(os, "ftruncate", lambda *args: full())
     file.row({"step": 2})
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.warns(UserWarning, match="No space left"):
         file.flush()
+    file.row({"step": 3})
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        file.flush()
+    assert file.trouble is not None
+    assert undo_fails or file.path.read_bytes() == b'{"step":1}\n', "never a torn line"
     monkeypatch.undo()
+    file.row({"step": 4})
+    file.flush()
+    assert file.trouble is None
     file.close()
-    assert file.path.read_bytes() == b'{"step":1}\n'
+    assert file.path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n'
+
+
+def test_rows_that_wait_are_bounded_and_never_lost_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", full)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.row({"step": 1})
+    with pytest.warns(UserWarning, match="rows wait in memory"):
+        file.flush()
+    monkeypatch.setattr(jsonl, "MOST_WAITING", 20)
+    file.row({"step": 2})
+    with pytest.raises(SaveFailed, match="No space left"):
+        file.flush()
+    with pytest.raises(SaveFailed):
+        file.close()
+    file.close()
+
+
+def test_a_checkpoint_is_refused_while_rows_wait(tmp_path, monkeypatch):
+    buffer = MetricBuffer([file := MetricsFile(tmp_path / "metrics.jsonl")])
+    assert buffer.trouble() is None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.warns(UserWarning):
+            buffer.add(1, {"loss": 1.0})
+        assert buffer.trouble().errno == errno.ENOSPC
+    buffer.notes.append({"kind": "storage", "step": 1, "what": "save", "error": "full"})
+    assert buffer.trouble() is None, "asked again, it tries again"
+    buffer.flush()
+    assert [row["kind"] for row in read_rows(file.path)] == ["train", "storage"]
+
+
+def test_rows_at_the_end_are_cut_off_without_room_for_a_copy(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(encode({"kind": "train", "step": step}) for step in (1, 2, 3)))
+
+    monkeypatch.setattr(jsonl, "replace_file", full)
+    assert truncate_after(path, 2) == 1
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    path.write_bytes(encode({"step": 3}) + encode({"step": 1}))
+    with pytest.raises(SaveFailed, match="No space left"):
+        truncate_after(path, 2)
 
 
 def test_truncate_after_keeps_earlier_rows_untouched(tmp_path):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from hlat.errors import UserError
+from hlat.errors import SaveFailed, UserError
 from hlat.observe import environment, lock
 from hlat.observe.lock import Holder, is_alive
 from hlat.observe.runfolder import RunFolder
@@ -76,7 +76,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hlat.observe.runfolder.replace_file", fail)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(SaveFailed, match="No space left"):
         RunFolder(tmp_path / "runs" / "a").start("", "", description=FACTS)
     assert list(tmp_path.iterdir()) == []
 

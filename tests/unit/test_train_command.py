@@ -250,21 +250,55 @@ def test_a_checkpoint_of_another_model_is_refused(place: Path, capsys) -> None:
     assert "model.hidden was 48" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys
+def no_room(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_a_full_disk_at_the_end_is_told_in_one_line_and_keeps_the_last_checkpoint(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys, in_background: str
 ) -> None:
     from hlat.checkpoint import layout
 
     assert train("run.stop_at_step=2") == 0
     good = {p: p.read_bytes() for p in Path("runs/small/checkpoints").rglob("*") if p.is_file()}
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(layout, "write_tensors", full)
-    assert train("checkpoint.async=false") == 2
-    error = capsys.readouterr().err
+    monkeypatch.setattr(layout, "write_tensors", no_room)
+    assert train(f"checkpoint.async={in_background}", "checkpoint.patience=1.5") == 74
+    out, error = capsys.readouterr()
     assert "the disk is full" in error and "step 2 is untouched" in error, error
     assert error.count("hlat: error:") == 1 and "Traceback" not in error
+    assert out.count("warning: ") == 1, "one line, however often it was tried"
     left = {p: p.read_bytes() for p in Path("runs/small/checkpoints").rglob("*") if p.is_file()}
     assert left == good
+    failed = [row for row in rows("runs/small", "storage") if row["error"]]
+    assert [row["step"] for row in failed][:3] == [4, 6, 6] and {row["what"] for row in failed} == {"save"}
+
+
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_checkpoints_of_that_while(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys, in_background: str
+) -> None:
+    """From step 15 to 20 neither checkpoints nor rows can be written: 15 fails, 25 tries again."""
+    from hlat.checkpoint import layout
+    from hlat.train import loop
+
+    options = ["run.steps=32", "checkpoint.every=15", f"checkpoint.async={in_background}", "log.every=1"]
+    assert train("run.dir=whole", *options) == 0
+    step, write, write_tensors = loop.train_step, os.write, layout.write_tensors
+
+    def with_weather(run):
+        full = 14 <= run.step < 20
+        monkeypatch.setattr(layout, "write_tensors", no_room if full else write_tensors)
+        monkeypatch.setattr(os, "write", no_room if full else write)
+        return step(run)
+
+    monkeypatch.setattr(loop, "train_step", with_weather)
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="rows wait in memory"):
+        assert train("run.dir=hurt", *options) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 2 and "the trouble is over" in out, out
+    assert [numbers(row) for row in rows("whole")] == [numbers(row) for row in rows("hurt")]
+    assert same_state("whole", "hurt")
+    found = sorted(int(name.removeprefix("step-")) for name in os.listdir("hurt/checkpoints"))
+    assert found == [25, 30, 32]

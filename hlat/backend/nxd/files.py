@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hlat.errors import UserError
+from hlat.errors import SaveFailed, UserError
 
 
 def save(
@@ -39,7 +39,7 @@ def save(
         extra: more for the file of the meta data: dicts of tensors.
 
     Raises:
-        UserError: the disk is full or cannot be written. What was complete before is untouched.
+        SaveFailed: the disk is full or cannot be written. What was complete before is untouched.
     """
     import neuronx_distributed as nxd
 
@@ -95,11 +95,11 @@ def finish(folder: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into a UserError."""
+    """Turn a failure to write into a SaveFailed."""
     try:
         yield
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         what = f"NxD's checkpoint was not saved ({error.strerror or error}; {free / 1e9:.1f} GB free)"
         fix = "make room, or set checkpoint.keep lower or run.dir elsewhere, then start again"
-        raise UserError(what, where=str(folder), fix=fix) from error
+        raise SaveFailed(what, where=str(folder), fix=fix) from error
