@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hlat.observe.stopping import Signals
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
+    from hlat.train.loop import Loop
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -269,10 +270,9 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.observe.spot import watching
-    from hlat.observe.stopping import Deadline, end_of_time, exit_status, name_of, text_of
+    from hlat.observe.stopping import exit_status, name_of, text_of
     from hlat.train.describe import summary
     from hlat.train.initial import initial_from
-    from hlat.train.loop import Loop
     from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
@@ -298,20 +298,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = open_metrics(run, folder, saved, console, note, began)
     metrics.notes = saves.journal.rows
-    on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
-    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
-    loop = Loop(
-        run,
-        metrics,
-        saves,
-        on_checkpoint,
-        warn=console.warn if console else lambda line: None,
-        signals=job.signals,
-        deadline=Deadline(ends, recipe.checkpoint.grace),
-        cluster=cluster,
-        watchdog=job.watchdog,
-        tasks=tasks,
-    )
+    loop = _loop(run, metrics, saves, console, job, tasks)
     try:
         try:
             with watching(recipe.run.spot_notice if cluster.first_here else False, job.signals.note):
@@ -329,6 +316,26 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         metrics.close()
         saves.wait()
     return 0 if stopped is None else exit_status(stopped)
+
+
+def _loop(run: Any, metrics: Any, saves: Any, console: Console | None, job: Job, tasks: Any) -> Loop:
+    from hlat.observe.stopping import Deadline, end_of_time
+    from hlat.train.loop import Loop
+
+    recipe = run.recipe
+    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
+    return Loop(
+        run,
+        metrics,
+        saves,
+        console.checkpoint if console else lambda step: None,
+        warn=console.warn if console else lambda line: None,
+        signals=job.signals,
+        deadline=Deadline(ends, recipe.checkpoint.grace),
+        cluster=job.cluster,
+        watchdog=job.watchdog,
+        tasks=tasks,
+    )
 
 
 def _tasks(run: Any, job: Job) -> Any:
