@@ -32,7 +32,7 @@ class _Done:
 
 
 class _Work:
-    """torch's, waited for in a frame of this file: by that the watchdog knows that a rank waits for others."""
+    """torch's, waited for in a frame of this file: by that the watchdog knows that a rank waits."""
 
     def __init__(self, work: dist.Work) -> None:
         self._work = work
