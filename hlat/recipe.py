@@ -37,15 +37,19 @@ from hlat.section import PluginSection, Section, Text, near_multiple, problem
 from hlat.storage.remote import check_url
 
 # What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
+# data.skip may change where the data is not reached yet (`hlat.train.state.check_same_run`).
 # Data and tokenizer may move: their content has a fingerprint of its own (`Data.fingerprint`).
 _FREE = (
     "run.name",
     "run.dir",
     "run.steps",
     "run.stop_at_step",
+    "run.max_hours",
+    "run.spot_notice",
     "run.resume",
     "model.preset",
     "data.micro_batch",
+    "data.skip",
     "data.tokenizer",
     "data.sources.*.path",
     "data.sources.*.dataset",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError
+from hlat.observe.redact import line_with_secret
 from hlat.recipe_errors import Where, in_brackets
 from hlat.recipe_yaml import dump_yaml, parse_yaml, read_yaml
 from hlat.registry import did_you_mean
@@ -102,6 +103,7 @@ def _copy(value: Any) -> Any:
 
 def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
     values, lines = read_yaml(file)
+    _refuse_secret(file.read_text(encoding="utf-8", errors="replace"), str(file))
     base = values.pop("base", None)
     merged: dict[str, Any] = {}
     if base is not None:
@@ -132,6 +134,7 @@ def _parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[
         if parts[0] == "base":
             fix = "name the other recipe instead"
             raise UserError("base cannot be overridden", where=COMMAND_LINE, fix=fix)
+        _refuse_secret(value_text, f"{COMMAND_LINE}: {key.strip()}", show_line=False)
         value, _ = parse_yaml(value_text, f"{COMMAND_LINE}: {key.strip()}", show_line=False)
         target = result
         for part in parts[:-1]:
@@ -144,6 +147,15 @@ def _parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[
             del origins[stale]
         origins[key.strip()] = COMMAND_LINE
     return result
+
+
+def _refuse_secret(text: str, where: str, show_line: bool = True) -> None:
+    """A recipe is copied into the run folder, checkpoints and reports: no login or token may stand in it."""
+    line = line_with_secret(text)
+    if line is not None:
+        fix = "give it by an environment variable, see docs/operations/security.md"
+        place = f"{where}:{line}" if show_line else where
+        raise UserError("a login or token stands in the recipe", where=place, fix=fix)
 
 
 def _refuse_list_items(values: Any, over: Any, path: str) -> None:
@@ -190,16 +202,21 @@ def shipped_recipes() -> dict[str, Path]:
 
 def recipes_folder() -> Path | None:
     """`recipes/` of the checkout HLAT runs from, else the installed package `hlat_recipes`, else None."""
+    return shipped_folder("recipes", "hlat_recipes")
+
+
+def shipped_folder(folder: str, package: str) -> Path | None:
+    """A folder of data files: that of the checkout HLAT runs from, else the installed package, else None."""
     root = Path(__file__).resolve().parents[1]
-    if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir():
-        return root / "recipes"
+    if (root / "pyproject.toml").is_file() and (root / folder).is_dir():
+        return root / folder
     from importlib.resources import files
 
     try:
-        folder = Path(str(files("hlat_recipes")))
+        installed = Path(str(files(package)))
     except ModuleNotFoundError:
         return None
-    return folder if folder.is_dir() else None
+    return installed if installed.is_dir() else None
 
 
 def _safe_name(stem: str) -> str:

@@ -41,6 +41,12 @@ class RunSection(Section):
     """Optimizer steps in the whole run."""
     stop_at_step: Positive | None = None
     """Save and stop after this step; no schedule depends on it. Default: steps."""
+    max_hours: PositiveFloat | None = None
+    """Save and stop before so many hours have passed since the process started; null: no limit but that of
+    SLURM's job (SLURM_JOB_END_TIME).
+    """
+    spot_notice: Literal["auto"] | bool = "auto"
+    """Ask EC2 whether the spot instance will be taken back, then save and stop. auto: on EC2."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest complete checkpoint in the run folder, if there is one."""
 
@@ -162,6 +168,10 @@ class DataSection(Section):
     """Rows of one optimizer step over all ranks: a multiple of micro_batch x dp."""
     document_mask: bool = False
     """Attend only within a document, positions counted from its start. false: one stream, as HLAT trained."""
+    skip: tuple[tuple[Positive, Positive], ...] = ()
+    """Stretches of the data that are left out, as [first step, last step]: what these steps would read,
+    counted from 1 (`hlat data locate` shows it). Those not reached yet may be added on a resume.
+    """
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Fraction of the documents held out for evaluation, always the same ones; 0: none."""
 
@@ -179,6 +189,14 @@ class DataSection(Section):
         if self.examples is not None and self.tokenizer.startswith("train:"):
             fix = "take the tokenizer of the pretrained model: tokenizer: init"
             raise problem("a tokenizer is not trained on examples", "tokenizer", fix)
+        return self
+
+    @model_validator(mode="after")
+    def _skips_forward(self) -> DataSection:
+        for number, (first, last) in enumerate(self.skip):
+            if first > last:
+                what = "the stretch ends at step {b}, before it begins at {a}"
+                raise problem(what, f"skip[{number}]", "write [first, last]", a=first, b=last)
         return self
 
     @model_validator(mode="after")
@@ -331,6 +349,10 @@ class CheckpointSection(Section):
     """
     patience: NonNegativeFloat = 600.0
     """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
+    grace: PositiveFloat = 30.0
+    """Seconds from a signal to stop to the end of the processes: a step and a save must fit, else there is a
+    warning.
+    """
     format: Literal["hlat", "nxd"] = "hlat"
     """hlat: loads in any layout, on any backend. nxd: NxD's own files while training, for this layout alone;
     the last step is saved as hlat. `hlat convert from-nxd` turns them into the former.

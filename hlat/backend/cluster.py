@@ -80,7 +80,8 @@ class Cluster:
     def _join(self, address: Address, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         if address.serves:
-            self._server = serve(address)
+            self._server, address = serve(address)
+            self._address = address
         self._store = connect_store(address, deadline)
         self.store = self.new_client("hlat", self._store)
         mine = asdict(_this_process(address.rank))

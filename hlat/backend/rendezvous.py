@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from hlat.backend.interfaces import INTERFACES, listen
 from hlat.errors import UserError
 
 STORE_SECONDS = 20.0  # an answer from the store
@@ -19,7 +20,8 @@ STORE_SECONDS = 20.0  # an answer from the store
 @dataclass(frozen=True)
 class Address:
     """What a launcher tells a process. `by_launcher`: the launcher holds the store, else rank 0 does.
-    `attempt`: of a restarted job.
+    `attempt`: of a restarted job. `interfaces`: those of the cluster, where named. `machines`: of the job, 1
+    where it is not told. `bound`: the address on which this process holds the store.
     """
 
     rank: int
@@ -29,6 +31,9 @@ class Address:
     port: int
     by_launcher: bool
     attempt: str
+    interfaces: tuple[str, ...] = ()
+    machines: int = 1
+    bound: str = ""
 
     @property
     def serves(self) -> bool:
@@ -56,7 +61,16 @@ def read_address(environ: Mapping[str, str]) -> Address | None:
     by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local = _number(environ, "LOCAL_RANK", 0) if environ.get("LOCAL_RANK") else None
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Address(rank, world, local, host, port, by_launcher, attempt)
+    names = tuple(name.strip() for name in environ.get(INTERFACES, "").split(",") if name.strip())
+    return Address(rank, world, local, host, port, by_launcher, attempt, names, _machines(environ, world))
+
+
+def _machines(environ: Mapping[str, str], world: int) -> int:
+    """At least so many machines there are, by what SLURM says of this step and torchrun of this machine."""
+    nodes, local = environ.get("SLURM_STEP_NUM_NODES", ""), environ.get("LOCAL_WORLD_SIZE", "")
+    if nodes.isdecimal():
+        return int(nodes)
+    return 2 if local.isdecimal() and int(local) < world else 1
 
 
 def _number(environ: Mapping[str, str], name: str, least: int) -> int:
@@ -67,32 +81,33 @@ def _number(environ: Mapping[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-def serve(address: Address) -> Any:
-    """The store itself, in this process. The socket is opened here: a failure is then one line."""
+def serve(address: Address) -> tuple[Any, Address]:
+    """The store itself, in this process and on the cluster's interface alone (`hlat.backend.interfaces`), and
+    the address with where that is. The socket is opened here: a failure is then one line. Raises UserError.
+    """
     try:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        listener = socket.create_server(("", address.port), family=family, dualstack_ipv6=both, backlog=4096)
+        listener, bound = listen(address.host, address.port, address.interfaces, address.machines)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         fix = "another job may use the port: choose another MASTER_PORT"
         where = f"MASTER_PORT {address.port}"
         raise UserError(f"rank 0 cannot listen: {reason}", where=where, fix=fix) from error
-    return dist.TCPStore(
-        "localhost",
+    store = dist.TCPStore(
+        bound,
         address.port,
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
         timeout=timedelta(seconds=STORE_SECONDS),
     )
+    return store, replace(address, bound=bound)
 
 
 def connect_store(address: Address, deadline: float) -> Any:
     """A connection to the store. Knocks first: torch fills the screen while nobody answers."""
     where = f"{address.host}:{address.port}"
     started = time.monotonic()
-    host = "localhost" if address.serves else address.host
+    host = address.bound or address.host
     while True:
         try:
             socket.create_connection((host, address.port), timeout=STORE_SECONDS).close()
@@ -104,5 +119,8 @@ def connect_store(address: Address, deadline: float) -> Any:
                 continue
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             waited = f"no answer for {time.monotonic() - started:.0f} s ({reason})"
-            fix = "is rank 0 started, and are MASTER_ADDR and MASTER_PORT the same everywhere?"
+            fix = (
+                "is rank 0 started, are MASTER_ADDR and MASTER_PORT the same everywhere, and is MASTER_ADDR "
+                "its address in the cluster's network there too?"
+            )
             raise UserError(f"rank {address.rank}: {waited}", where=where, fix=fix) from error

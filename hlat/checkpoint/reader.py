@@ -215,7 +215,9 @@ def first_failure(error: CheckpointException) -> BaseException:
     return failures[min(failures)][0] if failures else error
 
 
-def newest_in(root: Path, verify: bool, peers: Peers) -> tuple[Checkpoint | None, dict[int, str]]:
+def newest_in(
+    root: Path, verify: bool, peers: Peers, before: int | None = None
+) -> tuple[Checkpoint | None, dict[int, str]]:
     """The newest usable checkpoint of a checkpoints folder, and the reason for each newer step that is not.
 
     Args:
@@ -223,9 +225,11 @@ def newest_in(root: Path, verify: bool, peers: Peers) -> tuple[Checkpoint | None
         verify: compare every byte with its checksum, shared among the peers; otherwise only sizes, index and
             meta data.
         peers: the processes that call this together.
+        before: look only at steps below this one.
     """
     order = sorted(folders.entries(root), key=lambda entry: entry.sequence, reverse=True)
     unreadable = folders.step_folders(root).keys() - {entry.step for entry in order}
+    order = [entry for entry in order if before is None or entry.step < before]
     steps, reasons = peers.from_first(
         ([entry.step for entry in order], {step: _marker_problem(root, step) for step in sorted(unreadable)})
     )

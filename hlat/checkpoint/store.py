@@ -159,16 +159,17 @@ class CheckpointStore:
         finally:
             self._report()
 
-    def newest(self, verify: bool = True) -> Checkpoint | None:
+    def newest(self, verify: bool = True, before: int | None = None) -> Checkpoint | None:
         """The newest complete and undamaged checkpoint; None if there is none. Newer ones skipped are passed
         to `warn`.
 
         Args:
             verify: compare every byte with its checksum (a full read, shared among the processes); without it
                 damage shows when the tensors are read.
+            before: look only at steps below this one.
         """
         self.wait()
-        checkpoint, skipped = newest_in(self.root, verify, self._peers)
+        checkpoint, skipped = newest_in(self.root, verify, self._peers, before)
         self._unusable = set(skipped)
         if self._peers.rank == 0:
             instead = f"using step {checkpoint.step} instead" if checkpoint else "there is no other"

@@ -1,4 +1,4 @@
-"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect the result."""
+"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect them, find a step's documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
+    from hlat.data.examples import Examples
+    from hlat.data.loader import Data
     from hlat.data.packed import TokenFolder
+    from hlat.data.skips import Skips
     from hlat.data.sources import Source
     from hlat.data.tokenizer import Tokenizer
 
@@ -52,13 +55,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its hash")
     inspect.add_argument("--recipe", metavar="R", help="what a run of this recipe would read from the folder")
+    locate = actions.add_parser("locate", help="the documents that a step of a run was trained on")
+    locate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    which = locate.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, metavar="N", help="step of the run, as in metrics.jsonl")
+    which.add_argument("--data-step", type=int, metavar="N", help="step of the data, as in data.skip")
+    locate.add_argument("--row", type=int, metavar="N", help="only this row of the batch, counted from 0")
+    locate.add_argument("--text", action="store_true", help="print their whole text too")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run one action. Raises UserError for wrong input."""
-    return {"train-tokenizer": _train_tokenizer, "tokenize": _tokenize, "inspect": _inspect}[args.action](
-        args
-    )
+    actions = {
+        "train-tokenizer": _train_tokenizer,
+        "tokenize": _tokenize,
+        "inspect": _inspect,
+        "locate": _locate,
+    }
+    return actions[args.action](args)
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
@@ -140,6 +154,62 @@ def _inspect(args: argparse.Namespace) -> int:
     size = min(int(shard.table[0, 0]) - 1, _SAMPLE_TOKENS)
     print(f"first {size} tokens of the first document:\n{tokenizer.decode(shard.tokens[:size].tolist())}")
     return 0
+
+
+def _locate(args: argparse.Namespace) -> int:
+    from hlat.observe.text import printable
+
+    number = args.data_step if args.step is None else args.step
+    if number < 1:
+        flag = "--data-step" if args.step is None else "--step"
+        raise UserError(f"there is no step {number}", where=flag, fix="steps are counted from 1")
+    data, skips = _data_of_run(args.folder)
+    step = args.data_step or skips.position(args.step)
+    found = [entry for entry in data.locate(step) if args.row in (None, entry["row"])]
+    read = f"step {args.step} reads data step {step}" if args.step else f"data step {step}"
+    print(f"{read}: {len({entry['row'] for entry in found})} rows, {len(found)} documents")
+    for entry in found:
+        if "example" in entry:
+            place = f"{entry['source']} example {entry['example']} (epoch {entry['epoch']})"
+            size = f"{entry['tokens']} tokens"
+        else:
+            place = f"{entry['folder']}/{entry['shard']} document {entry['document']}"
+            size = f"tokens {entry['first']}-{entry['last']} of {entry['tokens']}"
+        print(f"row {entry['row']:>3}  {place}  {size}  hash {entry['hash']}")
+        if args.text:
+            print(f"{printable(data.document_text(entry))}\n")
+    return 0
+
+
+def _data_of_run(run: Path) -> tuple[Data | Examples, Skips]:
+    """The data of a run, and what the run leaves out of it. Raises UserError for a folder that is no run, or
+    data that is no longer what the run was trained on.
+    """
+    from hlat.checkpoint.peers import Peers
+    from hlat.checkpoint.reader import newest_in
+    from hlat.commands.recipe_file import load
+    from hlat.data import open_data
+    from hlat.data.skips import Skips
+    from hlat.observe.jsonl import read_rows
+    from hlat.observe.runfolder import RunFolder
+    from hlat.train.initial import starting_tokenizer
+
+    folder = RunFolder(run)
+    if not folder.resolved.is_file():
+        fix = "give the run.dir of a training run"
+        raise UserError("not a run folder: it has no resolved.yaml", where=str(run), fix=fix)
+    recipe = load(folder.resolved)
+    data = open_data(recipe, tokenizer=starting_tokenizer(recipe, folder.checkpoints), quiet=True)
+    newest = newest_in(folder.checkpoints, False, Peers())[0] if folder.checkpoints.is_dir() else None
+    if newest is not None and newest.meta["data_fingerprint"] != data.fingerprint:
+        raise UserError(
+            "the data is not what the run was trained on (its text, order or tokenizer changed)",
+            where=str(run),
+            fix="restore the data; relative paths count from the working directory",
+        )
+    rows = read_rows(folder.metrics) if folder.metrics.is_file() else ()
+    found = (row["skipped_data"] for row in rows if row.get("kind") == "anomaly" and "skipped_data" in row)
+    return data, Skips(recipe.data.skip, tuple((first, last) for first, last in found))
 
 
 def _print_counts(folder: TokenFolder) -> None:

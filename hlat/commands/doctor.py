@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
+from hlat.observe.redact import redact, redact_all
 
 if TYPE_CHECKING:
     from hlat.doctor import Case
@@ -35,6 +36,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, metavar="P", help="rendezvous port (default: MASTER_PORT, else 29500)"
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="examine all machines of a job together: start it under torchrun or srun, as the job itself",
+    )
+    parser.add_argument(
+        "--bad-nodes", metavar="FILE", help="with --cluster: write the machines that are not fit, one a line"
+    )
+    parser.add_argument(
+        "--min-bandwidth",
+        type=float,
+        metavar="MB_PER_S",
+        help="with --cluster: the least for an all-reduce (default: 20 over gloo, 1000 on accelerators)",
+    )
+    parser.add_argument(
+        "--slow",
+        type=float,
+        metavar="FACTOR",
+        help="with --cluster: a rank that needs so many times the median for a matrix product is not fit"
+        " (default: 1.5)",
+    )
     show = parser.add_mutually_exclusive_group()
     show.add_argument("--json", action="store_true", help="print the result as JSON")
     show.add_argument("--fix-plan", action="store_true", help="print only the commands that repair, in order")
@@ -47,6 +69,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check and report: 0 when nothing failed, 1 when something did. Raises UserError for a wrong recipe."""
+    if args.cluster:
+        from hlat.commands.doctor_cluster import examine_all
+
+        return examine_all(args)
+    for option in ("bad_nodes", "min_bandwidth", "slow"):
+        if getattr(args, option) is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError("goes with --cluster alone", where=name, fix="add --cluster, or leave it out")
     recipe = _recipe(args)
     nodes = args.nodes if args.nodes is not None else _nodes()
     if nodes < 1:
@@ -69,9 +99,9 @@ def main(args: argparse.Namespace) -> int:
         result["release"] = case.release.name if case.release else None
         result["healthy"] = healthy(findings)
         result["findings"] = [finding.to_dict() for finding in findings]
-        print(json.dumps(result, indent=2))
+        print(json.dumps(redact_all(result), indent=2))
     elif args.fix_plan:
-        print("\n".join(plan(findings) or ["# no command to run"]))
+        print(redact("\n".join(plan(findings) or ["# no command to run"])))
     else:
         _print(findings, case)
     return 0 if healthy(findings) else 1
@@ -141,7 +171,8 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
     applied = merged(settings, os.environ)
     if args.json:
         head = {"schema": 1, "platform": platform, "release": release.name, "nodes": nodes}
-        print(json.dumps({**head, "neuron_profile": [item.to_dict() for item in applied]}, indent=2))
+        profiles = redact_all([item.to_dict() for item in applied])
+        print(json.dumps({**head, "neuron_profile": profiles}, indent=2))
     else:
         print(f"{recipe.run.name}: {platform}, Neuron {release.name}, {nodes} node{'s' * (nodes > 1)}")
         if not applied:
@@ -149,7 +180,7 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
         for item in applied:
             note = f"  (yours; HLAT would take {item.hlat or 'no value'})" if item.origin == "user" else ""
             text = f"{item.name}={item.value}" if item.value or item.kind == "variable" else item.name
-            print(f"\n{text}{note}\n    {item.why}\n    source: {item.source}")
+            print(redact(f"\n{text}{note}\n    {item.why}\n    source: {item.source}"))
         print()
     conflicts(recipe, preview(settings, os.environ), platform, nodes)
     return 0
@@ -163,13 +194,13 @@ def _print(findings: list[Finding], case: Case) -> None:
     print(f"hlat doctor: {case.platform}{release}{nodes}\n")
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        print(f"{_status(finding.status)}  {finding.check:<{width}}  {finding.fact}")
+        print(f"{_status(finding.status)}  {finding.check:<{width}}  {redact(finding.fact)}")
         indent = " " * (width + 8)
         if finding.status != "ok":
             for line in finding.commands:
-                print(f"{indent}$ {line}")
+                print(f"{indent}$ {redact(line)}")
         if finding.advice:
-            print(f"{indent}{finding.advice}")
+            print(f"{indent}{redact(finding.advice)}")
     counts = [sum(finding.status == status for finding in findings) for status in _COLOURS]
     text = f"\n{counts[0]} ok, {counts[1]} to look at, {counts[2]} failed"
     if plan(findings):

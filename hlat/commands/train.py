@@ -15,11 +15,11 @@ from hlat.errors import UserError
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
-    from hlat.checkpoint.nxd import NxdFolder
-    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
     from hlat.observe.failures import Ending
+    from hlat.observe.heartbeat import Pulse
     from hlat.observe.runfolder import RunFolder
+    from hlat.observe.stopping import Signals
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
 
@@ -38,7 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; returns 0, or 128 + the signal that stopped the run early (its state is saved).
+    """Train; returns 0 once all steps are done, or 128 + the signal that stopped the run early (its state is
+    saved).
 
     In a job of several processes a failure ends the process here: others may hang in a thread of it.
     """
@@ -48,10 +49,25 @@ def main(args: argparse.Namespace) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    pulse = _pulse()
+    from hlat.observe.failures import Terminated, say
+    from hlat.observe.stopping import Signals
+
+    with Signals().watch() as signals:
+        try:
+            return _start(args, signals, pulse)
+        except Terminated as stopped:  # in a job of one process; others have ended
+            say(f"hlat: {stopped.line()}")
+            return 128 + stopped.number
+
+
+def _start(args: argparse.Namespace, signals: Signals, pulse: Pulse | None) -> int:
     neuron_profile = _prepare_neuron(args)  # before anything imports torch
     from hlat.backend.cluster import join
 
-    job = Job(join(), neuron_profile)
+    job = Job(join(), neuron_profile, signals)
+    if pulse is not None:
+        job.watchdog.pace, pulse.look = pulse.pace, job.watchdog.look
     if job.cluster.world == 1:
         return _main(args, job)
     job.watch()
@@ -62,6 +78,15 @@ def main(args: argparse.Namespace) -> int:
         if job.ending is not None:
             job.ending.end()
         raise
+
+
+def _pulse() -> Pulse | None:
+    """Heartbeats for `hlat supervise`, from before torch is imported; None without it."""
+    from hlat.observe.heartbeat import Pulse, prepare, supervised
+
+    prepare()
+    folder = supervised()
+    return None if folder is None else Pulse(folder, int(os.environ.get("RANK", "0")))
 
 
 def _precompile(args: argparse.Namespace) -> int:
@@ -94,6 +119,7 @@ class Job:
 
     cluster: Cluster
     neuron_profile: list[dict[str, Any]]
+    signals: Signals
     watchdog: Watchdog = field(init=False)
     ending: Ending | None = None
 
@@ -104,12 +130,8 @@ class Job:
 
     def watch(self) -> None:
         """Begin to look after the other ranks, and let failures end this one."""
-        from hlat.observe.failures import Board, Ending, Terminated
+        from hlat.observe.failures import Board, Ending
 
-        def terminate(_number: int, _frame: Any) -> None:
-            raise Terminated
-
-        signal.signal(signal.SIGTERM, terminate)
         cluster, names = self.cluster, [str(member) for member in self.cluster.members]
         own_board = Board(cluster.new_client("hlat"), cluster.rank, names)
         self.watchdog.start(own_board, cluster.store_holder, cluster.serves_store)
@@ -124,7 +146,8 @@ class Job:
     def leave(self, seconds: float) -> None:
         """Wait for all ranks; after it each goes its own way."""
         if self.ending is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all as soon as one has ended
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all as soon as one has ended
+                signal.signal(number, signal.SIG_IGN)
             self.watchdog.beat(0, "leaving", patient=True)
             self.ending.board.note_end()
             self.cluster.leave(seconds)
@@ -191,6 +214,8 @@ def _work(
     """
     from hlat.data import open_data
     from hlat.observe.environment import describe
+    from hlat.observe.failures import Terminated
+    from hlat.observe.stopping import name_of
     from hlat.recipe_io import find_recipe
     from hlat.train.initial import starting_tokenizer
     from hlat.train.same import check_data
@@ -212,6 +237,8 @@ def _work(
             return _train(recipe, data, folder, console, job)
         except BaseException as error:
             job.note(error)
+            if isinstance(error, Terminated):
+                folder.note_stop(by=name_of(error.number), step=None)
             folder.abandon()
             raise
 
@@ -249,9 +276,12 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console
 
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
+    from hlat.observe.spot import watching
+    from hlat.observe.stopping import Deadline, end_of_time, exit_status, name_of, text_of
     from hlat.train.describe import summary
     from hlat.train.initial import initial_from
     from hlat.train.loop import Loop
+    from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
     from hlat.train.saves import kind_of_saves
@@ -274,70 +304,39 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     if saved is not None:
         saves.restore(run, saved)
     note = f"{'on' if compiled else 'off'} ({reason})"
-    metrics = _metrics(recipe, run, folder, saved, console, note, began)
+    metrics = open_metrics(run, folder, saved, console, note, began)
     metrics.notes = saves.journal.rows
     on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
+    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
     loop = Loop(
         run,
         metrics,
         saves,
         on_checkpoint,
+        warn=console.warn if console else lambda line: None,
+        signals=job.signals,
+        deadline=Deadline(ends, recipe.checkpoint.grace),
         cluster=cluster,
         watchdog=job.watchdog,
         tasks=tasks,
     )
     try:
         try:
-            stopped = loop.train()
+            with watching(recipe.run.spot_notice if cluster.first_here else False, job.signals.note):
+                stopped = loop.train()
             job.leave(limit)
         except BaseException as error:
             job.note(error)
             raise
         if console is not None:
-            console.close(summary(run, folder.path, loop.held_out, stopped))
+            if stopped is not None:
+                folder.note_stop(by=name_of(stopped), step=run.step)
+            why = "" if stopped is None else text_of(stopped)
+            console.close(summary(run, folder.path, loop.held_out, why))
     finally:
         metrics.close()
         saves.wait()
-    return 0 if stopped is None else 128 + stopped
-
-
-def _metrics(
-    recipe: Recipe,
-    run: Any,
-    folder: RunFolder,
-    saved: Checkpoint | NxdFolder | None,
-    console: Console | None,
-    compiled: str,
-    began: str = "",
-) -> Any:
-    """Where each step's figures go. Rank 0 has the console (and gives it the banner) and the sinks; the guard
-    looks on every rank.
-    """
-    from hlat.model.flops import flops_per_token
-    from hlat.observe.metrics import MetricBuffer
-    from hlat.observe.peak import peak_flops
-    from hlat.observe.sinks import open_sinks
-    from hlat.train.describe import banner
-    from hlat.train.loop import GuardWatch
-
-    guard = GuardWatch(run.guard)
-    if console is None:
-        return MetricBuffer([guard], every=recipe.log.every)
-    peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
-    console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(banner(run, folder.path, saved, compiled, peak, began))
-    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
-    work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
-    return MetricBuffer(
-        [console, *sinks, guard],
-        every=recipe.log.every,
-        tokens_per_step=recipe.tokens_per_step,
-        flops_per_token=work
-        * flops_per_token(
-            recipe.model, recipe.data.seq_len, head=getattr(run.objective, "every_token", True)
-        ),
-        peak_flops=peak.flops * run.backend.world if peak else None,
-    )
+    return 0 if stopped is None else exit_status(stopped)
 
 
 def _tasks(run: Any, job: Job) -> Any:
@@ -346,8 +345,13 @@ def _tasks(run: Any, job: Job) -> Any:
         return None
     from hlat.train.tasks import TaskEvaluation
 
+    def beat() -> None:
+        job.watchdog.beat(run.step, "evaluation", patient=True)
+        if job.cluster.world == 1:  # else other ranks would wait for this one
+            job.signals.check()
+
     job.watchdog.beat(0, "reading tasks", patient=True)
-    return TaskEvaluation(run, lambda: job.watchdog.beat(run.step, "evaluation", patient=True))
+    return TaskEvaluation(run, beat)
 
 
 def _process_group(recipe: Recipe) -> str:

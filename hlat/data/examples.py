@@ -18,7 +18,9 @@ import numpy as np
 from hlat.data.batch import Batch, rows_of
 from hlat.data.example_rows import Ids, fit_prompt, label_batch, pair_batch, rows_per_example
 from hlat.data.example_text import WHERE, Example, read_examples
+from hlat.data.locate import rows_in
 from hlat.data.mixture import permute
+from hlat.data.packed import document_hash
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,6 +122,25 @@ class Examples:
     def batch(self, indices: Sequence[int], size: int | None = None) -> Batch:
         """Training examples by number, in as many rows as there are, or for `size` examples."""
         return self._batch(self.train, indices, size or len(indices), evaluate=False)
+
+    def locate(self, step: int) -> list[dict[str, Any]]:
+        """The training examples in the global batch of data step `step` (from 1), as JSON values.
+
+        `row`: place in the batch; `source`; `example`: number among the training examples; `epoch`: from 0;
+        `hash`: of the prompt; `tokens`: how many it has.
+        """
+        found = []
+        for place, row in enumerate(rows_in(step, self._global_batch)):
+            number, split = self.index(row), self.train
+            tokens = len(split.prompts[number]) + (len(split.completions[number]) if split.completions else 0)
+            mark = document_hash(split.texts[number][0].encode("utf-8", "replace"))
+            entry = {"row": place, "source": self._source, "example": number}
+            found.append({**entry, "epoch": row // split.documents, "hash": f"{mark:016x}", "tokens": tokens})
+        return found
+
+    def document_text(self, found: dict[str, Any]) -> str:
+        """Prompt and completion of an example that `locate` has found."""
+        return "".join(self.train.texts[found["example"]])
 
     def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """At most `count` batches of `batch_size` held-out examples, from their beginning, always the same.

@@ -15,6 +15,7 @@ from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
+from hlat.data.locate import document_ids, documents_in, rows_in
 from hlat.data.mixture import SourceRows, TrainStream
 from hlat.data.packed import TokenFolder
 from hlat.data.sources import Source, resolve_source, tokenized_folder
@@ -99,6 +100,17 @@ class Data:
             make_batch(np.stack([self.train.ids(row) for row in part]), self._eos, self._mask)
             for part in rows
         ]
+
+    def locate(self, step: int) -> list[dict[str, Any]]:
+        """The documents in the global batch of data step `step` (from 1): see `hlat.data.locate`; each with
+        `row`, its place in the batch.
+        """
+        rows = enumerate(rows_in(step, self._global_batch))
+        return [{"row": place, **found} for place, row in rows for found in documents_in(self, row)]
+
+    def document_text(self, found: dict[str, Any]) -> str:
+        """The whole text of a document that `locate` has found, as its tokens spell it."""
+        return self.tokenizer.decode(document_ids(self, found).tolist())
 
     def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
         """The held-out text from its beginning, always the same.

@@ -16,7 +16,7 @@ Three steps, each constant time and without state:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, lcm
@@ -166,16 +166,24 @@ class SourceRows:
             offset + permute(within, self.windows, self._seed, self._source, epoch) * self._seq_len
         ) % self.tokens
 
+    def spans(self, k: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first token, count) of the runs of tokens that make the k-th row of this source."""
+        place, left = self.start(k), self._seq_len + 1
+        while left:
+            number = int(np.searchsorted(self._starts, place, side="right")) - 1
+            first = place - int(self._starts[number])
+            count = min(left, self._shards[number].count - first)
+            yield number, first, count
+            left -= count
+            place = (place + count) % self.tokens
+
     def read(self, k: int) -> np.ndarray:
         """Ids (seq_len + 1,) int64 of the k-th row of this source."""
         row = np.empty(self._seq_len + 1, dtype=np.int64)
-        place, filled = self.start(k), 0
-        while filled < len(row):
-            number = int(np.searchsorted(self._starts, place, side="right")) - 1
-            part = self._shards[number].tokens[place - self._starts[number] :][: len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled += len(part)
-            place = (place + len(part)) % self.tokens
+        filled = 0
+        for number, first, count in self.spans(k):
+            row[filled : filled + count] = self._shards[number].tokens[first : first + count]
+            filled += count
         return row
 
 

@@ -305,6 +305,8 @@ class FullBatchMethod(_WithAnchor, MeZOMethod):
         anchor_examples, anchor_batch: the examples of every step, as in `mezo_svrg`.
     """
 
+    same_rows = True  # in every step
+
     def __init__(
         self,
         *,

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hlat.observe.progress import Progress, sparkline
-from hlat.observe.text import duration, fixed, percent, rate, scientific
+from hlat.observe.text import anomaly_text, duration, fixed, percent, rate, scientific
 
 Lines = Sequence[str | tuple[str, str]]
 _REFRESH_HZ = 2  # by rich's thread, half a millisecond each: 0.1 % of one core
@@ -85,12 +85,18 @@ class Console:
             self._event(_eval_text(row))
         elif row.get("kind") == "tasks":
             self._event(_tasks_text(row))
+        elif row.get("kind") == "anomaly":
+            self.warn(anomaly_text(row))
         elif row.get("kind") == "train":
             self.progress.train(row, now)
             if self.is_live:
                 self._start_live()
             elif self._printed is None or now - self._printed >= self._interval:
                 self._print_step(now)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of `step`."""
+        self.progress.rewind(step)
 
     def checkpoint(self, step: int) -> None:
         """Note that the checkpoint of `step` is complete."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import hlat
+from hlat.observe.redact import names_secret, redact, redact_all
 
 _PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_", "FI_", "MALLOC_")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|JWT", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
 _PACKAGES = (
     "torch",
     "numpy",
@@ -43,8 +41,8 @@ def describe(neuron_profile: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]
 
     neuron_profile: what was set for Neuron and why (`hlat.backend.neuron.profile.Applied.to_dict`).
     """
-    profile = [{key: _without_login(value) for key, value in item.items()} for item in neuron_profile]
-    return {
+    profile = [dict(item) for item in neuron_profile]
+    facts = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "hlat": hlat.__version__,
         "python": platform.python_version(),
@@ -62,22 +60,19 @@ def describe(neuron_profile: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]
         "variables": variables(os.environ),
         **({"neuron_profile": profile} if profile else {}),
     }
+    return redact_all(facts)
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables with a prefix that matters (NEURON_, XLA_, FI_, MALLOC_, OMP_, NCCL_, SLURM_), sorted.
 
-    A name that smells of a secret is dropped, and so is the login part of a URL in a value.
+    A name that smells of a secret is dropped, and secrets in the value of another are replaced.
     """
     return {
-        name: _without_login(environ[name])
+        name: redact(environ[name], environ)
         for name in sorted(environ)
-        if name.startswith(_PREFIXES) and not _SECRET.search(name)
+        if name.startswith(_PREFIXES) and not names_secret(name)
     }
-
-
-def _without_login(text: str) -> str:
-    return _URL_LOGIN.sub(r"\1", text)
 
 
 def versions() -> dict[str, str]:

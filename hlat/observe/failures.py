@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hlat.errors import TrainingStopped, UserError
+from hlat.observe.redact import redact, redact_all
 
 ECHO_SECONDS = 12.0  # for the cause to show: a silent rank on another machine takes longest
 ALIKE_SECONDS = 5.0  # for the same mistake to show on a rank before this one
@@ -36,7 +38,16 @@ _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
 class Terminated(BaseException):
-    """SIGTERM before or after the training loop, which handles it otherwise."""
+    """A signal that ends the process before a first step is done; later the training loop handles it."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = int(number)
+
+    def line(self) -> str:
+        """What is said of it."""
+        name = signal.Signals(self.number).name
+        return f"stopped by {name} before a first step was done; the newest checkpoint stands"
 
 
 class PeerFailed(Exception):
@@ -141,7 +152,8 @@ class Ending:
         if self.status is not None:
             return
         self.status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank has ended
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a launcher sends it as soon as one rank has ended
+            signal.signal(number, signal.SIG_IGN)
         self.watchdog.rest()
         self.before_print()
         try:
@@ -178,7 +190,7 @@ class Ending:
                 time.sleep(_STAMP_SECONDS)
                 return cause.code
             if isinstance(error, Terminated):
-                return self._report_line("stopped by SIGTERM; nothing was saved", 128 + signal.SIGTERM)
+                return self._report_line(error.line(), 128 + error.number)
         record = Record("error", self.board.rank, f"{type(error).__name__}: {first_line(error)}")
         twin = next((r for r in self.board.read() if (r.kind, r.text) == (record.kind, record.text)), None)
         self.board.note_end()
@@ -248,9 +260,9 @@ def first_line(error: BaseException) -> str:
 
 
 def say(line: str) -> None:
-    """Print to stderr in one piece: other ranks print to the same place."""
+    """Print to stderr in one piece, without secrets: other ranks print to the same place."""
     with contextlib.suppress(OSError):  # nobody may read
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{redact(line)}\n")
         sys.stderr.flush()
 
 
@@ -262,12 +274,15 @@ def say_traceback(name: str, error: BaseException) -> None:
 
 def write_error_file(error: BaseException) -> None:
     """Let torchrun name this rank, and not one that failed because of it, as the root cause."""
-    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         return
     try:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+        path = Path(file)
+        if path.exists():  # it may lie in the run folder
+            path.write_text(json.dumps(redact_all(json.loads(path.read_text()))))
     except Exception as trouble:  # only torchrun's own summary is poorer for it
         say(f"hlat: no error file for torchrun: {first_line(trouble)}")
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +56,63 @@ def truncate_after(path: Path, step: int) -> int:
     Returns:
         The number of lines removed; 0, without touching the file, when there is nothing to remove or no file.
     """
+    return len(_cut(path, lambda row: _is_after(row, step)))
+
+
+def move_after(path: Path, step: int, to: Path) -> int:
+    """`truncate_after` of a run that goes back to `step`: what is removed is first appended to the file `to`
+    (a crash in between leaves it in both, a full disk loses it), and the records of earlier times the run
+    went back stay.
+    """
+
+    def move(lines: list[bytes]) -> None:
+        try:
+            append(to, b"".join(line for line in lines if line.endswith(b"\n")))
+        except SaveFailed as error:
+            warnings.warn(error.line(), stacklevel=2)
+
+    return len(_cut(path, lambda row: _taken_back(row, step), move))
+
+
+def _taken_back(row: Row, step: int) -> bool:
+    return _is_after(row, step) and (row.get("kind"), row.get("policy")) != ("anomaly", "rewind")
+
+
+def _cut(
+    path: Path, goes: Callable[[Row], bool], before: Callable[[list[bytes]], None] = lambda lines: None
+) -> list[bytes]:
+    """Remove torn lines and the rows that go, after `before` was given them; returns them."""
     if not path.exists():
-        return 0
-    kept, removed, at_the_end = [], 0, True
+        return []
+    kept: list[bytes] = []
+    removed: list[bytes] = []
+    at_the_end = True
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
-            if row is None or _is_after(row, step):
-                removed += 1
-            else:
-                kept.append(line)
-                at_the_end = at_the_end and not removed
+            gone = row is None or goes(row)
+            (removed if gone else kept).append(line)
+            at_the_end = at_the_end and (gone or not removed)
+    if not removed:
+        return removed
+    before(removed)
     try:
-        if removed and at_the_end:
+        if at_the_end:  # also where the disk has no room for a second file
             os.truncate(path, sum(map(len, kept)))
-        elif removed:
+        else:
             replace_file(path, b"".join(kept))
     except OSError as error:
         raise _write_error(path, error) from error
     return removed
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Add whole lines to a file. Raises UserError when it cannot be written."""
+    try:
+        with path.open("ab") as file:
+            file.write(lines)
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -147,6 +185,18 @@ class MetricsFile:
                 os.ftruncate(self._file, self._whole)
                 self._whole = None
             raise
+        self._whole = None
+
+    def take_back(self, step: int, to: Path) -> None:
+        """The run goes back to `step`: move the rows after it to the file `to`. See `move_after`."""
+        self.flush()
+        waiting = [(line, _decode(line)) for line in self._waiting]
+        self._waiting = [line for line, row in waiting if row is not None and not _taken_back(row, step)]
+        if not self._waiting:
+            self.trouble = None
+        move_after(self.path, step, to)
+        os.close(self._file)  # the file may be another one now
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._whole = None
 
     def close(self) -> None:

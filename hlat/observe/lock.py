@@ -134,15 +134,21 @@ def _exists(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return _stat(pid)[:1] not in (["Z"], ["X"])  # ended, but its parent has not asked yet
 
 
 def _birth(pid: int) -> str:
     """Start of a process in ticks after boot (field 22 of /proc/pid/stat); empty where there is no /proc."""
+    values = _stat(pid)
+    return values[19] if len(values) > 19 else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/pid/stat from its third field, the state; empty where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _boot() -> str:

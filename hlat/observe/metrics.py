@@ -18,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlat.errors import UserError
+from hlat.errors import TrainingStopped, UserError
 from hlat.observe.jsonl import Row, finite
 from hlat.observe.sinks import Sink
 
 _TRAIN_FIELDS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "skipped")
+
+
+class Interruption(Exception):
+    """What a sink raises to send the training loop elsewhere. Any other exception costs it its rows."""
 
 
 @dataclass
@@ -164,6 +168,17 @@ class MetricBuffer:
         self._send([row])
         return row
 
+    def event(self, row: Mapping[str, Any]) -> None:
+        """Give every sink a row of another kind, after those it has."""
+        self._send([finite(row)])
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of `step`: sinks that have a method `rewind` drop what came after."""
+        self._pending.clear()
+        for sink in self._sinks:
+            getattr(sink, "rewind", lambda step: None)(step)
+        self.start()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keep the time spent inside (an evaluation, a blocking save) out of `step_seconds`."""
@@ -175,11 +190,12 @@ class MetricBuffer:
             self._mark += self._clock() - start
 
     def close(self) -> None:
-        """Flush, then close every sink, also when one of them fails."""
+        """Flush, then close every sink, also when one of them fails. A guard's word would come too late."""
         with contextlib.ExitStack() as stack:
             for sink in self._sinks:
                 stack.callback(sink.close)
-            stack.callback(self.flush)
+            with contextlib.suppress(Interruption, TrainingStopped):
+                self.flush()
 
     def _values(self, window: list[_Step]) -> list[list[float]]:
         """Values of each step in the order of its names; one fetch a device, so in practice one in all."""
@@ -233,7 +249,7 @@ class MetricBuffer:
                 for row in rows:
                     sink.row(row)
                 getattr(sink, "flush", lambda: None)()
-            except UserError:
+            except (UserError, Interruption):
                 raise
             except Exception as error:  # a broken tracker must not end a training run
                 self._sinks.remove(sink)

@@ -110,6 +110,11 @@ class Progress:
             self._ends.pop()  # rows of one window arrive together; only the last says when
         self._ends.append((now, self.step))
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of an earlier step."""
+        self.step = step
+        self._ends.clear()
+
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Take a row of kind `eval`."""
         self.held_out = (int(row["step"]), row)

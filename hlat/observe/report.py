@@ -15,7 +15,7 @@ from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
 from hlat.observe.page import page
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
-from hlat.observe.text import byte_size, duration, fixed, percent, rate, short
+from hlat.observe.text import anomaly_text, byte_size, duration, fixed, percent, rate, short
 
 _EMPTY = np.empty(0)
 _FIELDS = {"queries": "method/queries"}  # x axes whose name is not their field's
@@ -47,6 +47,7 @@ def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -
             _legend(runs),
             _summary(runs),
             f'<div class="charts">{figures}</div>',
+            _anomalies(runs),
             _recipes(runs),
             _environment(runs),
         ]
@@ -280,6 +281,18 @@ def _by_key(table: Mapping[str, Sequence[Any]], runs: Sequence[Run]) -> str:
         for key, values in table.items()
     )
     return f'<div class="sheet"><table>{head}<tbody>{lines}</tbody></table></div>'
+
+
+def _anomalies(runs: Sequence[Run]) -> str:
+    """What the guards did, a line each; nothing when they did nothing."""
+    lines = "".join(
+        f"<tr><th>{escape(run.name)}</th><td>{escape(anomaly_text(row))}</td></tr>"
+        for run in runs
+        for row in run.anomalies
+    )
+    return (
+        f'<h2>Anomalies</h2><div class="sheet"><table><tbody>{lines}</tbody></table></div>' if lines else ""
+    )
 
 
 def _recipes(runs: Sequence[Run]) -> str:

@@ -6,6 +6,7 @@ nxd-checkpoints/ where NxD's own files are written; see docs/run-folder.md.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -89,6 +90,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return []
         return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
+
+    def note_stop(self, **facts: Any) -> None:
+        """Add `stopped`, with these facts, to this start's entry of environment.json. A file that cannot be
+        written is no reason to fail: the state is saved.
+        """
+        starts = self.starts()
+        if starts and self._lock is not None:
+            starts[-1]["stopped"] = facts
+            with contextlib.suppress(OSError):
+                replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
 
     def close(self) -> None:
         """Give the folder back; calling it again does nothing."""

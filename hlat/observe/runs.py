@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 @dataclass(frozen=True)
 class Run:
     """One run. `train`, `held_out` and `tasks` map a field to an array, one element a row, NaN where it has
-    none.
+    none; `anomalies` are the rows of that kind.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Run:
     recipe: Mapping[str, Any]
     starts: list[dict[str, Any]]
     tasks: Mapping[str, Array] = field(default_factory=dict)
+    anomalies: Sequence[Row] = ()
 
     @property
     def tokens_per_step(self) -> float:
@@ -60,9 +61,12 @@ def load_run(path: Path) -> Run:
         fix = "give the folder that holds it (run.dir of a training run)"
         raise UserError("not a run folder: it has no metrics.jsonl", where=str(path), fix=fix)
     rows: dict[str, dict[float, Row]] = {"train": {}, "eval": {}, "tasks": {}}
+    anomalies = []
     try:
         for row in read_rows(folder.metrics):
             step, kind = row.get("step"), row.get("kind")
+            if kind == "anomaly":
+                anomalies.append(row)
             if kind in rows and isinstance(step, (int, float)):
                 rows[kind][step] = row  # a step that was repeated counts as it went the last time
     except OSError as error:
@@ -79,6 +83,7 @@ def load_run(path: Path) -> Run:
         recipe=_flat_recipe(folder.resolved),
         starts=folder.starts(),
         tasks=_columns(rows["tasks"], ("step",)),
+        anomalies=anomalies,
     )
 
 

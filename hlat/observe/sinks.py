@@ -2,7 +2,8 @@
 
 A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for
 a fresh one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and
-`close()`; a method `flush()`, if there is one, is called after each window.
+`close()`. A method `flush()`, if there is one, is called after each window, and `rewind(step)` when the run
+goes back to the end of an earlier step.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class JsonlSink(MetricsFile):
         truncate_after(folder / METRICS_FILE, after_step)
         super().__init__(folder / METRICS_FILE)
 
+    def rewind(self, step: int) -> None:
+        """Move the rows after `step` to logs/rewound.jsonl."""
+        logs = self.path.parent / "logs"
+        logs.mkdir(exist_ok=True)
+        self.take_back(step, logs / "rewound.jsonl")
+
 
 @register("sink", "tensorboard")
 class TensorBoardSink:
@@ -49,10 +56,14 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "track", "log.tensorboard") from error
-        make: Any = SummaryWriter
-        self._writer = make(
-            str(folder / "logs" / "tensorboard"), purge_step=after_step + 1 if after_step else None
-        )
+        self._make: Any = SummaryWriter
+        self._folder = str(folder / "logs" / "tensorboard")
+        self._writer = self._make(self._folder, purge_step=after_step + 1 if after_step else None)
+
+    def rewind(self, step: int) -> None:
+        """Let what was written after `step` not be shown."""
+        self._writer.close()
+        self._writer = self._make(self._folder, purge_step=step + 1)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Add the row's numbers; values that are None are left out."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -57,3 +59,17 @@ def byte_size(size: int) -> str:
 def printable(text: str) -> str:
     """The text without control characters, which would act on a terminal; line ends and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def anomaly_text(row: Mapping[str, Any]) -> str:
+    """A metrics row of kind `anomaly` in a line."""
+    values = [
+        f"{name} {fixed(row.get(key)) if row.get(key) is not None else 'not finite'}"
+        for key, name in (("loss", "loss"), ("grad_norm", "norm"))
+    ]
+    text = f"step {int(row['bad_step']):,}: {', '.join(values)}"
+    if row["policy"] != "rewind":
+        return f"{text}; {'update skipped' if row['policy'] == 'skip' else 'the run stops'}"
+    first, last = row["skipped_data"]
+    data = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+    return f"{text}; back to step {int(row['checkpoint']):,}, without the data of {data}"

@@ -31,6 +31,7 @@ from hlat.observe.failures import (
     say,
     write_error_file,
 )
+from hlat.observe.heartbeat import Pace
 
 INTERVAL = 2.0  # between signs of life
 SILENT = 6.0  # without a sign: not merely slow
@@ -95,7 +96,7 @@ class Watchdog:
         self.before_exit: Callable[[], None] = lambda: None
         self.store_holder = "the holder of the job's store"
         self.long_limit = limit
-        self._now, self._patient = (0, "start", time.monotonic()), False
+        self.pace, self._patient = Pace(), False
         self._main = threading.main_thread().ident
         self._stop, self._reporting = threading.Event(), threading.Lock()
         self._resting = self._suspicious = self._stacks_written = False
@@ -109,8 +110,14 @@ class Watchdog:
     def beat(self, step: int, phase: str, patient: bool = False) -> None:
         """Note that the main thread begins `phase` of step `step`; a `patient` one may last `long_limit`."""
         self._patient = False
-        self._now = (step, phase, time.monotonic())
+        self.pace.begin(step, phase)
         self._patient = patient
+
+    def look(self, now: float) -> dict[str, Any]:
+        """Where the main thread is, as a `hlat.observe.heartbeat.Heartbeat` has it."""
+        where, waiting = _position(sys._current_frames().get(self._main or 0))
+        place = {"where": where, "waiting": waiting, "patient": self._patient}
+        return {**self.pace.look(now), **place, "pace": self.pace.slowest()}
 
     def start(self, board: Board, store_holder: str, serves_store: bool = False) -> None:
         """Start the thread, and another that sees whether the store answers.
@@ -181,7 +188,7 @@ class Watchdog:
         self._post_sign()
         if gone := self._find_gone():
             board.post(gone)
-        idle = time.monotonic() - self._now[2]
+        idle = time.monotonic() - self.pace.now[2]
         limit = max(self.limit, self.long_limit) if self._patient else self.limit
         if idle > limit and not self._resting:
             self.report_late()
@@ -203,7 +210,7 @@ class Watchdog:
     def _post_sign(self) -> None:
         assert self._board is not None
         self._count += 1
-        step, phase, since = self._now
+        step, phase, since = self.pace.now
         where, waiting = _position(sys._current_frames().get(self._main or 0))
         seconds = time.monotonic() - since
         sign = (self._count, time.time(), step, phase, seconds, where, waiting)
@@ -252,7 +259,7 @@ class Watchdog:
             return
         self._stacks_written = True
         path = self.logs / f"stacks-rank-{self.rank:05}.txt"
-        step, phase, since = self._now
+        step, phase, since = self.pace.now
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w") as file:

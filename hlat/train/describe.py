@@ -139,14 +139,15 @@ def _held_text(run: Run) -> str:
 
 
 def summary(
-    run: Run, folder: Path, held_out: dict[str, Any] | None, stopped: int | None
+    run: Run, folder: Path, held_out: dict[str, Any] | None, stopped: str
 ) -> list[str | tuple[str, str]]:
-    """The end of a run: held-out figures beside general compressors, a sample, where things are.
+    """The end of a run: held-out figures beside general compressors, a sample, where things are. `stopped` is
+    what stopped it before its last step, if anything did.
 
     One rank calls it, after the last checkpoint is complete: the sample is made from that.
     """
-    if stopped is not None:
-        return [f"stopped by signal {stopped} after step {run.step}; state saved, the same command continues"]
+    if stopped:
+        return [f"stopped by {stopped} after step {run.step}; state saved, the same command continues"]
     recipe = run.recipe
     lines: list[str | tuple[str, str]] = []
     if held_out is not None and "accuracy" in held_out:

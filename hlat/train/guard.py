@@ -1,17 +1,21 @@
-"""Guards: which updates are skipped. Decided on the device, so that no step waits for the host, and alike on
-every rank.
+"""Guards: which updates are skipped, decided on the device, so that no step waits for the host, and alike on
+every rank; and what the run does about it, decided from the metrics once they are fetched.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hlat.errors import TrainingStopped
-from hlat.registry import register
+from hlat.errors import TrainingStopped, UserError
+from hlat.registry import lookup, register
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
 
 
 @register("guard", "skip")
@@ -62,7 +66,7 @@ class SkipGuard:
         """Raise TrainingStopped after `patience` skips in a row (a value fetched with the metrics)."""
         if skips_in_a_row >= self.patience:
             raise TrainingStopped(
-                f"{int(skips_in_a_row)} steps in a row were skipped: loss or norm not finite or far off",
+                f"{_steps(int(skips_in_a_row))} skipped: loss or norm not finite or far off",
                 where="guard.patience",
                 fix="continue from an earlier checkpoint with a lower optim.lr or other data",
             )
@@ -92,6 +96,80 @@ class SkipGuard:
         state["skips_in_a_row"].copy_(torch.where(keep, 0.0, state["skips_in_a_row"] + 1))
 
 
+@register("guard", "stop")
+class StopGuard(SkipGuard):
+    """Stop the run at the first step whose loss or gradient norm is not finite or far above the recent ones.
+    Its update is not applied.
+
+    Args:
+        window, sigma: see `SkipGuard`.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: Annotated[int, Field(ge=2)] = 128,
+        sigma: Annotated[float, Field(ge=0)] = 6.0,
+    ) -> None:
+        super().__init__(window=window, sigma=sigma, patience=1)
+
+
+@register("guard", "rewind")
+class RewindGuard(SkipGuard):
+    """Go back to the checkpoint before a bad step and leave out its data; until then its update is skipped.
+
+    A step whose loss or norm is finite but far above the recent ones is bad at once, as what led to it may be
+    in the weights already; one that is not finite when `bad_steps` in a row are.
+
+    Args:
+        window, sigma: see `SkipGuard`.
+        bad_steps: steps that are not finite in a row after which the run goes back.
+        before, after: steps whose data is left out too, before the first bad one and after the last.
+        rewinds: stop the run instead of going back more often than this ...
+        within: ... for bad steps that lie within so many steps of the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: Annotated[int, Field(ge=2)] = 128,
+        sigma: Annotated[float, Field(ge=0)] = 6.0,
+        bad_steps: Annotated[int, Field(ge=1)] = 1,
+        before: Annotated[int, Field(ge=0)] = 0,
+        after: Annotated[int, Field(ge=0)] = 0,
+        rewinds: Annotated[int, Field(ge=1)] = 3,
+        within: Annotated[int, Field(ge=1)] = 1000,
+    ) -> None:
+        super().__init__(window=window, sigma=sigma)
+        self.bad_steps, self.before, self.after = bad_steps, before, after
+        self.rewinds, self.within = rewinds, within
+
+    @staticmethod
+    def refuse(recipe: Recipe) -> None:
+        """Raise UserError where going back is not possible or of no use."""
+        if recipe.checkpoint.format == "nxd":
+            raise UserError(
+                "NxD's files are marked as complete some steps late, so that a run cannot go back to them",
+                where="guard.name: rewind",
+                fix="write checkpoint.format=hlat, or guard.name=skip",
+            )
+        if getattr(lookup("method", recipe.method.name), "same_rows", False):
+            raise UserError(
+                f"method {recipe.method.name!r} reads the same rows in every step: none can be left out",
+                where="guard.name: rewind",
+                fix="write guard.name=skip or stop",
+            )
+
+    def check(self, skips_in_a_row: float) -> None:
+        """Never stops a run; the loop does after `rewinds`."""
+
+    def steps_back(self, row: Mapping[str, Any]) -> int:
+        """How many steps, ending with that of a metrics row, are to be taken back; 0 for none."""
+        in_a_row = int(row.get("skips_in_a_row") or 0)
+        far_off = row.get("loss") is not None and row.get("grad_norm") is not None
+        return in_a_row if far_off or in_a_row >= self.bad_steps else 0
+
+
 @register("guard", "none")
 class NoGuard:
     """Apply every update, whatever it holds."""
@@ -114,3 +192,7 @@ class NoGuard:
     def state(self) -> dict[str, Tensor]:
         """No state."""
         return {}
+
+
+def _steps(count: int) -> str:
+    return "a step was" if count == 1 else f"{count} steps in a row were"

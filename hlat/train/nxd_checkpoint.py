@@ -75,7 +75,7 @@ def restore(run: Run, folder: Path, tag: str | None = None) -> None:
     loaded: dict[str, Any] = {}
     files.load(folder, found.path.name, loaded)
     _put(_contents(run), loaded, str(folder))
-    run.step = int(meta["step"])
+    state.note_position(run, meta)
     run.publish()
     run.backend.mark_step("checkpoint")
 

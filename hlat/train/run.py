@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hlat.backend.base import Backend
 from hlat.backend.native import NativeBackend
+from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
 from hlat.optim.base import create_state, guarded_step
@@ -44,7 +45,8 @@ class Run:
 
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
-    those not skipped. `assembly` made the parts, and makes weights of masters.
+    those not skipped. `assembly` made the parts, and makes weights of masters. `skips`: which data is
+    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run.
     """
 
     recipe: Recipe
@@ -62,7 +64,9 @@ class Run:
     updates: Tensor
     frozen: dict[str, tuple[Tensor, Part]]
     assembly: Assembly
+    skips: Skips
     step: int = 0
+    tasks_due: bool = False
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a
@@ -70,7 +74,8 @@ class Run:
         """
         data, backend = self.recipe.data, self.backend
         rows = self.recipe.accumulate(backend.world)
-        batches = self.data.batches(self.step, data.micro_batch, rows, backend.place.dp, backend.layout.dp)
+        number = self.skips.position(self.step + 1) - 1
+        batches = self.data.batches(number, data.micro_batch, rows, backend.place.dp, backend.layout.dp)
         return [batch.to(backend.device) for batch in batches]
 
     def count_targets(self, batches: Sequence[Batch]) -> Tensor:
@@ -217,6 +222,7 @@ def build_run(
         updates=torch.zeros((), dtype=torch.int64, device=backend.device),
         frozen=frozen,
         assembly=assembly,
+        skips=Skips(recipe.data.skip),
     )
     run.initialise()
     return run
@@ -226,6 +232,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
     """Raise UserError for what cannot be done here, rather than ignore it."""
     _ASSEMBLIES[recipe.backend].check(recipe)
     getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
+    getattr(lookup("guard", recipe.guard.name), "refuse", lambda recipe: None)(recipe)
     refuse_tasks(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -15,12 +16,14 @@ import torch
 
 import hlat
 from hlat.errors import UserError
+from hlat.observe.environment import versions
 from hlat.observe.lock import LOCK_FILE
 from hlat.recipe import Recipe, diff
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
 
+_NEURON = ("torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc", "libneuronxla", "nki")
 _HASHES = {
     "code": ("runs other HLAT code than", "install the same HLAT on every machine"),
     "recipe": ("has another recipe than", "give every rank the same recipe and overrides"),
@@ -30,6 +33,7 @@ _VALUES = {
     "hlat": "runs HLAT",
     "torch": "runs torch",
     "python": "runs Python",
+    "neuron": "has of Neuron",
     "device": "computes on",
 }
 
@@ -46,6 +50,36 @@ def code_hash(folder: Path | None = None) -> str:
     return total.hexdigest()
 
 
+def software() -> dict[str, str]:
+    """What must be the same on every machine: HLAT's code, and the versions of what can change a result."""
+    return {
+        "code": code_hash(),
+        "hlat": hlat.__version__,
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "neuron": neuron_software(),
+    }
+
+
+def neuron_software(root: Path = Path("/")) -> str:
+    """Neuron packages and driver with their versions, in a line; "nothing" without any."""
+    found = {name: version for name, version in versions().items() if name in _NEURON}
+    with contextlib.suppress(OSError):
+        found["driver"] = (root / "sys/module/neuron/version").read_text().strip()
+    return ", ".join(f"{name} {version}" for name, version in found.items()) or "nothing"
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of a recipe with its bases, overrides and defaults resolved."""
+    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+
+
+def majority(values: Sequence[Any]) -> int:
+    """Where the value stands that most have; 0 where no value has a majority."""
+    common, count = Counter(values).most_common(1)[0]
+    return values.index(common) if count > len(values) / 2 else 0
+
+
 def check_machines(cluster: Cluster, seconds: float) -> None:
     """Choose this rank's device and compare code, versions and kind of device; refuse a GPU that two ranks
     share.
@@ -56,14 +90,7 @@ def check_machines(cluster: Cluster, seconds: float) -> None:
         cluster.choose_device()
         return
     gpu = cluster.choose_device()
-    facts = {
-        "code": code_hash(),
-        "hlat": hlat.__version__,
-        "torch": torch.__version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "device": cluster.device.type,
-        "gpu": gpu,
-    }
+    facts = {**software(), "device": cluster.device.type, "gpu": gpu}
     gathered = cluster.gather("machine", facts, seconds)
     refuse_differences(gathered, [str(member) for member in cluster.members])
     owners: dict[tuple[str, str], int] = {}
@@ -79,8 +106,7 @@ def check_recipe(cluster: Cluster, recipe: Recipe, seconds: float) -> None:
     if cluster.world == 1:
         return
     cluster.store.set(f"recipe-text/{cluster.rank}", json.dumps(recipe.to_dict()))
-    digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    facts = cluster.gather("recipe", {"recipe": digest}, seconds)
+    facts = cluster.gather("recipe", {"recipe": recipe_hash(recipe)}, seconds)
 
     def detail(rank: int, other: int) -> str:
         texts = [json.loads(cluster.store.get(f"recipe-text/{r}")) for r in (rank, other)]
@@ -137,8 +163,7 @@ def refuse_differences(facts: Sequence[Mapping[str, str]], names: Sequence[str],
         values = [fact.get(key) for fact in facts]
         if len(set(values)) == 1:
             continue
-        common, count = Counter(values).most_common(1)[0]
-        right = values.index(common) if count > len(values) / 2 else 0
+        right = majority(values)
         wrong = [rank for rank, value in enumerate(values) if value != values[right]]
         first = wrong[0]
         alike = [names[rank] for rank in wrong if values[rank] == values[first]]

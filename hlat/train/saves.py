@@ -75,16 +75,18 @@ class Saves:
             self.store.keep_back = self._remote.keeps
         self._remote_searched = section.remote is None
 
-    def find(self) -> Checkpoint | NxdFolder | None:
-        """The newest state there is; None where there is none. The first time also `checkpoint.remote` is
-        searched: what is newer there is fetched, and uploading begins.
+    def find(self, before: int | None = None) -> Checkpoint | NxdFolder | None:
+        """The newest state there is, of a step below `before` if that is given; None where there is none. The
+        first time also `checkpoint.remote` is searched: what is newer there is fetched, and uploading begins.
 
         Raises SaveFailed when the store does not answer for `checkpoint.patience`.
         """
-        checkpoint, files = self.store.newest(), newest_nxd(self.nxd_folder)
+        checkpoint, files = self.store.newest(before=before), newest_nxd(self.nxd_folder)
         if not self._remote_searched:
             self._remote_searched = True
             checkpoint = self._newest_of_both(checkpoint)
+        if files is not None and before is not None and files.step >= before:
+            files = None
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
             return files
         return checkpoint

@@ -10,6 +10,7 @@ from torch import Tensor
 import hlat
 from hlat.checkpoint.codec import rng_from_json, rng_to_json
 from hlat.checkpoint.piece import piece
+from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.recipe import identity_diff
 
@@ -111,7 +112,9 @@ def meta(run: Run) -> dict[str, Any]:
     return {
         "step": run.step,
         "tokens": run.step * recipe.tokens_per_step,
-        "next_row": run.step * recipe.data.global_batch,
+        "tasks_due": run.tasks_due,
+        "next_row": (run.skips.position(run.step + 1) - 1) * recipe.data.global_batch,
+        "skipped_data": [list(stretch) for stretch in run.skips.found],
         "recipe": recipe.to_dict(),
         "fingerprint": recipe.fingerprint(),
         "data_fingerprint": run.data.fingerprint,
@@ -138,6 +141,16 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
             where=where,
             fix="restore the data, or start a new run with another run.dir",
         )
+    found, given = _found(saved), saved.get("recipe", {}).get("data", {}).get("skip", ())
+    former, now = Skips(tuple(map(tuple, given)), found), Skips(recipe.data.skip, found)
+    read = former.position(int(saved["step"]))
+    if former.until(read) != now.until(read):
+        raise UserError(
+            f"the saved run has read the data up to step {read}, and up to there left out "
+            f"{former.until(read)}, not {now.until(read)}",
+            where=f"{where}: data.skip",
+            fix="leave out only what comes later, or continue from an earlier checkpoint",
+        )
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -161,10 +174,27 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         for slot, value in state.items():
             if torch.is_tensor(value) and value.dim() == 0 and slot not in own_scalars(run.optimizer):
                 value.copy_(states[0][slot])
-    run.step = int(checkpoint.meta["step"])
+    note_position(run, checkpoint.meta)
     rng_from_json(checkpoint.meta["rng"])
     run.publish()
     run.backend.mark_step("checkpoint")
+
+
+def note_position(run: Run, saved: dict[str, Any]) -> None:
+    """Take over where a saved run was: its step, and what it had found to leave out of the data."""
+    run.step = int(saved["step"])
+    run.skips = Skips(run.recipe.data.skip, _found(saved))
+    run.tasks_due = bool(saved.get("tasks_due"))
+
+
+def same_course(run: Run, saved: dict[str, Any]) -> bool:
+    """Whether a saved run has read the same data as this one up to where it was saved."""
+    read = run.skips.position(int(saved["step"]))
+    return Skips(run.recipe.data.skip, _found(saved)).until(read) == run.skips.until(read)
+
+
+def _found(saved: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(first), int(last)) for first, last in saved.get("skipped_data", ()))
 
 
 def _layout_change(run: Run, checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> str:

@@ -2,9 +2,9 @@
 
     python failing_rank.py KIND RANK STEP train RECIPE [key=value ...]
 
-KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), flip (one bit of the first bucket's
-weights), flip-master (of its masters), nan (in the masters), mistake (a UserError), full (no room for
-checkpoints on this rank for twelve steps), full-for-good.
+KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first
+bucket's weights), flip-master (of its masters), nan (in the masters), mistake (a UserError), full (no room
+for checkpoints on this rank for twelve steps), full-for-good.
 RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
 """
 
@@ -23,7 +23,7 @@ from hlat.cli import main
 from hlat.errors import UserError
 from hlat.train import loop, same
 
-SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 
 
 def mishap(kind: str, run: Any) -> None:

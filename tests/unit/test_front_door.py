@@ -33,7 +33,10 @@ def test_every_package_is_listed() -> None:
     folders = {file.parent for file in (ROOT / "hlat").rglob("*.py")}
     without = sorted(str(folder) for folder in folders if not (folder / "__init__.py").exists())
     assert without == [], "folders with modules but no __init__.py are not installed"
-    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"hlat_recipes"}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {
+        "hlat_launch",
+        "hlat_recipes",
+    }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
@@ -57,7 +60,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("hlat", "recipes"):
+    for name in ("hlat", "launch", "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     subprocess.run([*pip, "--wheel-dir", str(copy.parent), str(copy)], check=True)
@@ -69,22 +72,27 @@ def test_wheel_has_the_recipes(wheel: Path) -> None:
     recipes = [file.relative_to(ROOT / "recipes").as_posix() for file in (ROOT / "recipes").rglob("*.yaml")]
     assert len(recipes) >= 5
     assert {f"hlat_recipes/{name}" for name in [*recipes, "schema.json", "__init__.py"]} <= names
+    templates = {file.name for file in (ROOT / "launch/templates").iterdir() if file.is_file()}
+    assert len(templates) >= 8 and {f"hlat_launch/{name}" for name in templates} <= names
     assert "hlat/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests", "recipes/"))]
+    assert not [
+        name for name in names if name.startswith(("tests", "recipes/", "launch/")) or "setup_env" in name
+    ]
 
 
 def test_installed_wheel_works_anywhere(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     command = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hlat.cli import entry; entry()"
-    done = subprocess.run(
-        [sys.executable, "-c", command, str(target), "recipes", "show", "hlat-7b"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6,738,415,616 parameters" in done.stdout
+    for words, shown in (
+        (["recipes", "show", "hlat-7b"], "6,738,415,616 parameters"),
+        (["launch", "slurm", "hlat-7b", "--nodes", "16", "--dry-run"], "#SBATCH --nodes=16"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", command, str(target), *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["recipes", "list"]])
@@ -135,7 +143,7 @@ def test_train_and_test_share_the_environment() -> None:
     for text in (test, full):
         assert "--extras dev,hf,eval,gguf" in text
     assert all(".venv/bin/python -m" in text for text in (train, test, full))
-    assert '-m "not slow"' in test and "-m slow" in full
+    assert '-m "not slow and not slurm"' in test and "-m slow" in full
 
 
 def test_continuous_integration_runs_everything() -> None:
@@ -143,7 +151,15 @@ def test_continuous_integration_runs_everything() -> None:
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
     assert "set -euo pipefail" in script
     ran = [line.split(maxsplit=1)[1] for line in re.findall(r'^step ".*?" (\d+ .*)$', script, re.MULTILINE)]
-    wanted = ["make train", "make test", "make eval", "make lint", "make docs", "make test-full"]
+    wanted = [
+        "make train",
+        "make test",
+        "make test-slurm",
+        "make eval",
+        "make lint",
+        "make docs",
+        "make test-full",
+    ]
     assert [command for command in ran if command.startswith("make")] == wanted
     assert any("check_tiny.py" in command for command in ran)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

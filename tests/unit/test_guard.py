@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hlat.errors import TrainingStopped
-from hlat.train.guard import NoGuard, SkipGuard
+from hlat.errors import TrainingStopped, UserError
+from hlat.train.guard import NoGuard, RewindGuard, SkipGuard, StopGuard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -61,6 +61,27 @@ def test_nothing_is_read_on_the_host() -> None:
     guard = SkipGuard().to(torch.device("meta"))
     scalar = torch.empty((), device="meta")
     assert guard(scalar, scalar).device.type == "meta"
+
+
+def test_when_steps_are_taken_back() -> None:
+    def row(loss: float | None, in_a_row: int) -> dict:
+        return {"loss": loss, "grad_norm": 1.0, "skips_in_a_row": float(in_a_row), "skipped": in_a_row > 0}
+
+    patient, quick = RewindGuard(bad_steps=3), RewindGuard()
+    assert [patient.steps_back(row(None, n)) for n in (1, 2, 3, 4)] == [0, 0, 3, 4]
+    assert [patient.steps_back(row(9.0, n)) for n in (1, 2)] == [1, 2], "a spike at once"
+    assert quick.steps_back(row(None, 1)) == 1
+    patient.check(1e9)
+    with pytest.raises(TrainingStopped, match="a step was skipped"):
+        StopGuard().check(1.0)
+
+
+def test_going_back_is_refused_where_it_cannot_be_done(tiny_recipe) -> None:
+    recipe = tiny_recipe("guard.name=rewind")
+    RewindGuard.refuse(recipe)
+    section = recipe.checkpoint.model_copy(update={"format": "nxd"})
+    with pytest.raises(UserError, match="complete some steps late"):
+        RewindGuard.refuse(recipe.model_copy(update={"checkpoint": section}))
 
 
 def test_no_guard_keeps_all() -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     ("reduce", "checkpoint"),
     ("evaluate",),
     ("train", "method", "doctor"),
+    ("supervise", "launch"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -49,6 +50,9 @@ LAZY |= {"accelerate", "torch.utils.tensorboard", "torch._inductor"}
 NEURON_PARTS = ("hlat.backend.nxd", "hlat.backend.neuron")
 NEURON = {"torch_xla", "torch_neuronx", "neuronx_distributed", "neuronxcc", "libneuronxla", "nki"}
 RUNS_TEXT = {"os.system", "os.popen", "eval", "exec", "yaml.unsafe_load"}
+RUNS_TEXT |= {"subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}
+SHELLS = ("['bash', '-c'", "['sh', '-c'", "['/bin/bash', '-c'", "['/bin/sh', '-c'")
+STARTS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
@@ -105,13 +109,24 @@ def call_problems(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{where} without weights_only=True"
         if name in ("yaml.load", "yaml.load_all") and "Safe" not in ast.unparse(node):
             yield f"{where} without a safe loader"
-        if (
-            name in ("os.system", "os.popen", "eval", "exec", "yaml.unsafe_load")
-            or given.get("shell") == "True"
-        ):
+        if name in RUNS_TEXT or given.get("shell", "False") != "False":
+            yield f"{where}: runs text as code"
+        elif name in STARTS and node.args and is_text(node.args[0]):
+            yield f"{where}: a command is a list of words"
+        elif name in STARTS and node.args and ast.unparse(node.args[0]).startswith(SHELLS):
             yield f"{where}: runs text as code"
         if given.get("trust_remote_code", "False") != "False":
             yield f"{where} with trust_remote_code"
+
+
+def is_text(node: ast.AST) -> bool:
+    """Whether an expression is a text to the eye: written out, formatted or joined."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str)
+    if isinstance(node, ast.BinOp):
+        return is_text(node.left) or is_text(node.right)
+    joined = isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".join", ".format"))
+    return isinstance(node, ast.JoinedStr) or joined
 
 
 def size_problems(module: str, source: str, tree: ast.AST) -> Iterator[str]:
@@ -161,6 +176,10 @@ def test_test_files_are_short() -> None:
         ("hlat.checkpoint.store", "import torch\ntorch.load('x')", "weights_only"),
         ("hlat.checkpoint.store", "import yaml\nyaml.load(text, Loader=yaml.Loader)", "safe loader"),
         ("hlat.train.loop", "import subprocess\nsubprocess.run('ls', shell=True)", "runs text as code"),
+        ("hlat.train.loop", "import subprocess\nsubprocess.run(f'ls {x}', check=True)", "list of words"),
+        ("hlat.train.loop", "import subprocess\nsubprocess.run('ls ' + x, check=True)", "list of words"),
+        ("hlat.train.loop", "import subprocess\nsubprocess.Popen(['bash', '-c', x])", "runs text as code"),
+        ("hlat.train.loop", "import subprocess\nsubprocess.run(x, shell=y)", "runs text as code"),
         ("hlat.checkpoint.hf", "load(x, trust_remote_code=True)", "trust_remote_code"),
         ("hlat.train.loop", "def f():\n" + "    pass\n" * 60, "f has 61 lines"),
         ("hlat.train.loop", "pass\n" * 401, "401 lines"),

@@ -1,0 +1,180 @@
+"""A rank's heartbeat under `hlat supervise`: one small file on its own machine, rewritten twice a second.
+
+The supervisor there reads it: where the rank is, since when, and how long a step takes. It lies in a folder
+of the machine (not of the run), so that a slow or full disk says nothing about the rank. Times are
+CLOCK_MONOTONIC, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = "HLAT_HEARTBEATS"  # variable that names the folder; set by the supervisor
+INTERVAL = 0.5
+STACKS_SIGNAL = signal.SIGUSR2
+FIRST_STEP, STEP = "first step", "training"  # phases of the loop; the first may compile
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank says of itself.
+
+    step, phase: where its main thread is. began: when it came there; stamp: when this was written, both in
+    monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
+    may last long by its nature. pace: seconds of the slowest of the last steps, 0 before there is one. where,
+    waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase until
+    `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
+    """
+
+    rank: int
+    pid: int
+    step: int
+    phase: str
+    began: float
+    stamp: float
+    first: int = 0
+    patient: bool = False
+    pace: float = 0.0
+    where: str = ""
+    waiting: bool = False
+    spent: dict[str, float] = field(default_factory=dict)
+    rewinds: int = 0
+    back_to: int = 0
+
+
+class Pace:
+    """Seconds by phase, and of the last steps. `begin` belongs to one thread; others only read."""
+
+    def __init__(self, recent: int = 64) -> None:
+        self.first = self.rewinds = self.back_to = self._last = 0
+        self._state: tuple[tuple[int, str, float], dict[str, float]] = ((0, "start", time.monotonic()), {})
+        self._recent: deque[float] = deque(maxlen=recent)
+
+    def begin(self, step: int, phase: str) -> None:
+        """The phase before ends, this one begins."""
+        now = time.monotonic()
+        (_, before, began), spent = self._state
+        if before == STEP:
+            self._recent.append(now - began)
+        if phase == FIRST_STEP:
+            self.first = step
+        if phase == STEP:
+            if step < self._last:
+                self.rewinds, self.back_to = self.rewinds + 1, step
+            self._last = step
+        # In one assignment, for the thread that reads it.
+        self._state = ((step, phase, now), {**spent, before: spent.get(before, 0.0) + now - began})
+
+    @property
+    def now(self) -> tuple[int, str, float]:
+        """Step, phase, and when it began."""
+        return self._state[0]
+
+    def look(self, now: float) -> dict[str, Any]:
+        """The same as values of a `Heartbeat`, and seconds by phase until `now`."""
+        (step, phase, began), spent = self._state
+        spent = {**spent, phase: spent.get(phase, 0.0) + now - began}
+        back = {"rewinds": self.rewinds, "back_to": self.back_to}
+        return {"step": step, "phase": phase, "began": began, "first": self.first, "spent": spent, **back}
+
+    def slowest(self) -> float:
+        """The longest of the last steps, 0 without any. On an accelerator most steps are only queued, and the
+        one that fetches metrics waits for all: hence not the mean.
+        """
+        return max(tuple(self._recent), default=0.0)
+
+
+class Pulse:
+    """The thread that writes the file.
+
+    Args:
+        folder: of the heartbeats on this machine.
+        rank: this process.
+
+    Attributes:
+        pace: where the main thread is; whoever tells it has this one.
+        look: gives the other values of a `Heartbeat` at a time; may be replaced by one that knows more.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path, self.rank, self.pace = folder / f"rank-{rank:05}.json", rank, Pace()
+        self.look: Callable[[float], Mapping[str, Any]] = self.pace.look
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def write(self) -> None:
+        """Write it now."""
+        now = time.monotonic()
+        beat = Heartbeat(self.rank, os.getpid(), stamp=now, **self.look(now))
+        partial = self.path.with_suffix(".new")
+        partial.write_text(json.dumps(asdict(beat)))
+        partial.replace(self.path)
+
+    def stop(self) -> None:
+        """Write once more and end the thread."""
+        self._stop.set()
+        self._thread.join(1.0)
+        with contextlib.suppress(OSError):
+            self.write()
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self.write()
+            if self._stop.wait(INTERVAL):
+                return
+
+
+def read_all(folder: Path) -> dict[int, Heartbeat]:
+    """The newest heartbeat of each rank on this machine; what cannot be read is left out."""
+    found = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            beat = Heartbeat(**json.loads(path.read_text()))
+            found[beat.rank] = beat
+    return found
+
+
+def stacks_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is sent `STACKS_SIGNAL`."""
+    return folder / f"stacks-rank-{rank:05}.txt"
+
+
+def supervised(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder of heartbeats; None without a supervisor."""
+    return Path(environ[FOLDER]) if environ.get(FOLDER) else None
+
+
+def prepare(environ: Mapping[str, str] = os.environ) -> None:
+    """Call first in a rank that a launcher started: it dies with its launcher, whose workers live in sessions
+    of their own; and a supervisor can ask for its stacks, even when Python itself hangs.
+    """
+    if environ.get("TORCHELASTIC_RUN_ID"):
+        die_with_parent(signal.SIGKILL)
+    folder = supervised(environ)
+    if folder is not None:
+        with contextlib.suppress(OSError, ValueError):
+            file = stacks_file(folder, int(environ.get("RANK", "0"))).open("w")
+            faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+
+
+def die_with_parent(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)

@@ -1,0 +1,138 @@
+"""Why a run stops before its last step: a signal, the end of the job's time, a spot instance taken back.
+
+Each cause is a number, so that ranks can agree on one by its maximum: a signal's own, or one of those below.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from hlat.observe.failures import Terminated
+
+REBALANCE = 1  # a spot instance may soon be taken back: save, and go on
+WALLTIME, SPOT = 65, 66  # above every signal's number
+_AS_SIGNAL = {WALLTIME: signal.SIGUSR1, SPOT: signal.SIGTERM}  # what would have come a little later
+_TEXT = {WALLTIME: "the end of its time", SPOT: "a spot interruption notice"}
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_RECENT = 50  # steps whose longest is what the next one may take
+_SLACK = 5.0  # seconds, for what is not measured: the last rows, the processes' end
+
+
+class Asked(Exception):
+    """A stop was asked for."""
+
+
+def name_of(cause: int) -> str:
+    """`SIGTERM`, `the end of its time`, `a spot interruption notice`."""
+    return _TEXT.get(cause) or signal.Signals(cause).name
+
+
+def text_of(cause: int) -> str:
+    """The cause as the end of "stopped by ...": a signal with its number."""
+    return _TEXT.get(cause) or f"signal {cause}"
+
+
+def exit_status(cause: int) -> int:
+    """128 + the signal; the end of the job's time counts as SIGUSR1, a spot notice as SIGTERM."""
+    return 128 + int(_AS_SIGNAL.get(cause, cause))
+
+
+class Signals:
+    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a request that the training loop reads after a step.
+
+    Until `hold`, which comes with the first step done, there is nothing to save, and a compilation may be
+    under way: SIGTERM and SIGUSR1 raise Terminated, Ctrl-C KeyboardInterrupt.
+    After it the first request stands and others change nothing, but a second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.began = time.time()
+        self._holding = False
+
+    def hold(self) -> None:
+        """From now on requests wait for the loop."""
+        self._holding = True
+
+    def note(self, cause: int) -> None:
+        """Ask the loop to stop for a cause, or for REBALANCE to save. Any thread may call it."""
+        if self.received is None or self.received == REBALANCE:
+            self.received = cause
+
+    def check(self) -> None:
+        """Raise Asked where the loop is asked to stop: for what may take long and can be left undone."""
+        if self.received not in (None, REBALANCE):
+            raise Asked
+
+    def done(self, cause: int) -> None:
+        """A request is fulfilled."""
+        if self.received == cause:
+            self.received = None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (not self._holding or self.received == signal.SIGINT):
+            raise KeyboardInterrupt
+        if not self._holding:
+            raise Terminated(number)
+        self.note(number)
+
+    @contextmanager
+    def watch(self) -> Iterator[Signals]:
+        """Handle the signals inside; put the former handlers back after."""
+        former = {number: signal.signal(number, self._handle) for number in HANDLED}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                if signal.getsignal(number) == self._handle:  # else a rank that leaves ignores it by now
+                    signal.signal(number, handler)
+
+
+class Deadline:
+    """When to stop so that the last save is complete before the job's time is over.
+
+    Args:
+        ends: that moment, in seconds since 1970; None: never.
+        save_seconds: what a save takes, until one has been measured.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, ends: float | None, save_seconds: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.ends, self.save_seconds, self.clock = ends, save_seconds, clock
+        self._steps: dict[bool, deque[float]] = {}
+
+    def step(self, seconds: float, evaluated: bool) -> None:
+        """Take what a step took; those with an evaluation are counted apart."""
+        self._steps.setdefault(evaluated, deque(maxlen=_RECENT)).append(seconds)
+
+    def longest(self, evaluated: bool = False) -> float:
+        """The longest of the recent steps, in seconds; 0 before there is one."""
+        return max(self._steps.get(evaluated) or self._steps.get(False) or (0.0,))
+
+    def due(self, ahead: Sequence[bool]) -> bool:
+        """Whether a save after the next steps would end too late.
+
+        Args:
+            ahead: for each of these steps, whether it ends with an evaluation.
+        """
+        if self.ends is None:
+            return False
+        seconds = sum(map(self.longest, ahead)) + self.save_seconds
+        return self.clock() + 1.2 * seconds + _SLACK >= self.ends
+
+
+def end_of_time(environ: Mapping[str, str], max_hours: float | None, began: float) -> float | None:
+    """When the job's time is over, in seconds since 1970: what SLURM says, or `run.max_hours` after `began`,
+    whichever is first; None when neither says.
+    """
+    ends = [] if max_hours is None else [began + 3600 * max_hours]
+    with suppress(ValueError):
+        ends.append(float(environ.get("SLURM_JOB_END_TIME", "")))
+    return min((end for end in ends if end > began), default=None)

@@ -1,0 +1,37 @@
+"""Runs torchrun for one attempt and writes down how each rank ended.
+
+    python -m hlat.supervise.agent RESULT [torchrun's arguments]
+
+torchrun's own exit status only says that some rank failed. RESULT gets {"codes": {rank: status}}, a negative
+status for a signal, as `subprocess` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from hlat.observe.heartbeat import die_with_parent
+
+
+def main() -> int:
+    """0 when every rank ended with 0, else 1."""
+    die_with_parent(signal.SIGTERM)  # torchrun ends its workers on SIGTERM
+    result, arguments = Path(sys.argv[1]), sys.argv[2:]
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import config_from_args, elastic_launch, parse_args
+
+    config, command, command_args = config_from_args(parse_args(arguments))
+    codes: dict[int, int] = {}
+    try:
+        elastic_launch(config=config, entrypoint=command)(*command_args)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    result.write_text(json.dumps({"codes": codes}))
+    return 1 if codes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Starts a run, watches it, and starts it again from the newest complete checkpoint until it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hlat.observe.heartbeat import STEP, Heartbeat
+from hlat.observe.stopping import SPOT, text_of
+from hlat.supervise import processes
+from hlat.supervise.attempt import Attempt, Outcome, Place
+from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
+from hlat.supervise.events import BAD_NODES, FOLDER, Events
+from hlat.supervise.goodput import Timeline, goodput, table
+from hlat.supervise.team import Team
+from hlat.supervise.watch import Limits, name_the_late
+
+DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
+_CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
+SPOT_NOTICE = text_of(SPOT)
+_LONGEST_PAUSE = 300.0
+_TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
+
+
+@dataclass(frozen=True)
+class Budget:
+    """restarts: in all. fruitless: in a row that end no further than the one before. pause: seconds before
+    the first restart, doubled with each fruitless one.
+    """
+
+    restarts: int = 100
+    fruitless: int = 3
+    pause: float = 1.0
+
+
+class Supervisor:
+    """Of one machine.
+
+    Args:
+        command: what each rank runs: module and arguments.
+        again: arguments that a restart adds.
+        run: the run folder.
+        place: of this machine. limits, grace: see `Attempt`.
+        budget: how often to start again.
+        team: the other machines.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run: Path,
+        place: Place,
+        *,
+        limits: Limits,
+        grace: float = 300.0,
+        budget: Budget | None = None,
+        team: Team | None = None,
+        again: Sequence[str] = (),
+    ) -> None:
+        self.command, self.again, self.run_folder, self.place = list(command), list(again), run, place
+        self.limits, self.grace, self.budget = limits, grace, budget or Budget()
+        self.team = team or Team()
+        self.logs = run / FOLDER
+        self.events = Events(self.logs, quiet=place.node > 0)
+        self.timeline = Timeline()
+        self.received: int | None = None
+        self._faults: Counter[tuple[str, str]] = Counter()  # (rule, machine)
+        self._furthest, self._steps = 0, False  # highest step seen; whether this attempt trains yet
+        self._best, self._fruitless = (0, 0), 0
+
+    def run(self) -> int:
+        """Until the run is done or nothing more can be done here. Returns the exit status."""
+        processes.adopt_orphans()
+        with self._signals():
+            number = 0
+            while True:
+                number += 1
+                if not self.team.ready(number):
+                    self.events.add("no-start", "not all machines came to start; giving up", attempt=number)
+                    return FAILED
+                decision = self._one(number)
+                if decision["exit"] is not None:
+                    self._finish(decision)
+                    return int(decision["exit"])
+                self._pause(decision["pause"])
+                if self.received is not None and self.team.count == 1:
+                    why = "stopped by a signal between two attempts; the newest checkpoint stands"
+                    self._finish({"exit": REQUEUE, "why": why})
+                    return REQUEUE
+
+    def _one(self, number: int) -> dict[str, Any]:
+        """One attempt, and what all machines decide after it."""
+        began, self._steps = time.time(), False
+        self.timeline.start(time.monotonic())
+        self.events.add("start", "" if number == 1 else f"attempt {number}", attempt=number)
+        logs = self.logs / f"attempt-{number}"
+        attempt = Attempt(
+            self.place,
+            [*self.command, *(self.again if number > 1 else ())],
+            logs,
+            limits=self.limits,
+            grace=self.grace,
+            received=lambda: self.received,
+            others=lambda: "another machine's ranks have ended" if self.team.ended_elsewhere(number) else "",
+            compiling=lambda here: self.team.compiling(number, here),
+            on_look=self._look,
+        )
+        outcome = attempt.run()
+        self.timeline.finish(time.monotonic())
+        shared = self.team.share(number, self._report(outcome, kernel_lines(began)))
+        return self.team.decide(number, lambda: self._decide(number, shared, logs))
+
+    def _look(self, beats: Mapping[int, Heartbeat]) -> None:
+        self.timeline.look(beats)
+        self._furthest = max([self._furthest, *(beat.step for beat in beats.values())])
+        steps = next((beat for beat in beats.values() if beat.phase == STEP), None)
+        if steps is not None and not self._steps:
+            self._steps = True
+            self.events.add("stepping", attempt=len(self.timeline.spans), step=steps.first)
+
+    def _report(self, outcome: Outcome, kernel: str) -> dict[str, Any]:
+        """What the others must know of this machine's attempt."""
+        report = asdict(outcome)
+        report.pop("beats")
+        facts = {"host": socket.gethostname(), "kernel": kernel, "reached": self._furthest}
+        return {**report, **facts}
+
+    def _decide(self, number: int, shared: dict[int, dict[str, Any]], logs: Path) -> dict[str, Any]:
+        """On the first machine: {"exit": status or None, "pause": seconds, ...}."""
+        reached = max(report["reached"] for report in shared.values())
+        self._count_fruitless(reached)
+        verdict, host = self._judge(shared)
+        end: dict[str, Any] = {"attempt": number, "step": reached, "kind": verdict.kind, "rule": verdict.rule}
+        end |= {"reason": verdict.reason, "rank": verdict.rank, "node": host}
+        end["codes"] = {rank: code for report in shared.values() for rank, code in report["codes"].items()}
+        end["left"] = sum(report["left"] for report in shared.values())
+        if verdict.kind == "done":
+            self.events.add("end", **end)
+            return {"exit": DONE}
+        self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
+        stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
+        if stopped is not None:
+            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE, "why": verdict.reason}
+        if verdict.kind == "preempted":
+            if any(_is_over(report) for report in shared.values()):
+                return {"exit": REQUEUE, "why": verdict.reason}
+            return self._again(number)  # nobody asked this job to end: a rank alone was sent a signal
+        if verdict.action == "stop":
+            return {"exit": _CODES.get(verdict.kind, FAILED), "why": verdict.reason}
+        if verdict.action == "exclude":
+            self._exclude(host)
+            return {"exit": BAD_NODE, "why": f"{host} is bad: {verdict.reason}"}
+        return self._again(number)
+
+    def _count_fruitless(self, reached: int) -> None:
+        """An attempt bears fruit when it comes further than those before, or began further on."""
+        began = max((span.first for span in self.timeline.spans), default=0)
+        fruit = reached > self._best[0] or began > self._best[1]
+        self._best = max(reached, self._best[0]), began
+        self._fruitless = 0 if fruit else self._fruitless + 1
+
+    def _judge(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
+        """Why the attempt ended, and on which machine."""
+        missing = [node for node in range(self.team.count) if node not in shared]
+        if missing:
+            names = ", ".join(f"node {node}" for node in missing)
+            return Verdict("peer", "restart", f"no answer from {names}", "silent-node", None), names
+        if all(r["code"] == 0 for r in shared.values()):
+            return Verdict("done", "stop", "", "", None), ""
+        if any(r["stopped"] is not None for r in shared.values()):
+            codes = {code for r in shared.values() for code in r["codes"].values()}
+            late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
+            saved = codes <= {128 + signal.SIGTERM} and not late
+            how = "state saved" if saved else f"{late or 'not all ranks saved'}: the newest checkpoint stands"
+            return Verdict("preempted", "stop", f"stopped by a signal; {how}", "signal", None), ""
+        hung = any(r["hang"] for r in shared.values())
+        if hung:
+            return self._name_the_hang(shared)
+        verdicts = [(self._classify(report), report["host"]) for report in shared.values()]
+        rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
+        verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
+        return (self._again_bad(verdict, host) if verdict.kind == "node" else verdict), host
+
+    def _again_bad(self, verdict: Verdict, host: str) -> Verdict:
+        """A machine that shows the same fault again is excluded, where there are others."""
+        self._faults[verdict.rule, host] += 1
+        again = self._faults[verdict.rule, host] >= _TWICE and self.team.count > 1
+        exclude = again and verdict.action == "restart" and host != ""
+        return replace(verdict, action="exclude") if exclude else verdict
+
+    def _classify(self, report: dict[str, Any]) -> Verdict:
+        return classify(
+            Evidence(
+                exit_codes={int(rank): code for rank, code in report["codes"].items()},
+                text=report["text"],
+                kernel=report["kernel"],
+                hang=report["hang"],
+                stalled=False,
+            )
+        )
+
+    def _name_the_hang(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
+        """Who hung. A machine that does so again in a job of several is taken for a bad one."""
+        signs = {r["host"]: (list(r["signs"][0]), list(r["signs"][1])) for r in shared.values() if r["signs"]}
+        why = next(r["why"] for r in shared.values() if r["hang"])
+        rank, text = name_the_late(signs, time.time())
+        host = next((h for h, (_, s) in signs.items() if any(i["rank"] == rank for i in s)), "")
+        hardware = [self._classify(report) for report in shared.values()]
+        if bad := next((verdict for verdict in hardware if verdict.action == "exclude"), None):
+            return bad, host
+        named = rank if rank >= 0 else None
+        return self._again_bad(Verdict("hang", "restart", f"{why}: {text}", "hang", named), host), host
+
+    def _again(self, number: int) -> dict[str, Any]:
+        """Start again, unless the budget is spent."""
+        if number > self.budget.restarts:
+            return {"exit": FAILED, "why": f"{number - 1} restarts are the budget (--max-restarts)"}
+        if self._fruitless >= self.budget.fruitless:
+            why = f"{self._fruitless} attempts in a row came no further than step {self._best[0]}"
+            return {"exit": FAILED, "why": why}
+        pause = min(_LONGEST_PAUSE, self.budget.pause * 2**self._fruitless)
+        return {"exit": None, "pause": pause}
+
+    def _exclude(self, host: str) -> None:
+        path = self.logs / BAD_NODES
+        known = path.read_text().split() if path.exists() else []
+        with contextlib.suppress(OSError):
+            path.write_text("".join(f"{name}\n" for name in dict.fromkeys([*known, host])))
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.received is None:
+            time.sleep(0.1)
+
+    def _finish(self, decision: dict[str, Any]) -> None:
+        spans = self.timeline.spans
+        share, seconds = goodput(spans), {kind: round(s, 3) for kind, s in table(spans).items()}
+        wall = spans[-1].end - spans[0].start
+        line = f"{len(spans)} attempt{'s' * (len(spans) > 1)}, goodput {share:.1%} of {wall:.0f} s"
+        if decision["exit"]:
+            line = f"stopped with exit code {decision['exit']}: {decision.get('why', '')}; {line}"
+        values = {"exit": decision["exit"], "why": decision.get("why", ""), "goodput": share}
+        self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR1 and Ctrl-C stop the run; a second Ctrl-C at once."""
+
+        def note(number: int, _frame: Any) -> None:
+            if number == signal.SIGINT and self.received is not None:
+                raise KeyboardInterrupt
+            self.received = number
+
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        former = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+def _is_over(report: Mapping[str, Any]) -> bool:
+    """Whether ranks saved because the job's time ends or its machine is taken back."""
+    return 128 + signal.SIGUSR1 in report["codes"].values() or SPOT_NOTICE in report["text"]

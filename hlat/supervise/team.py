@@ -1,0 +1,136 @@
+"""The supervisors of all machines of a job agree: when an attempt begins, that it has ended, what comes next.
+
+The first machine's supervisor holds a key-value store, and decides.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from hlat.errors import UserError
+
+_POLL = 0.5
+
+
+class Team:
+    """Of one machine: everything is decided here. `Machines` is the same for several.
+
+    Attributes:
+        node: this machine's number. count: of machines.
+    """
+
+    node, count = 0, 1
+
+    def ready(self, attempt: int) -> bool:
+        """Wait until all machines are ready to begin an attempt; False when one of them does not come."""
+        return True
+
+    def ended_elsewhere(self, attempt: int) -> bool:
+        """Whether another machine's attempt has ended already."""
+        return False
+
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """Tell whether a rank of this machine compiles; returns whether one of another does."""
+        return False
+
+    def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """How the attempt ended on each machine that says so in time, by number."""
+        return {0: mine}
+
+    def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What comes next, as the first machine decides."""
+        return decision()
+
+
+class Machines(Team):
+    """Several machines.
+
+    Args:
+        node, count: this machine, all machines.
+        host, port: where the first one holds the store.
+        seconds: how long to wait for the others to begin, and to say how they ended.
+        waiting: asked while this waits; True ends the wait (a signal has come).
+
+    Raises UserError when the first machine does not answer.
+    """
+
+    def __init__(
+        self,
+        node: int,
+        count: int,
+        host: str,
+        port: int,
+        seconds: float,
+        waiting: Callable[[], bool] = lambda: False,
+    ) -> None:
+        from hlat.backend.rendezvous import Address, connect_store, serve
+
+        self.node, self.count, self.seconds, self.waiting = node, count, seconds, waiting
+        address = Address(node, count, None, host, port, by_launcher=False, attempt="0")
+        self._server = serve(address) if node == 0 else None
+        try:
+            self._store = connect_store(address, time.monotonic() + seconds)
+        except UserError as error:
+            fix = "does `hlat supervise` run on the first machine, and is --master-addr its address?"
+            raise UserError(f"node {node}: {error.what}", where=f"{host}:{port}", fix=fix) from error
+        self._store.set_timeout(timedelta(seconds=20))
+
+    def ready(self, attempt: int) -> bool:
+        """See `Team`."""
+        self._store.set(f"{attempt}/ready/{self.node}", "1")
+        return len(self._gather(f"{attempt}/ready", self.seconds)) == self.count
+
+    def ended_elsewhere(self, attempt: int) -> bool:
+        """See `Team`."""
+        return bool(self._store.check([f"{attempt}/ended"]))
+
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """See `Team`."""
+        prefix = f"{attempt}/compiling"
+        self._store.set(f"{prefix}/{self.node}", "1" if here else "0")
+        others = [f"{prefix}/{node}" for node in range(self.count) if node != self.node]
+        return any(self._store.check([key]) and self._store.get(key) == b"1" for key in others)
+
+    def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """See `Team`."""
+        self._store.set(f"{attempt}/end/{self.node}", json.dumps(mine))
+        self._store.set(f"{attempt}/ended", "1")
+        found = self._gather(f"{attempt}/end", self.seconds, lambda: False)  # after a signal too
+        return {node: json.loads(text) for node, text in found.items()}
+
+    def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """See `Team`."""
+        key = f"{attempt}/decision"
+        if self.node == 0:
+            self._store.set(key, json.dumps(decision()))
+        deadline = time.monotonic() + self.seconds
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise UserError("the first machine does not say what comes next", where=f"node {self.node}")
+            time.sleep(_POLL)
+        told: dict[str, Any] = json.loads(self._store.get(key))
+        if self.node == 0:
+            self._linger(attempt, told)
+        else:
+            self._store.set(f"{attempt}/read/{self.node}", "1")
+        return told
+
+    def _linger(self, attempt: int, told: dict[str, Any]) -> None:
+        """The store ends with this process: the others read what was decided first."""
+        self._store.set(f"{attempt}/read/0", "1")
+        if told.get("exit") is not None:
+            self._gather(f"{attempt}/read", 10.0, lambda: False)  # after a signal too
+
+    def _gather(self, prefix: str, seconds: float, leave: Callable[[], bool] | None = None) -> dict[int, str]:
+        """What the machines say, as far as they do in time; `leave` (default: a signal) ends the wait."""
+        leave = leave or self.waiting
+        deadline = time.monotonic() + seconds
+        while True:
+            there = [node for node in range(self.count) if self._store.check([f"{prefix}/{node}"])]
+            if len(there) == self.count or time.monotonic() > deadline or leave():
+                return {node: self._store.get(f"{prefix}/{node}").decode() for node in there}
+            time.sleep(_POLL)

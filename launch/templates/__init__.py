@@ -1,0 +1,1 @@
+"""The templates of `hlat launch`, as data files of the package `hlat_launch`."""

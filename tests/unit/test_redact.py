@@ -1,0 +1,202 @@
+"""No secret leaves: what `redact` takes out and what it leaves, and a whole run folder after a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hlat.errors import UserError
+from hlat.observe import failures
+from hlat.observe.redact import line_with_secret, redact, redact_all
+from hlat.recipe import load
+from hlat.supervise.events import Events
+from hlat.supervise.logs import LogMirror
+
+PLANTED = {
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYplanted1",
+    "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEplanted2/session+token==",
+    "HF_TOKEN": "hf_PLANTED3abcdefghijklmnopqrstuv",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdefplanted4",
+    "NEURON_PROXY_PASSWORD": "planted5-p@ss:word",
+    "SLURM_JWT": "eyJhbGciOiJIUzI1NiJ9.planted6planted6.c2lnbmF0dXJl",
+}
+CARRIERS = {  # variables that are recorded, with a secret in the value
+    "NEURON_CC_FLAGS": f"--model-type=transformer --token={PLANTED['HF_TOKEN']}",
+    "NEURON_COMPILE_CACHE_URL": "https://me:planted7-password@host/cache",
+    "NCCL_HOSTID": PLANTED["WANDB_API_KEY"],
+    "SLURM_JOB_COMMENT": f"key {PLANTED['AWS_SECRET_ACCESS_KEY']}",
+    "XLA_EXTRA": "Authorization: Bearer planted8abcdefgh",
+}
+WORDS = [f"planted{number}" for number in range(1, 9)]
+
+
+def holds(text: str) -> list[str]:
+    return [word for word in WORDS if word in text.lower()]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("s3://bucket/run?X-Amz-Credential=AK/x&X-Amz-Signature=planted1", "s3://bucket/run?X-Amz-Credential=***"),
+        ("git clone https://planted1@github.com/a/b", "git clone https://github.com/a/b"),
+        ("postgres://me:planted1@db:5432/x failed", "postgres://db:5432/x failed"),
+        ("WANDB_API_KEY=planted1planted1", "WANDB_API_KEY=***"),
+        ("--api-key planted1x --lr 3e-4", "--api-key *** --lr 3e-4"),
+        ('{"password": "planted1 is long"}', '{"password": "*** is long"}'),
+        ("token: planted1abc", "token: ***"),
+        ("aws_secret_access_key = planted1/abc", "aws_secret_access_key = ***"),
+        ("Authorization: Bearer planted1planted1", "Authorization: Bearer ***"),
+        ("AKIAIOSFODNN7EXAMPLE and ghp_planted1planted1planted1", "*** and ***"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nplanted1\n-----END RSA PRIVATE KEY-----\nafter", "***\nafter"),
+    ],
+)  # fmt: skip
+def test_secrets_are_taken_out(text: str, kept: str) -> None:
+    assert kept in redact(text, {}) and not holds(redact(text, {}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step 17 · loss 2.345 · 163,840 tokens/s · tokens: 12345678901",
+        "data.tokenizer=bytes-tokenizer, token_ids=[1,2,3], per_token: 0.12345678",
+        "tokens_per_second=123456.789 keys=embedding.weight author: somebody-known",
+        "monkey=bananas-and-more turkey: istanbul-ankara",
+        "rank 2 (node-a, pid 4711) is gone: last sign 1.2 s ago in step 17 (training)",
+        "s3://bucket/checkpoints/step-20 and file:///data/x@y",
+        "NEURON_CC_FLAGS=--model-type=transformer -O1",
+        "sha256 0123456789abcdef0123456789abcdef",
+    ],
+)
+def test_the_rest_stays(text: str) -> None:
+    assert redact(text, {"TOKENIZERS_PARALLELISM": "false", "XDG_SESSION_KEYS": "1234567890"}) == text
+
+
+def test_values_of_secret_variables_are_found_anywhere() -> None:
+    text = f"GET {PLANTED['AWS_SESSION_TOKEN']} as {PLANTED['NEURON_PROXY_PASSWORD']}\nsecond line"
+    assert redact(text, PLANTED) == "GET *** as ***\nsecond line"
+    assert redact_all({"a": [text, 3, None, {"b": PLANTED["HF_TOKEN"]}]}, PLANTED) == {
+        "a": ["GET *** as ***\nsecond line", 3, None, {"b": "***"}]
+    }
+
+
+@given(st.text(max_size=300))
+def test_any_text_keeps_its_lines_and_is_left_alone_the_second_time(text: str) -> None:
+    once = redact(text, {})
+    assert redact(once, {}) == once
+    assert redact_all(json.loads(json.dumps({"x": text})), {})["x"] == once
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides", "where"),
+    [
+        ("run: {name: a}\n# https://me:secret@host/x\n", (), "a.yaml:2: a login or token"),
+        (
+            "run: {name: a}\n\ndata: {tokenizer: hf_abcdefghijklmnopqrstuv}\n",
+            (),
+            "a.yaml:3: a login or token",
+        ),
+        (
+            "run: {name: a}\n",
+            ("run.dir=https://me:secret@host/x",),
+            "command line: run.dir: a login or token",
+        ),
+    ],
+)
+def test_a_recipe_with_a_secret_is_refused(
+    tmp_path: Path, lines: str, overrides: tuple[str, ...], where: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(lines)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "a.yaml", overrides)
+    assert where in caught.value.line() and "security.md" in caught.value.line()
+    assert "secret@" not in caught.value.line() and "hf_abc" not in caught.value.line()
+
+
+def test_no_shipped_recipe_is_refused() -> None:
+    root = Path(__file__).resolve().parents[2] / "recipes"
+    assert all(line_with_secret(file.read_text()) is None for file in root.rglob("*.yaml"))
+
+
+def test_what_a_rank_prints_and_tells_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    error = ValueError(f"https://me:planted7@host refuses {PLANTED['HF_TOKEN']}")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    failures.say_traceback("rank 1 (node-a)", error)
+    failures.write_error_file(error)
+    printed = capsys.readouterr().err
+    assert (
+        "rank 1 (node-a) failed:" in printed and "https://host refuses ***" in printed and not holds(printed)
+    )
+    written = json.loads((tmp_path / "error.json").read_text())
+    assert "refuses ***" in written["message"]["message"] and not holds(json.dumps(written))
+
+
+RECIPE = """
+run: {name: small, steps: 2, seed: 3}
+model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 320, max_seq_len: 16}
+data: {sources: [{path: text}], tokenizer: bytes, micro_batch: 2, global_batch: 4, holdout: 0.2}
+checkpoint: {every: 1, keep: 2}
+eval: {every: 1, batches: 1}
+log: {every: 1, tensorboard: true}
+compile: false
+"""
+
+
+def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
+    """A real run of two ranks with planted variables, then every byte it and its launcher wrote."""
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"some words of text number {number} " * 20)
+    environ: dict[str, Any] = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environ |= PLANTED | CARRIERS | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--log-dir={tmp_path}/logs", "--redirects=3", "-m", "hlat", "train", "small.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "runs/small/environment.json").read_text())
+    assert "--model-type=transformer --token=***" in json.dumps(record), (
+        "the variables themselves are recorded"
+    )
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.name.startswith("events.out") for file in files)
+    found = {str(file): holds(file.read_bytes().decode("latin-1")) for file in files}
+    assert {name: words for name, words in found.items() if words} == {}
+    assert not holds(done.stdout + done.stderr)
+
+
+def test_a_supervised_ranks_log_and_the_restart_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a library prints, in lines and halves of lines; byte for byte where there is no secret."""
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    source = tmp_path / "scratch/a/attempt_0/0"
+    source.mkdir(parents=True)
+    mirror, copy = LogMirror(tmp_path / "scratch", tmp_path / "logs"), tmp_path / "logs/rank-00000-stderr.log"
+    with (source / "stderr.log").open("wb") as file:
+        for piece in (
+            b"before \xff\n",
+            b"GET hf_PLANTED3abc",
+            b"defghijklmnopqrstuv\nafter",
+            b" it\r50 %\rend",
+        ):
+            file.write(piece)
+            file.flush()
+            mirror.sync()
+            assert not copy.exists() or not holds(copy.read_bytes().decode("latin-1"))
+    assert copy.read_bytes() == b"before \xff\nGET ***\nafter it\r50 %\r"
+    mirror.sync(last=True)
+    mirror.sync(last=True)
+    assert copy.read_bytes() == b"before \xff\nGET ***\nafter it\r50 %\rend"
+    events = Events(tmp_path, quiet=True)
+    events.add("end", reason=f"refused {PLANTED['HF_TOKEN']}", rank=3)
+    assert json.loads((tmp_path / "events.jsonl").read_text())["reason"] == "refused ***"

@@ -1,0 +1,278 @@
+"""The supervisor's parts that need no run: limits of phases, who is late, books of time, logs, decisions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hlat.cli import main
+from hlat.observe.heartbeat import FIRST_STEP, STEP, Heartbeat, Pace, Pulse, read_all
+from hlat.recipe import load
+from hlat.supervise import processes
+from hlat.supervise.attempt import Outcome, Place
+from hlat.supervise.goodput import Span, Timeline, goodput, table
+from hlat.supervise.logs import LogMirror
+from hlat.supervise.supervisor import Budget, Supervisor
+from hlat.supervise.watch import Limits, name_the_late, overdue, sign
+
+LIMITS = Limits(loading=300.0, compiling=500.0, stepping=30.0, checkpointing=60.0, evaluating=90.0)
+
+
+def beat(phase: str = STEP, **values: Any) -> Heartbeat:
+    return replace(Heartbeat(0, 1, 7, phase, began=100.0, stamp=100.0), **values)
+
+
+def late(*beats: Heartbeat, now: float, compiles: bool = False, halted: bool = False) -> list[int]:
+    table = {b.rank: b for b in beats}
+    return [b.rank for b in overdue(table, now, LIMITS, lambda pid: compiles, lambda pid: halted)]
+
+
+@pytest.mark.parametrize(
+    ("heard", "limit"),
+    [
+        (beat("data"), 300.0),
+        (beat(FIRST_STEP), 500.0),
+        (beat(pace=0.0), 30.0),
+        (beat(pace=4.0), 38.0),
+        (beat("checkpoint"), 60.0),
+        (beat("checkpoint", patient=True), 300.0),
+        (beat("evaluation"), 90.0),
+        (beat("comparison of replicas"), 90.0),
+    ],
+)
+def test_each_phase_has_its_limit(heard: Heartbeat, limit: float) -> None:
+    assert late(heard, now=100.0 + limit - 0.1) == []
+    assert late(heard, now=100.0 + limit + 0.1) == [0]
+
+
+def test_a_compiler_at_work_has_the_limit_of_compiling() -> None:
+    assert late(beat(), now=160.1, compiles=True) == []
+    assert late(beat(), now=600.1, compiles=True) == [0]
+
+
+def test_those_that_wait_for_a_compiler_are_excused_too() -> None:
+    a, b = beat(rank=0, pid=1), beat(rank=1, pid=2, waiting=True)
+
+    def found(waiting: bool, elsewhere: bool, compiler: int) -> list[int]:
+        table = {0: a, 1: replace(b, waiting=waiting)}
+        late = overdue(
+            table, 160.0, LIMITS, lambda pid: pid == compiler, lambda pid: False, lambda: elsewhere
+        )
+        return [heard.rank for heard in late]
+
+    assert found(waiting=True, elsewhere=False, compiler=1) == []
+    assert found(waiting=False, elsewhere=False, compiler=1) == [1]
+    assert found(waiting=True, elsewhere=True, compiler=0) == [0]
+
+
+def test_a_stopped_process_is_excused_by_no_phase() -> None:
+    assert late(beat("data"), now=131.0, halted=True) == [0]
+    assert late(beat("data", stamp=120.0), now=131.0, halted=True) == []
+
+
+def test_limits_come_from_the_recipe() -> None:
+    recipe = load("tiny", ["parallel.timeout=77", "parallel.first_timeout=777"])
+    assert Limits.of(recipe, 12.0) == Limits(777.0, 777.0, 12.0, 77.0, 77.0)
+
+
+def test_the_silent_rank_is_named_over_machines() -> None:
+    a, b = beat(rank=0, pid=11, waiting=True), beat(rank=1, pid=22)
+    later = replace(a, stamp=103.0)
+    hosts = {
+        "node-a": ([sign(a, 0.1)], [sign(later, 0.1)]),
+        "node-b": ([sign(b, 9.0)], [sign(b, 12.0)]),
+    }
+    rank, text = name_the_late(hosts, 1e9)
+    assert rank == 1 and "node-b, pid 22" in text and "no sign of life" in text
+
+
+def test_pace_is_the_slowest_step_and_books_every_phase() -> None:
+    pace = Pace()
+    pace.begin(1, FIRST_STEP)
+    time.sleep(0.02)
+    pace.begin(2, STEP)
+    time.sleep(0.05)
+    pace.begin(3, STEP)
+    pace.begin(3, "checkpoint")
+    now = time.monotonic()
+    look = pace.look(now)
+    assert 0.05 <= pace.slowest() < 0.5 and look["first"] == 1
+    assert look["spent"][FIRST_STEP] >= 0.02 and look["phase"] == "checkpoint"
+    assert sum(look["spent"].values()) < 1.0
+
+
+def test_a_pulse_is_read_back(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 3)
+    pulse.pace.begin(5, STEP)
+    pulse.stop()
+    found = read_all(tmp_path)[3]
+    assert (found.pid, found.step, found.phase) == (os.getpid(), 5, STEP)
+    (tmp_path / "rank-00004.json").write_text('{"rank": 4')  # being written by somebody else
+    assert list(read_all(tmp_path)) == [3]
+
+
+def test_steps_trained_again_count_once() -> None:
+    first = Span(0.0, 10.0, 1, {2: 1.0, 3: 1.0, 4: 1.0}, {"loading": 5.0, "down": 2.0})
+    second = Span(12.0, 20.0, 3, {4: 1.0, 5: 1.0}, {"loading": 4.0, "compiling": 1.0, "down": 1.0})
+    seconds = table([first, second])
+    assert seconds["stepping"] == 3.0 and seconds["repeated"] == 2.0
+    assert sum(seconds.values()) == 20.0
+    assert goodput([first, second]) == 3.0 / 20.0
+
+
+@given(st.lists(st.tuples(st.sampled_from([STEP, "data", "checkpoint"]), st.floats(0.01, 5)), max_size=30))
+def test_the_books_add_up_to_the_wall_time(phases: list[tuple[str, float]]) -> None:
+    timeline, now, spent, step = Timeline(), 50.0, {}, 0
+    timeline.start(now)
+    for phase, seconds in phases:
+        now, step = now + seconds, step + (phase == STEP)
+        spent[phase] = spent.get(phase, 0.0) + seconds
+        timeline.look({0: Heartbeat(0, 1, step, phase, now, now, spent=dict(spent))})
+    timeline.finish(now + 3.0)
+    seconds_by_kind = table(timeline.spans)
+    assert sum(seconds_by_kind.values()) == pytest.approx(now + 3.0 - 50.0)
+    assert seconds_by_kind["stepping"] == pytest.approx(spent.get(STEP, 0.0))
+    assert seconds_by_kind["down"] == pytest.approx(3.0)
+
+
+def test_a_run_that_went_back_by_itself_repeats() -> None:
+    timeline = Timeline()
+    timeline.start(0.0)
+    for stamp, step, rewinds in ((1.0, 1, 0), (2.0, 2, 0), (3.0, 3, 0), (5.0, 3, 1)):  # 2 and 3 again
+        back = {"rewinds": rewinds, "back_to": 2 * rewinds}
+        timeline.look({0: Heartbeat(0, 1, step, STEP, stamp, stamp, spent={STEP: stamp}, **back)})
+    timeline.finish(5.0)
+    assert table(timeline.spans) == {"stepping": 3.0, "repeated": 2.0, "down": 0.0}
+
+
+def test_pace_knows_where_it_went_back_to() -> None:
+    pace = Pace()
+    for step in (1, 2, 3, 2, 3, 4):
+        pace.begin(step, STEP)
+    look = pace.look(time.monotonic())
+    assert (look["rewinds"], look["back_to"]) == (1, 2)
+
+
+def test_logs_are_copied_as_they_grow_and_nothing_is_lost_while_the_disk_is_full(tmp_path: Path) -> None:
+    source, target = tmp_path / "scratch" / "a" / "attempt_0" / "1", tmp_path / "run" / "logs"
+    source.mkdir(parents=True)
+    mirror = LogMirror(tmp_path / "scratch", target, first=8)
+    (source / "stderr.log").write_text("one\n")
+    target.parent.write_text("")  # a file where the folder should be: nothing can be written
+    mirror.sync()
+    target.parent.unlink()
+    with (source / "stderr.log").open("a") as file:
+        file.write("two\n")
+    mirror.sync()
+    mirror.sync()
+    assert (target / "rank-00009-stderr.log").read_text() == "one\ntwo\n"
+    assert "two" in mirror.tail()
+
+
+def test_descendants_are_found_and_ended() -> None:
+    code = "import subprocess, sys; subprocess.run(['sleep', '60'])"
+    script = (
+        "import subprocess, sys, time; from hlat.supervise import processes as p; p.adopt_orphans();"
+        f"child = subprocess.Popen([sys.executable, '-c', {code!r}]); time.sleep(1.0);"
+        "child.kill(); child.wait(); time.sleep(0.2); print([d.name for d in p.end_all()]);"
+        "import os; print(p.descendants(os.getpid()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == ["['sleep']", "[]"], done
+
+
+def test_a_compiler_is_known_by_its_script_too(tmp_path: Path) -> None:
+    script = tmp_path / "neuronx-cc"
+    script.write_text("#!/bin/sh\nsleep 30\n")
+    script.chmod(0o755)
+    child = subprocess.Popen([str(script)])
+    try:
+        deadline = time.monotonic() + 10
+        while not processes.compiles(os.getpid()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes.compiles(os.getpid())
+        assert not processes.halted(child.pid)
+        child.send_signal(signal.SIGSTOP)
+        while not processes.halted(child.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes.halted(child.pid)
+    finally:
+        for pid in [process.pid for process in processes.descendants(child.pid)] + [child.pid]:
+            os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+def supervisor(folder: Path, **values: Any) -> Supervisor:
+    made = Supervisor(["hlat", "train", "x"], folder, Place(), limits=LIMITS, **values)
+    made.timeline.start(0.0)
+    return made
+
+
+def decide(made: Supervisor, outcome: Outcome, reached: int = 5, number: int = 1) -> dict[str, Any]:
+    report = asdict(outcome)
+    report.pop("beats")
+    shared = {0: {**report, "host": "node-a", "kernel": "", "reached": reached}}
+    return made._decide(number, shared, made.logs)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (Outcome(code=0), 0),
+        (Outcome(codes={0: 2, 1: 2}, text="hlat: error: x.yaml: optim.lr: nonsense"), 2),
+        (Outcome(codes={0: 3}, text="hlat: error: guard.patience: 100 steps in a row were skipped"), 3),
+        (Outcome(codes={1: 1}, text="Traceback (most recent call last):\n  File x\nKeyError: 'a'"), 1),
+        (Outcome(codes={1: -9}), None),
+        (Outcome(codes={0: 74}), None),
+        (Outcome(codes={0: 143, 1: 143}), None),
+        (Outcome(codes={0: 138, 1: 138}), 75),
+        (Outcome(codes={0: 143}, text="stopped by a spot interruption notice after step 7"), 75),
+        (Outcome(codes={0: 143}, stopped=signal.SIGTERM), 75),
+        (Outcome(codes={0: 143}, stopped=signal.SIGINT), 130),
+        (Outcome(codes={0: 1}, text="nrt_execute status=1201 NRT_EXEC_HW_ERR_HBM_UE"), 76),
+    ],
+)
+def test_what_comes_next(tmp_path: Path, outcome: Outcome, status: int | None) -> None:
+    made = supervisor(tmp_path)
+    assert decide(made, outcome)["exit"] == status
+    bad = made.logs / "bad-nodes.txt"
+    assert (bad.read_text() if bad.exists() else "") == ("node-a\n" if status == 76 else "")
+
+
+def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) -> None:
+    made = supervisor(tmp_path, budget=Budget(restarts=10, fruitless=3, pause=2.0))
+    killed = Outcome(codes={1: -9})
+    decisions = [decide(made, killed, reached=5, number=n) for n in (1, 2, 3)]
+    assert [d.get("pause") for d in decisions] == [2.0, 4.0, 8.0]
+    assert decide(made, killed, reached=9, number=4)["pause"] == 2.0
+    ends = [decide(made, killed, reached=9, number=n) for n in (5, 6, 7)]
+    assert [e["exit"] for e in ends] == [None, None, 1] and "no further than step 9" in ends[-1]["why"]
+    spent = decide(supervisor(tmp_path, budget=Budget(restarts=4)), killed, number=5)
+    assert spent["exit"] == 1 and "--max-restarts" in spent["why"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tiny", "optim.lrr=1"], "unknown key 'lrr'"),
+        (["tiny", "--nproc-per-node", "0"], "--nproc-per-node: 0 is too small; write 1 or more"),
+        (["tiny", "--nnodes", "2"], "--master-addr: several machines need it"),
+        (["tiny", "--node-rank", "1"], "--node-rank: 1 is not below --nnodes 1"),
+        (["tiny", "--nproc-per-node", "3", "parallel.tp=2"], "parallel"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], line: str, tmp_path: Path, capsys: Any) -> None:
+    status = main(["supervise", *arguments, f"run.dir={tmp_path / 'run'}"])
+    error = capsys.readouterr().err
+    assert status == 2 and line in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
