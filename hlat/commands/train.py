@@ -95,17 +95,22 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     with scratch(recipe.run.dir) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
             status = subprocess.run(words, check=False).returncode
             if status:
                 return status
+    if recipe.compile_cache is not None and os.environ.get("NODE_RANK", "0") == "0":  # one writer
+        share(recipe, push=True)
     return 0
 
 
@@ -158,6 +163,7 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     from hlat.backend.neuron import machine
     from hlat.backend.neuron.profile import cluster, prepare
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     try:
@@ -166,6 +172,8 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []  # reported once, after the ranks have met
     if recipe.backend != "nxd":
         return []
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     nodes, cores = cluster(os.environ)
     efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
     return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
