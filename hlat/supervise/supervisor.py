@@ -110,6 +110,7 @@ class Supervisor:
             grace=self.grace,
             received=lambda: self.received,
             others=lambda: "another machine's ranks have ended" if self.team.ended_elsewhere(number) else "",
+            compiling=lambda here: self.team.compiling(number, here),
             on_look=self._look,
         )
         outcome = attempt.run()

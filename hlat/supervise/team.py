@@ -33,6 +33,10 @@ class Team:
         """Whether another machine's attempt has ended already."""
         return False
 
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """Tell whether a rank of this machine compiles; returns whether one of another does."""
+        return False
+
     def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """How the attempt ended on each machine that says so in time, by number."""
         return {0: mine}
@@ -84,11 +88,18 @@ class Machines(Team):
         """See `Team`."""
         return bool(self._store.check([f"{attempt}/ended"]))
 
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """See `Team`."""
+        prefix = f"{attempt}/compiling"
+        self._store.set(f"{prefix}/{self.node}", "1" if here else "0")
+        others = [f"{prefix}/{node}" for node in range(self.count) if node != self.node]
+        return any(self._store.check([key]) and self._store.get(key) == b"1" for key in others)
+
     def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """See `Team`."""
         self._store.set(f"{attempt}/end/{self.node}", json.dumps(mine))
         self._store.set(f"{attempt}/ended", "1")
-        found = self._gather(f"{attempt}/end", self.seconds)
+        found = self._gather(f"{attempt}/end", self.seconds, lambda: False)  # after a signal too
         return {node: json.loads(text) for node, text in found.items()}
 
     def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:

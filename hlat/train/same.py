@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import hlat
 from hlat.errors import UserError
 from hlat.observe.environment import versions
+from hlat.observe.lock import LOCK_FILE
 from hlat.recipe import Recipe, diff
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ _VALUES = {
     "neuron": "has of Neuron",
     "device": "computes on",
 }
+
+SHARED_SECONDS = 60.0  # for which a network file system may not show what another machine has just made
 
 
 def code_hash(folder: Path | None = None) -> str:
@@ -116,6 +120,33 @@ def check_data(cluster: Cluster, fingerprint: str, seconds: float) -> None:
     """Compare what the data holds. Raises UserError on every rank alike."""
     facts = cluster.gather("data", {"data": fingerprint}, seconds)
     refuse_differences(facts, [str(member) for member in cluster.members])
+
+
+def check_shared(cluster: Cluster, folder: Path, seconds: float) -> None:
+    """Every rank must see the run folder that rank 0 has begun: they write a checkpoint together.
+
+    Raises UserError on every rank alike.
+    """
+    if cluster.world == 1:
+        return
+    lock = folder / LOCK_FILE
+    expected = cluster.from_first("run-folder", _content(lock), seconds)
+    end = time.monotonic() + SHARED_SECONDS
+    while not (seen := _content(lock) == expected) and time.monotonic() < end:
+        time.sleep(0.2)  # a network file system may remember for a while that there was no such folder
+    blind = [rank for rank, sees in enumerate(cluster.gather("sees-folder", seen, seconds)) if not sees]
+    if blind:
+        first = cluster.members[blind[0]]
+        what = f"{first} and {len(blind) - 1} more do not" if len(blind) > 1 else f"{first} does not"
+        fix = "put run.dir on a file system that all nodes share; checkpoint.remote copies it from there"
+        raise UserError(f"{what} see the run folder that rank 0 writes to", where=str(folder), fix=fix)
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def refuse_differences(facts: Sequence[Mapping[str, str]], names: Sequence[str], detail: Any = None) -> None:

@@ -60,6 +60,21 @@ def test_a_compiler_at_work_has_the_limit_of_compiling() -> None:
     assert late(beat(), now=600.1, compiles=True) == [0]
 
 
+def test_those_that_wait_for_a_compiler_are_excused_too() -> None:
+    a, b = beat(rank=0, pid=1), beat(rank=1, pid=2, waiting=True)
+
+    def found(waiting: bool, elsewhere: bool, compiler: int) -> list[int]:
+        table = {0: a, 1: replace(b, waiting=waiting)}
+        late = overdue(
+            table, 160.0, LIMITS, lambda pid: pid == compiler, lambda pid: False, lambda: elsewhere
+        )
+        return [heard.rank for heard in late]
+
+    assert found(waiting=True, elsewhere=False, compiler=1) == []
+    assert found(waiting=False, elsewhere=False, compiler=1) == [1]
+    assert found(waiting=True, elsewhere=True, compiler=0) == [0]
+
+
 def test_a_stopped_process_is_excused_by_no_phase() -> None:
     assert late(beat("data"), now=131.0, halted=True) == [0]
     assert late(beat("data", stamp=120.0), now=131.0, halted=True) == []
@@ -133,10 +148,19 @@ def test_the_books_add_up_to_the_wall_time(phases: list[tuple[str, float]]) -> N
 def test_a_run_that_went_back_by_itself_repeats() -> None:
     timeline = Timeline()
     timeline.start(0.0)
-    for stamp, step in ((1.0, 1), (2.0, 2), (3.0, 3), (4.0, 2), (5.0, 3)):
-        timeline.look({0: Heartbeat(0, 1, step, STEP, stamp, stamp, spent={STEP: stamp})})
+    for stamp, step, rewinds in ((1.0, 1, 0), (2.0, 2, 0), (3.0, 3, 0), (5.0, 3, 1)):  # 2 and 3 again
+        back = {"rewinds": rewinds, "back_to": 2 * rewinds}
+        timeline.look({0: Heartbeat(0, 1, step, STEP, stamp, stamp, spent={STEP: stamp}, **back)})
     timeline.finish(5.0)
     assert table(timeline.spans) == {"stepping": 3.0, "repeated": 2.0, "down": 0.0}
+
+
+def test_pace_knows_where_it_went_back_to() -> None:
+    pace = Pace()
+    for step in (1, 2, 3, 2, 3, 4):
+        pace.begin(step, STEP)
+    look = pace.look(time.monotonic())
+    assert (look["rewinds"], look["back_to"]) == (1, 2)
 
 
 def test_logs_are_copied_as_they_grow_and_nothing_is_lost_while_the_disk_is_full(tmp_path: Path) -> None:
