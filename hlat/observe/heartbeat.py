@@ -36,8 +36,8 @@ class Heartbeat:
     step, phase: where its main thread is. began: when it came there; stamp: when this was written, both in
     monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
     may last long by its nature. pace: seconds of the slowest of the last steps, -1 while too few are known.
-    where, waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase until
-    `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
+    where, waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase
+    until `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
     """
 
     rank: int
