@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
     from hlat.train.loop import Loop
+    from hlat.train.saves import Saves
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -284,7 +285,6 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
-    from hlat.train.saves import kind_of_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
@@ -292,8 +292,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
-    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
-    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
+    saves = _saves(recipe, data, folder, cluster, warn)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
@@ -344,6 +343,16 @@ def _loop(run: Any, metrics: Any, saves: Any, console: Console | None, job: Job,
         watchdog=job.watchdog,
         tasks=tasks,
     )
+
+
+def _saves(
+    recipe: Recipe, data: Any, folder: RunFolder, cluster: Cluster, warn: Callable[[str], None]
+) -> Saves:
+    """Where the run's state is kept."""
+    from hlat.train.saves import kind_of_saves
+
+    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
+    return make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
 
 
 def _tasks(run: Any, job: Job) -> Any:

@@ -114,7 +114,7 @@ class Loop:
             self.watchdog.beat(self.run.step, "evaluation")
             self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
         self._beat_save(patient=True)
-        self.saves.finish(stopped=stop is not None)
+        self.saves.finish(stop is not None, lambda: self._beat_save(patient=True))
         return stop
 
     def _begin(self) -> None:
