@@ -189,6 +189,24 @@ def test_patience(place: Path) -> None:
     assert same_state("runs/small", "whole")
 
 
+def test_a_checkpoint_that_was_taken_back_is_not_gone_back_to(place: Path, monkeypatch) -> None:
+    """Step 8 is saved within the bad steps 7 to 9, and after going back that save does not succeed."""
+    from hlat.train.saves import Saves
+
+    save = Saves.save
+
+    def failing(self: Any, run: Any, *args: Any) -> None:
+        if not (run.step == 8 and run.skips.found):
+            save(self, run, *args)
+
+    monkeypatch.setattr(Saves, "save", failing)
+    bad, options = poison(7, 8, 9, 12, 13, 14), ("guard.bad_steps=3", "log.every=1", "checkpoint.async=false")
+    assert train(bad, *options) == 0
+    assert [row["checkpoint"] for row in rows("runs/small", "anomaly") if row["policy"] == "rewind"] == [6, 6]
+    monkeypatch.setattr(Saves, "save", save)
+    assert ends_like("[[7, 9], [12, 14]]", bad, *options)
+
+
 def test_it_gives_up_after_so_many(place: Path, capsys) -> None:
     assert train(poison(4, 6, 8), "guard.rewinds=2") == 3
     err = capsys.readouterr().err
