@@ -54,7 +54,7 @@ test-full:
 test-slurm:
 	$(SETUP) $(FULL)
 	tests/slurm/install.sh
-	$(RUN) pytest tests/slurm -m slurm -r fEs --durations 10 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest tests/slurm -m slurm -r fEs --durations 10 $(ARGS)
 
 lint:
 	$(SETUP) $(FULL)

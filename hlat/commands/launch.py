@@ -115,6 +115,10 @@ def _kubernetes_arguments(parser: argparse.ArgumentParser) -> None:
         "--instance-type", default="", metavar="TYPE", help="run on this type only, as trn1.32xlarge"
     )
     parser.add_argument(
+        "--secret", default="", metavar="NAME", help="a Secret whose entries become environment variables"
+    )
+    parser.add_argument("--service-account", default="", metavar="NAME", help="of the pods")
+    parser.add_argument(
         "--python", default="python", metavar="FILE", help="Python in the image (default: python)"
     )
 
@@ -244,6 +248,8 @@ def _kubernetes(args: argparse.Namespace) -> int:
         efa=_EFA * (accelerator == "neuron") if args.efa is None else args.efa,
         memory=args.memory,
         instance=args.instance_type,
+        secret=args.secret,
+        account=args.service_account,
     )
     text = manifest(plan, options)
     if args.dry_run:

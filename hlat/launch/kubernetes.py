@@ -36,7 +36,8 @@ class Options:
 
     kind: 'job' or 'pytorchjob'. claim: a PersistentVolumeClaim that all nodes can write, mounted at `mount`.
     accelerator: 'neuron', 'gpu' or 'none'. efa: EFA devices of a node. memory: of a node, as 440Gi; empty:
-    not requested. instance: EC2 type to run on; empty: any.
+    not requested. instance: EC2 type to run on; empty: any. secret: its entries become environment variables.
+    account: service account of the pods, such as one with access to object storage.
     """
 
     image: str
@@ -48,6 +49,8 @@ class Options:
     efa: int = 0
     memory: str = ""
     instance: str = ""
+    secret: str = ""
+    account: str = ""
 
     def check(self) -> None:
         """Raise UserError for a value that Kubernetes would refuse."""
@@ -59,6 +62,8 @@ class Options:
         allowed("--namespace", self.namespace, _LABEL)
         allowed("--memory", self.memory, _MEMORY)
         allowed("--instance-type", self.instance, _CLAIM)
+        allowed("--secret", self.secret, _CLAIM)
+        allowed("--service-account", self.account, _CLAIM)
         if self.efa < 0:
             raise UserError(f"{self.efa} is out of range", where="--efa", fix="write 0 or more")
         if not PurePosixPath(self.mount).is_absolute():
@@ -158,6 +163,10 @@ def _pod(plan: Plan, options: Options, name: str) -> dict[str, Any]:
         spec["tolerations"] = [{"key": taint, "operator": "Exists", "effect": "NoSchedule"}]
     else:
         del spec["tolerations"]
+    if options.secret:
+        container["envFrom"] = [{"secretRef": {"name": options.secret}}]
+    if options.account:
+        spec["serviceAccountName"] = options.account
     if options.instance:
         spec["nodeSelector"] = {"node.kubernetes.io/instance-type": options.instance}
     return pod

@@ -112,6 +112,8 @@ class Loop:
         if stop is None and self.held_out is None and self.run.data.holdout.documents:
             self.watchdog.beat(self.run.step, "evaluation")
             self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
+        self._beat_save(patient=True)
+        self.saves.finish(stopped=stop is not None)
         return stop
 
     def _begin(self) -> None:

@@ -121,13 +121,11 @@ class Cluster:
         until((self.folder / "munge.socket").exists, 20, "munge's socket")
 
     def _start(self, *command: str) -> None:
-        log = open(self.folder / f"{command[0]}-{command[-1]}.out".replace("/", "_")[-80:], "wb")  # noqa: SIM115
-        with log:
-            self._daemons.append(
-                subprocess.Popen(
-                    command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-                )
+        with open(self.folder / f"daemon-{len(self._daemons)}-{command[0]}.out", "wb") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
+        self._daemons.append(process)
 
     def _ready(self) -> bool:
         states = self.output("sinfo", "--noheader", "--Node", "--format=%N %t").split()

@@ -19,6 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.slurm
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 RECIPE = f"""
 run: {{steps: {STEPS}, seed: 3}}
@@ -166,6 +167,29 @@ def test_a_failing_run_is_a_failed_job(slurm, place: Path, words: list[str], cod
         folder
     )
     assert f"failed with exit code {code}" in said(folder)
+
+
+def test_all_scripts_pass_shellcheck(slurm, place: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: make test-slurm installs it")
+    neuron = ["backend=nxd", "data.global_batch=512", "--nodes", "2"]
+    hlat = [sys.executable, "-m", "hlat", "launch"]
+    scripts = []
+    for words in (
+        ["slurm", "small.yaml", *neuron],
+        ["slurm", "small.yaml", "optim.lr=[1e-3, 2e-3]", "--seeds", "2", *neuron],
+        ["torchrun", "small.yaml", *neuron],
+    ):
+        done = subprocess.run(
+            [*hlat, *words, "--dry-run"], cwd=place, capture_output=True, text=True, env=slurm.environ
+        )
+        assert done.returncode == 0, done.stderr
+        scripts += [f"#!/bin/bash\n{text}" for text in done.stdout.split("#!/bin/bash\n")[1:]]
+    scripts.append("#!/bin/bash\n" + (ROOT / "launch/templates/exitcode.sh").read_text())
+    assert len(scripts) == 6
+    for text in scripts:
+        checked = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
 
 
 def test_a_bad_node_is_excluded(slurm, place: Path) -> None:

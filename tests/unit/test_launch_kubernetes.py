@@ -148,7 +148,8 @@ def test_trainium_and_efa(recipe, capsys, monkeypatch) -> None:
     for name in ("NEURON_CC_FLAGS", "FI_PROVIDER", "MALLOC_ARENA_MAX"):
         monkeypatch.delenv(name, raising=False)
     words = [*WORDS[:3], "32", *WORDS[4:], "backend=nxd", "data.global_batch=128", "--memory", "440Gi"]
-    *_, job = dry(capsys, recipe, *words, "--instance-type", "trn1.32xlarge", "--mount-path", "/fsx")
+    words += ["--secret", "tokens", "--service-account", "trainer", "--mount-path", "/fsx"]
+    *_, job = dry(capsys, recipe, *words, "--instance-type", "trn1.32xlarge")
     validate(job)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -164,7 +165,8 @@ def test_trainium_and_efa(recipe, capsys, monkeypatch) -> None:
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
     assert volumes[mounts["/fsx"]]["persistentVolumeClaim"] == {"claimName": "fsx"}
-    assert container["workingDir"] == "/fsx"
+    assert container["workingDir"] == "/fsx" and pod["serviceAccountName"] == "trainer"
+    assert container["envFrom"] == [{"secretRef": {"name": "tokens"}}]
 
 
 @pytest.mark.parametrize("nodes", [1, 4])

@@ -285,6 +285,13 @@ def test_exit_codes(recipe, cluster, codes: str, exit_code: int, requeued: bool)
     assert cluster.calls("scontrol requeue") == ["scontrol requeue 7"] * requeued
 
 
+def test_a_step_that_does_not_start_is_tried_again(recipe, cluster) -> None:
+    cluster.write("srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
+    done = cluster.run(slurm.train_script(plan_of(recipe, cluster), slurm.Options(), cluster.folder))
+    assert done.returncode == 1 and cluster.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert "no node could start (exit code 1); requeue 1 of 50" in done.stderr
+
+
 def test_the_restart_budget(recipe, cluster) -> None:
     script = slurm.train_script(plan_of(recipe, cluster, max_requeues=3), slurm.Options(), cluster.folder)
     done = cluster.run(script, CODES="75 75", SLURM_RESTART_COUNT="2")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from hlat import cli
 from hlat.commands import recipes
 from hlat.errors import UserError
 from hlat.recipe import load
@@ -69,3 +70,13 @@ def test_schema(capsys, tmp_path):
     assert json.loads((tmp_path / "s.json").read_text()) == schema
     with pytest.raises(UserError, match="cannot be written"):
         run("schema", "--out", str(tmp_path / "none" / "s.json"))
+
+
+def test_overrides_may_stand_behind_options(capsys) -> None:
+    assert cli.main(["recipes", "show", "tiny", "run.steps=70", "--changed", "optim.lr=5e-4"]) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 70" in shown and "lr: 0.0005" in shown
+    for words in (["recipes", "show", "tiny", "--unknown", "optim.lr=1"], ["recipes", "list", "optim.lr=1"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
