@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hlat.observe.stopping import Signals
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
+    from hlat.train.loop import Loop
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +95,22 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     with scratch(recipe.run.dir) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
             status = subprocess.run(words, check=False).returncode
             if status:
                 return status
+    if recipe.compile_cache is not None and os.environ.get("NODE_RANK", "0") == "0":  # one writer
+        share(recipe, push=True)
     return 0
 
 
@@ -157,6 +163,7 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     from hlat.backend.neuron import machine
     from hlat.backend.neuron.profile import cluster, prepare
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     try:
@@ -165,6 +172,8 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []  # reported once, after the ranks have met
     if recipe.backend != "nxd":
         return []
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     nodes, cores = cluster(os.environ)
     efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
     return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
@@ -269,10 +278,9 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.observe.spot import watching
-    from hlat.observe.stopping import Deadline, end_of_time, exit_status, name_of, text_of
+    from hlat.observe.stopping import exit_status, name_of, text_of
     from hlat.train.describe import summary
     from hlat.train.initial import initial_from
-    from hlat.train.loop import Loop
     from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
@@ -298,20 +306,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = open_metrics(run, folder, saved, console, note, began)
     metrics.notes = saves.journal.rows
-    on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
-    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
-    loop = Loop(
-        run,
-        metrics,
-        saves,
-        on_checkpoint,
-        warn=console.warn if console else lambda line: None,
-        signals=job.signals,
-        deadline=Deadline(ends, recipe.checkpoint.grace),
-        cluster=cluster,
-        watchdog=job.watchdog,
-        tasks=tasks,
-    )
+    loop = _loop(run, metrics, saves, console, job, tasks)
     try:
         try:
             with watching(recipe.run.spot_notice if cluster.first_here else False, job.signals.note):
@@ -329,6 +324,26 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         metrics.close()
         saves.wait()
     return 0 if stopped is None else exit_status(stopped)
+
+
+def _loop(run: Any, metrics: Any, saves: Any, console: Console | None, job: Job, tasks: Any) -> Loop:
+    from hlat.observe.stopping import Deadline, end_of_time
+    from hlat.train.loop import Loop
+
+    recipe = run.recipe
+    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
+    return Loop(
+        run,
+        metrics,
+        saves,
+        console.checkpoint if console else lambda step: None,
+        warn=console.warn if console else lambda line: None,
+        signals=job.signals,
+        deadline=Deadline(ends, recipe.checkpoint.grace),
+        cluster=job.cluster,
+        watchdog=job.watchdog,
+        tasks=tasks,
+    )
 
 
 def _tasks(run: Any, job: Job) -> Any:

@@ -12,7 +12,7 @@ STREAMS = 4  # files at a time; a large file of S3 travels in ten parts at a tim
 Item = TypeVar("Item")
 
 
-def side_by_side(work: Callable[[Item], None], items: Sequence[Item], threads: int = STREAMS) -> None:
+def side_by_side(work: Callable[[Item], object], items: Sequence[Item], threads: int = STREAMS) -> None:
     """`work` on every item. Raises the first exception, once no work is under way any more; what had not
     begun by then is left.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlat.cli import main
+from hlat.doctor.finding import Finding
 from hlat.observe.heartbeat import FIRST_STEP, STEP, Heartbeat, Pace, Pulse, read_all
 from hlat.recipe import load
 from hlat.supervise import processes
@@ -259,6 +261,16 @@ def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) ->
     assert [e["exit"] for e in ends] == [None, None, 1] and "no further than step 9" in ends[-1]["why"]
     spent = decide(supervisor(tmp_path, budget=Budget(restarts=4)), killed, number=5)
     assert spent["exit"] == 1 and "--max-restarts" in spent["why"]
+
+
+def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None:
+    faults = [Finding("devices.neuron", "fail", "15 of 16 devices"), Finding("disk.run", "fail", "1 GB free")]
+    made = supervisor(tmp_path, checks=lambda: faults)
+    assert made.run() == 76
+    assert (made.logs / "bad-nodes.txt").read_text() == f"{socket.gethostname()}\n"
+    assert "unfit to train: devices.neuron: 15 of 16 devices\n" in capsys.readouterr().err
+    made.checks = lambda: faults[1:]  # another machine would have the same disk: told, and tried
+    assert made._refuse_start(1) is None and "disk.run: 1 GB free" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
