@@ -23,6 +23,7 @@ VERBS = {
     "compare": "evaluate several models on the same questions: differences and their significance",
     "sweep": "train every combination of some values, compare the results",
     "report": "draw one or several runs into an HTML file",
+    "cache": "share a node's Neuron compile cache through a store",
     "doctor": "check this machine, and print the lines that repair it",
 }
 

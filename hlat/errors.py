@@ -37,12 +37,18 @@ class TrainingStopped(UserError):
     exit_code = 3
 
 
-class SaveFailed(UserError):
-    """State could not be written: a full disk, a store that does not answer. What was complete before is
-    untouched, so the same command may be started again once there is room.
+class StorageFailed(UserError):
+    """A disk or a store does not do its part; nothing is wrong with the input. The same command may be
+    started again once it does.
     """
 
     exit_code = 74  # EX_IOERR of sysexits.h
+
+
+class SaveFailed(StorageFailed):
+    """State could not be written: a full disk, a store that does not answer. What was complete before is
+    untouched.
+    """
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

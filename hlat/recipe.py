@@ -34,6 +34,7 @@ from hlat.recipe_sections import (
     ScheduleSection,
 )
 from hlat.section import PluginSection, Section, Text, near_multiple, problem
+from hlat.storage.remote import check_url
 
 # What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
 # data.skip may change where the data is not reached yet (`hlat.train.state.check_same_run`).
@@ -62,6 +63,7 @@ _FREE = (
     "eval",
     "log",
     "compile",
+    "compile_cache",
     "backend",
 )
 
@@ -105,6 +107,10 @@ class Recipe(Section):
     """Compile the model with torch.compile; auto: where it pays."""
     backend: Literal["native", "nxd"] = "native"
     """native: torch.distributed on cpu, cuda, trn2 and later. nxd: NeuronX Distributed on trn1."""
+    compile_cache: Text | None = None
+    """backend nxd: a store to fetch compiled graphs from, and to push to after `hlat train --precompile`:
+    s3://bucket/folder (extra s3), or another URL that fsspec knows.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +150,10 @@ class Recipe(Section):
         if self.data.tokenizer == "init" and self.init.from_ is None:
             fix = "give init.from, or another tokenizer"
             raise problem("init is the tokenizer of init.from, which is not given", "data.tokenizer", fix)
+        if self.compile_cache is not None and (wrong := check_url(self.compile_cache)):
+            raise problem(wrong, "compile_cache", "write s3://bucket/folder, or file:///folder")
+        if self.compile_cache is not None and self.backend != "nxd":
+            raise problem("only backend nxd has graphs to share", "compile_cache", "leave it out")
         self._check_labels()
         if isinstance(self.parallel.dp, int):
             self._accumulate(self.parallel.dp)

@@ -23,6 +23,7 @@ from hlat.section import (
     near_multiple,
     problem,
 )
+from hlat.storage.remote import check_url
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -67,7 +68,9 @@ class SourceSection(Section):
     """One source of text: a path or a data set."""
 
     path: Text | None = None
-    """File or folder of text, jsonl, parquet or arrow; relative to the working directory."""
+    """File or folder of text, jsonl, parquet or arrow; relative to the working directory. Or a folder that
+    `hlat data tokenize` has written, also in a store: s3://bucket/folder (extra s3).
+    """
     dataset: Text | None = None
     """A Hugging Face data set, or python-stdlib: the standard library installed on this machine."""
     weight: PositiveFloat = 1.0
@@ -80,6 +83,8 @@ class SourceSection(Section):
         if (self.path is None) == (self.dataset is None):
             what = "neither path nor dataset" if self.path is None else "both path and dataset"
             raise problem(f"a source has {what}", "", "give exactly one of them")
+        if self.path is not None and "://" in self.path and (wrong := check_url(self.path)):
+            raise problem(wrong, "path", "write s3://bucket/folder, or a path")
         return self
 
 
@@ -338,6 +343,10 @@ class CheckpointSection(Section):
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
+    remote: Text | None = None
+    """Also keep the checkpoints in a store, in the folder <remote>/<run.name>: s3://bucket/folder (extra s3),
+    or another URL that fsspec knows. Credentials come from the environment.
+    """
     patience: NonNegativeFloat = 600.0
     """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
     grace: PositiveFloat = 30.0
@@ -354,6 +363,15 @@ class CheckpointSection(Section):
         if self.format == "nxd" and self.permanent_every_tokens is not None:
             what = "NxD deletes all but the newest checkpoints: permanent_every_tokens has no effect"
             raise problem(what, "permanent_every_tokens", "leave it out, or write format: hlat")
+        return self
+
+    @model_validator(mode="after")
+    def _where_copies_go(self) -> CheckpointSection:
+        if self.remote is not None and (wrong := check_url(self.remote)):
+            raise problem(wrong, "remote", "write s3://bucket/folder, or file:///folder")
+        if self.remote is not None and self.format == "nxd":
+            what = "NxD's own files are not uploaded"
+            raise problem(what, "remote", "leave it out, or write format: hlat")
         return self
 
 

@@ -21,7 +21,7 @@ from hlat.registry import register
 @register("objective", "mischief")
 class Mischief(CausalLM):
     """file: holds `RANK WHAT [SECONDS]`; the rank does it once: sleep, raise, compile (a compiler works for
-    it), exit3 (the guard's status), crash (SIGSEGV).
+    it), crash (SIGSEGV), nan (the loss of one micro-batch).
     """
 
     def __init__(self, *, file: str) -> None:
@@ -30,12 +30,15 @@ class Mischief(CausalLM):
 
     def loss(self, model: Any, batch: Any, denominator: torch.Tensor) -> torch.Tensor:
         """See `CausalLM`."""
+        loss = super().loss(model, batch, denominator)
         if self.file.exists():
             rank, what, *seconds = self.file.read_text().split()
             if rank == os.environ.get("RANK"):
                 self.file.unlink()
+                if what == "nan":
+                    return loss * float("nan")
                 self._do(what, float(seconds[0]) if seconds else 0.0)
-        return super().loss(model, batch, denominator)
+        return loss
 
     def _do(self, what: str, seconds: float) -> None:
         if what == "sleep":

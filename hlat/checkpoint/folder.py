@@ -82,11 +82,17 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return marker
 
 
-def check_sizes(folder: Path, marker: dict[str, Any]) -> None:
-    """Raise Broken if a file named in the marker is missing or has another size."""
-    for name, entry in marker["files"].items():
+def check_names(marker: dict[str, Any]) -> None:
+    """Raise Broken if the marker names a file outside the checkpoint."""
+    for name in marker["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Broken(f"{MARKER} names a file outside the checkpoint: {name}")
+
+
+def check_sizes(folder: Path, marker: dict[str, Any]) -> None:
+    """Raise Broken if a file named in the marker is missing or has another size."""
+    check_names(marker)
+    for name, entry in marker["files"].items():
         try:
             size = (folder / name).stat().st_size
         except OSError as error:

@@ -87,6 +87,10 @@ class CheckpointStore:
         self._peers = Peers.meet()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.keep_back: Callable[[int], bool] = lambda step: False
+        """Whether the checkpoint of a step, which retention would delete, stays for now (first process)."""
+        self.after_sequence = 0
+        """The next checkpoint counts as newer than one of this number that is kept elsewhere."""
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._unusable: set[int] = set()
         self._remarks: list[str] = []  # from the background thread, passed on by the next call
@@ -199,10 +203,11 @@ class CheckpointStore:
 
         def finish(index: Index) -> None:  # on rank 0, after all ranks have written
             existing = [entry for entry in folders.entries(self.root) if entry.step != step]
+            known = [entry.sequence for entry in folders.entries(self.root)]
             marker = {
                 "step": step,
                 "tokens": tokens,
-                "sequence": 1 + max((entry.sequence for entry in folders.entries(self.root)), default=0),
+                "sequence": 1 + max([self.after_sequence, *known]),
                 "permanent": is_permanent(step, tokens, existing, self.every),
             }
             folders.seal_folder(partial, sorted(index.headers), index.to_json(), meta, tokenizer, marker)
@@ -243,6 +248,8 @@ class CheckpointStore:
     def _delete_expired(self) -> None:
         entries = [replace(e, usable=e.step not in self._unusable) for e in folders.entries(self.root)]
         for entry in expired(entries, self.keep):
+            if self.keep_back(entry.step):
+                continue
             try:
                 folders.remove(folders.step_folders(self.root)[entry.step])
             except OSError as error:

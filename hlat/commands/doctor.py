@@ -36,6 +36,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, metavar="P", help="rendezvous port (default: MASTER_PORT, else 29500)"
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="examine all machines of a job together: start it under torchrun or srun, as the job itself",
+    )
+    parser.add_argument(
+        "--bad-nodes", metavar="FILE", help="with --cluster: write the machines that are not fit, one a line"
+    )
+    parser.add_argument(
+        "--min-bandwidth",
+        type=float,
+        metavar="MB_PER_S",
+        help="with --cluster: the least for an all-reduce (default: 20 over gloo, 1000 on accelerators)",
+    )
+    parser.add_argument(
+        "--slow",
+        type=float,
+        metavar="FACTOR",
+        help="with --cluster: a rank that needs so many times the median for a matrix product is not fit"
+        " (default: 1.5)",
+    )
     show = parser.add_mutually_exclusive_group()
     show.add_argument("--json", action="store_true", help="print the result as JSON")
     show.add_argument("--fix-plan", action="store_true", help="print only the commands that repair, in order")
@@ -48,6 +69,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check and report: 0 when nothing failed, 1 when something did. Raises UserError for a wrong recipe."""
+    if args.cluster:
+        from hlat.commands.doctor_cluster import examine_all
+
+        return examine_all(args)
+    for option in ("bad_nodes", "min_bandwidth", "slow"):
+        if getattr(args, option) is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError("goes with --cluster alone", where=name, fix="add --cluster, or leave it out")
     recipe = _recipe(args)
     nodes = args.nodes if args.nodes is not None else _nodes()
     if nodes < 1:

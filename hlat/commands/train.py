@@ -15,8 +15,6 @@ from hlat.errors import UserError
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
-    from hlat.checkpoint.nxd import NxdFolder
-    from hlat.checkpoint.reader import Checkpoint
     from hlat.observe.console import Console
     from hlat.observe.failures import Ending
     from hlat.observe.heartbeat import Pulse
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from hlat.observe.stopping import Signals
     from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
+    from hlat.train.loop import Loop
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -96,17 +95,22 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     with scratch(recipe.run.dir) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
             status = subprocess.run(words, check=False).returncode
             if status:
                 return status
+    if recipe.compile_cache is not None and os.environ.get("NODE_RANK", "0") == "0":  # one writer
+        share(recipe, push=True)
     return 0
 
 
@@ -143,7 +147,8 @@ class Job:
     def leave(self, seconds: float) -> None:
         """Wait for all ranks; after it each goes its own way."""
         if self.ending is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all as soon as one has ended
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all as soon as one has ended
+                signal.signal(number, signal.SIG_IGN)
             self.watchdog.beat(0, "leaving", patient=True)
             self.ending.board.note_end()
             self.cluster.leave(seconds)
@@ -158,6 +163,7 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     from hlat.backend.neuron import machine
     from hlat.backend.neuron.profile import cluster, prepare
+    from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
     try:
@@ -166,6 +172,8 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []  # reported once, after the ranks have met
     if recipe.backend != "nxd":
         return []
+    if recipe.compile_cache is not None:
+        share(recipe, push=False)
     nodes, cores = cluster(os.environ)
     efa = machine.efa_devices() if machine.neuron_devices() else None  # a host without Neuron has no EFA
     return [item.to_dict() for item in prepare(recipe, nodes=nodes, cores=cores, efa_devices=efa)]
@@ -221,7 +229,7 @@ def _work(
     if console is None:
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
-    _check_resume(recipe, data, folder)
+    _check_resume(recipe, data, folder, console)
     text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description):
         job.watchdog.before_exit = folder.close
@@ -236,13 +244,17 @@ def _work(
             raise
 
 
-def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
+def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
     from hlat.checkpoint.nxd import newest_nxd
     from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
     from hlat.train import state
+    from hlat.train.remote import newest_meta
 
+    remote = None
+    if recipe.checkpoint.remote is not None:
+        remote = newest_meta(recipe, folder.checkpoints, console.warn)
     if recipe.run.resume == "never":
         saved = (folder.checkpoints, folder.nxd_checkpoints)
         if any(kept.is_dir() and any(kept.iterdir()) for kept in saved):
@@ -251,7 +263,13 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
                 where=str(folder.path),
                 fix="choose another run.dir, or run.resume=auto to continue",
             )
+        if remote is not None:
+            what = "checkpoint.remote holds checkpoints of this run and run.resume is never"
+            fix = "choose another run.name, or run.resume=auto to continue"
+            raise UserError(what, where=str(recipe.checkpoint.remote), fix=fix)
         return
+    if remote is not None:
+        state.check_same_run(recipe, data.fingerprint, remote, str(recipe.checkpoint.remote))
     newest, _ = newest_in(folder.checkpoints, False, Peers())
     for found in (newest, newest_nxd(folder.nxd_checkpoints)):
         if found is not None:
@@ -260,15 +278,17 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder) -> None:
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.observe.spot import watching
-    from hlat.observe.stopping import Deadline, end_of_time, exit_status, name_of, text_of
+    from hlat.observe.stopping import exit_status, name_of, text_of
     from hlat.train.describe import summary
     from hlat.train.initial import initial_from
-    from hlat.train.loop import Loop
+    from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
+    from hlat.train.same import check_shared
     from hlat.train.saves import kind_of_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
+    check_shared(cluster, folder.path, limit)
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
@@ -284,22 +304,9 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     if saved is not None:
         saves.restore(run, saved)
     note = f"{'on' if compiled else 'off'} ({reason})"
-    metrics = _metrics(recipe, run, folder, saved, console, note, began)
+    metrics = open_metrics(run, folder, saved, console, note, began)
     metrics.notes = saves.journal.rows
-    on_checkpoint: Callable[[int], None] = console.checkpoint if console else lambda step: None
-    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
-    loop = Loop(
-        run,
-        metrics,
-        saves,
-        on_checkpoint,
-        warn=console.warn if console else lambda line: None,
-        signals=job.signals,
-        deadline=Deadline(ends, recipe.checkpoint.grace),
-        cluster=cluster,
-        watchdog=job.watchdog,
-        tasks=tasks,
-    )
+    loop = _loop(run, metrics, saves, console, job, tasks)
     try:
         try:
             with watching(recipe.run.spot_notice if cluster.first_here else False, job.signals.note):
@@ -319,45 +326,24 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     return 0 if stopped is None else exit_status(stopped)
 
 
-def _metrics(
-    recipe: Recipe,
-    run: Any,
-    folder: RunFolder,
-    saved: Checkpoint | NxdFolder | None,
-    console: Console | None,
-    compiled: str,
-    began: str = "",
-) -> Any:
-    """Where each step's figures go. Rank 0 has the console (and gives it the banner) and the sinks; the guard
-    looks on every rank.
-    """
-    from hlat.model.flops import flops_per_token
-    from hlat.observe.metrics import MetricBuffer
-    from hlat.observe.peak import peak_flops
-    from hlat.observe.sinks import open_sinks
-    from hlat.train.anomalies import GuardWatch
-    from hlat.train.describe import banner
+def _loop(run: Any, metrics: Any, saves: Any, console: Console | None, job: Job, tasks: Any) -> Loop:
+    from hlat.observe.stopping import Deadline, end_of_time
+    from hlat.train.loop import Loop
 
-    guard = GuardWatch(run, None if console is None else folder.logs)
-    if console is None:
-        return MetricBuffer([guard], every=recipe.log.every)
-    peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
-    console.start(run.step, mfu_note=str(peak) if peak else "")
-    console.banner(banner(run, folder.path, saved, compiled, peak, began))
-    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
-    work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
-    buffer = MetricBuffer(
-        [console, *sinks, guard],
-        every=recipe.log.every,
-        tokens_per_step=recipe.tokens_per_step,
-        flops_per_token=work
-        * flops_per_token(
-            recipe.model, recipe.data.seq_len, head=getattr(run.objective, "every_token", True)
-        ),
-        peak_flops=peak.flops * run.backend.world if peak else None,
+    recipe = run.recipe
+    ends = end_of_time(os.environ, recipe.run.max_hours, job.signals.began)
+    return Loop(
+        run,
+        metrics,
+        saves,
+        console.checkpoint if console else lambda step: None,
+        warn=console.warn if console else lambda line: None,
+        signals=job.signals,
+        deadline=Deadline(ends, recipe.checkpoint.grace),
+        cluster=job.cluster,
+        watchdog=job.watchdog,
+        tasks=tasks,
     )
-    guard.send = buffer.event
-    return buffer
 
 
 def _tasks(run: Any, job: Job) -> Any:

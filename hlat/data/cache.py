@@ -2,6 +2,7 @@
 
     tokenizers/<key>/tokenizer.json      key: content of the sources, vocabulary size, held-out fraction
     tokens/<key>/manifest.json, …        key: content of the source, tokenizer, held-out fraction
+    staged/<key>/manifest.json, …        a tokenized folder of a store; key: its manifest
 
 Entries are never changed; deleting any of them, or all, is safe while no run reads them.
 """

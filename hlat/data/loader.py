@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hlat.data.locate import document_ids, documents_in, rows_in
 from hlat.data.mixture import SourceRows, TrainStream
 from hlat.data.packed import TokenFolder
 from hlat.data.sources import Source, resolve_source, tokenized_folder
+from hlat.data.staged import is_url, staged
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import trained_vocab
 from hlat.errors import UserError
@@ -224,6 +225,14 @@ def prepare(
     A source whose path holds a manifest.json is taken as it is. Raises UserError (see the module's parts),
     also when the tokenizer has more than `max_vocab` ids.
     """
+    specs = [
+        replace(spec, path=str(staged(str(spec.path), f"data.sources[{number}].path", quiet)))
+        if is_url(spec.path)
+        else spec
+        for number, spec in enumerate(specs)
+    ]
+    if isinstance(tokenizer, str) and is_url(tokenizer):
+        tokenizer = str(staged(tokenizer, "data.tokenizer", quiet))
     ready = [tokenized_folder(spec.path) for spec in specs]
     texts: list[Source | None] = [
         None

@@ -8,7 +8,7 @@ from typing import Any
 
 from hlat.backend.neuron import machine as neuron
 from hlat.backend.neuron.release import EFA_INSTALLER
-from hlat.doctor import Case
+from hlat.doctor import Case, gpus
 from hlat.doctor.finding import Finding
 from hlat.doctor.machine import Machine
 
@@ -19,40 +19,31 @@ _EFA_ADVICE = "launch the instance with EFA interfaces (AWS, Prepare trn1.32xlar
 def check(machine: Machine, case: Case) -> Iterator[Finding]:
     """Devices a run computes and communicates on."""
     if not case.neuron:
-        yield _gpus(machine)
+        yield from gpus.check(machine)
         return
-    count = neuron.neuron_devices(machine.root)
-    yield _count(machine, case, count)
-    if count:
-        yield _listed(machine, count)
-        yield _memory_errors(machine)
-    yield from _efa(machine, case)
+    found = neuron.neuron_devices(machine.root)
+    yield count(machine, case)
+    if found:
+        yield _listed(machine, found)
+        yield memory_errors(machine)
+    yield from efa(machine, case)
 
 
-def _gpus(machine: Machine) -> Finding:
-    done = machine.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
-    if done is None:
-        return Finding("devices", "ok", f"no GPU and no Neuron device; {machine.cpus} CPU cores")
-    if done.code != 0:
-        text = " ".join((done.err or done.out).split())[:120]
-        return Finding("devices", "warn", f"nvidia-smi fails: {text}", advice="repair the NVIDIA driver")
-    names = [line.strip() for line in done.out.splitlines() if line.strip()]
-    return Finding("devices", "ok", f"{len(names)} GPU: {names[0]}" if names else "no GPU")
-
-
-def _count(machine: Machine, case: Case, count: int) -> Finding:
+def count(machine: Machine, case: Case) -> Finding:
+    """Whether all Neuron devices of the instance are there."""
+    found = neuron.neuron_devices(machine.root)
     kind = neuron.instance_type(machine.root)
     expected, _ = neuron.INSTANCES.get(kind, (0, 0))
     where = f" on {kind}" if kind else ""
-    if not count:
+    if not found:
         advice = f"take a {case.platform} instance, and load the driver (system.driver)"
         return Finding("devices.neuron", "fail", f"no Neuron device (/dev/neuron*){where}", advice=advice)
-    if count < expected:
+    if found < expected:
         advice = "reboot; if devices stay away, replace the instance"
         return Finding(
-            "devices.neuron", "fail", f"{count} of {expected} Neuron devices{where}", advice=advice
+            "devices.neuron", "fail", f"{found} of {expected} Neuron devices{where}", advice=advice
         )
-    return Finding("devices.neuron", "ok", f"{count} Neuron devices{where}")
+    return Finding("devices.neuron", "ok", f"{found} Neuron devices{where}")
 
 
 def _listed(machine: Machine, count: int) -> Finding:
@@ -94,7 +85,7 @@ def _devices(text: str) -> list[dict[str, Any]] | None:
     return found
 
 
-def _memory_errors(machine: Machine) -> Finding:
+def memory_errors(machine: Machine) -> Finding:
     """Uncorrected memory errors since the driver was loaded, from sysfs."""
     name = "devices.memory"
     seen, errors = 0, []
@@ -120,7 +111,8 @@ def _memory_errors(machine: Machine) -> Finding:
     return Finding(name, "fail", fact, advice="replace the instance")
 
 
-def _efa(machine: Machine, case: Case) -> Iterator[Finding]:
+def efa(machine: Machine, case: Case) -> Iterator[Finding]:
+    """EFA devices, and whether libfabric uses them."""
     kind = neuron.instance_type(machine.root)
     _, expected = neuron.INSTANCES.get(kind, (0, 1))
     count = neuron.efa_devices(machine.root)

@@ -45,6 +45,7 @@ class Machine:
         self.root = root
         self.environ: Mapping[str, str] = os.environ if environ is None else environ
         self.python = sys.version_info[:3]
+        self.patience = float("inf")  # seconds a command gets at most
         self.cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
     def read(self, path: str) -> str:
@@ -74,12 +75,12 @@ class Machine:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=timeout,
+                timeout=min(timeout, self.patience),
                 stdin=subprocess.DEVNULL,
                 env=None if environ is None else dict(environ),
             )
         except subprocess.TimeoutExpired:
-            return Output(None, "", f"no answer in {timeout:g} s")
+            return Output(None, "", f"no answer in {min(timeout, self.patience):g} s")
         except OSError as error:
             return Output(127, "", str(error))
         return Output(done.returncode, done.stdout, done.stderr)

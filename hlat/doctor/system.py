@@ -39,7 +39,7 @@ def check(machine: Machine, case: Case) -> Iterator[Finding]:
     if missing and not _has_repository(machine):
         lines = _YUM if _uses_rpm(machine) else _APT
         yield Finding("system.repository", "fail", "AWS's Neuron package repository is not configured", lines)
-    yield _driver(machine, case.release, found[DRIVER])
+    yield driver(machine, case.release, found[DRIVER])
     for name, pinned in case.release.system.items():
         if name != DRIVER:
             yield _package(machine, name, pinned, found[name], case.release)
@@ -57,7 +57,7 @@ def installed(machine: Machine, name: str) -> str:
     return ""
 
 
-def _driver(machine: Machine, release: Release, package: str) -> Finding:
+def driver(machine: Machine, release: Release, package: str) -> Finding:
     """The driver that is loaded counts: a container has no package, and a new one may wait for a reload."""
     name, pinned = "system.driver", release.system[DRIVER]
     loaded = machine.read("/sys/module/neuron/version")

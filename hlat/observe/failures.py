@@ -38,7 +38,7 @@ _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
 class Terminated(BaseException):
-    """A signal that ends the process before the training loop, which handles it otherwise."""
+    """A signal that ends the process before a first step is done; later the training loop handles it."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(number)
@@ -46,7 +46,8 @@ class Terminated(BaseException):
 
     def line(self) -> str:
         """What is said of it."""
-        return f"stopped by {signal.Signals(self.number).name} before a step; the newest checkpoint stands"
+        name = signal.Signals(self.number).name
+        return f"stopped by {name} before a first step was done; the newest checkpoint stands"
 
 
 class PeerFailed(Exception):

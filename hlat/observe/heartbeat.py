@@ -37,7 +37,7 @@ class Heartbeat:
     monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
     may last long by its nature. pace: seconds of the slowest of the last steps, 0 before there is one. where,
     waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase until
-    `stamp`.
+    `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
     """
 
     rank: int
@@ -52,13 +52,15 @@ class Heartbeat:
     where: str = ""
     waiting: bool = False
     spent: dict[str, float] = field(default_factory=dict)
+    rewinds: int = 0
+    back_to: int = 0
 
 
 class Pace:
     """Seconds by phase, and of the last steps. `begin` belongs to one thread; others only read."""
 
     def __init__(self, recent: int = 64) -> None:
-        self.first = 0
+        self.first = self.rewinds = self.back_to = self._last = 0
         self._state: tuple[tuple[int, str, float], dict[str, float]] = ((0, "start", time.monotonic()), {})
         self._recent: deque[float] = deque(maxlen=recent)
 
@@ -70,6 +72,10 @@ class Pace:
             self._recent.append(now - began)
         if phase == FIRST_STEP:
             self.first = step
+        if phase == STEP:
+            if step < self._last:
+                self.rewinds, self.back_to = self.rewinds + 1, step
+            self._last = step
         # In one assignment, for the thread that reads it.
         self._state = ((step, phase, now), {**spent, before: spent.get(before, 0.0) + now - began})
 
@@ -82,7 +88,8 @@ class Pace:
         """The same as values of a `Heartbeat`, and seconds by phase until `now`."""
         (step, phase, began), spent = self._state
         spent = {**spent, phase: spent.get(phase, 0.0) + now - began}
-        return {"step": step, "phase": phase, "began": began, "first": self.first, "spent": spent}
+        back = {"rewinds": self.rewinds, "back_to": self.back_to}
+        return {"step": step, "phase": phase, "began": began, "first": self.first, "spent": spent, **back}
 
     def slowest(self) -> float:
         """The longest of the last steps, 0 without any. On an accelerator most steps are only queued, and the

@@ -61,17 +61,21 @@ def truncate_after(path: Path, step: int) -> int:
 
 def move_after(path: Path, step: int, to: Path) -> int:
     """`truncate_after` of a run that goes back to `step`: what is removed is first appended to the file `to`
-    (a crash in between leaves it in both), and the records of earlier times the run went back stay.
-
-    Raises UserError when `to` cannot be written.
+    (a crash in between leaves it in both, a full disk loses it), and the records of earlier times the run
+    went back stay.
     """
 
-    def goes(row: Row) -> bool:
-        return _is_after(row, step) and (row.get("kind"), row.get("policy")) != ("anomaly", "rewind")
+    def move(lines: list[bytes]) -> None:
+        try:
+            append(to, b"".join(line for line in lines if line.endswith(b"\n")))
+        except SaveFailed as error:
+            warnings.warn(error.line(), stacklevel=2)
 
-    return len(
-        _cut(path, goes, lambda lines: append(to, b"".join(line for line in lines if line.endswith(b"\n"))))
-    )
+    return len(_cut(path, lambda row: _taken_back(row, step), move))
+
+
+def _taken_back(row: Row, step: int) -> bool:
+    return _is_after(row, step) and (row.get("kind"), row.get("policy")) != ("anomaly", "rewind")
 
 
 def _cut(
@@ -181,6 +185,18 @@ class MetricsFile:
                 os.ftruncate(self._file, self._whole)
                 self._whole = None
             raise
+        self._whole = None
+
+    def take_back(self, step: int, to: Path) -> None:
+        """The run goes back to `step`: move the rows after it to the file `to`. See `move_after`."""
+        self.flush()
+        waiting = [(line, _decode(line)) for line in self._waiting]
+        self._waiting = [line for line, row in waiting if row is not None and not _taken_back(row, step)]
+        if not self._waiting:
+            self.trouble = None
+        move_after(self.path, step, to)
+        os.close(self._file)  # the file may be another one now
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._whole = None
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hlat.errors import UserError
+from hlat.errors import TrainingStopped, UserError
 from hlat.observe.jsonl import Row, finite
 from hlat.observe.sinks import Sink
 
@@ -190,11 +190,12 @@ class MetricBuffer:
             self._mark += self._clock() - start
 
     def close(self) -> None:
-        """Flush, then close every sink, also when one of them fails."""
+        """Flush, then close every sink, also when one of them fails. A guard's word would come too late."""
         with contextlib.ExitStack() as stack:
             for sink in self._sinks:
                 stack.callback(sink.close)
-            stack.callback(self.flush)
+            with contextlib.suppress(Interruption, TrainingStopped):
+                self.flush()
 
     def _values(self, window: list[_Step]) -> list[list[float]]:
         """Values of each step in the order of its names; one fetch a device, so in practice one in all."""

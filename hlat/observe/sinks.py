@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hlat.errors import missing_extra
-from hlat.observe.jsonl import MetricsFile, move_after, truncate_after
+from hlat.observe.jsonl import MetricsFile, truncate_after
 from hlat.registry import lookup, register
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,11 +39,9 @@ class JsonlSink(MetricsFile):
 
     def rewind(self, step: int) -> None:
         """Move the rows after `step` to logs/rewound.jsonl."""
-        self.close()
         logs = self.path.parent / "logs"
         logs.mkdir(exist_ok=True)
-        move_after(self.path, step, logs / "rewound.jsonl")
-        super().__init__(self.path)
+        self.take_back(step, logs / "rewound.jsonl")
 
 
 @register("sink", "tensorboard")

@@ -45,7 +45,8 @@ def exit_status(cause: int) -> int:
 class Signals:
     """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a request that the training loop reads after a step.
 
-    Until `hold` there is no state to save: SIGTERM and SIGUSR1 raise Terminated, Ctrl-C KeyboardInterrupt.
+    Until `hold`, which comes with the first step done, there is nothing to save, and a compilation may be
+    under way: SIGTERM and SIGUSR1 raise Terminated, Ctrl-C KeyboardInterrupt.
     After it the first request stands and others change nothing, but a second Ctrl-C interrupts at once.
     """
 

@@ -81,6 +81,7 @@ class Attempt:
         grace: seconds for a save after a signal.
         received: the signal that the supervisor was sent, or None.
         others: asked now and then; a text ends this attempt, as other machines have ended theirs.
+        compiling: told whether a rank here has a compiler at work; says whether one elsewhere has.
         on_look: given all heartbeats of this machine at every look.
     """
 
@@ -94,10 +95,12 @@ class Attempt:
         grace: float,
         received: Callable[[], int | None] = lambda: None,
         others: Callable[[], str] = lambda: "",
+        compiling: Callable[[bool], bool] = lambda here: False,
         on_look: Callable[[Mapping[int, Heartbeat]], None] = lambda beats: None,
     ) -> None:
         self.place, self.limits, self.grace = place, limits, grace
         self.received, self.others, self.on_look = received, others, on_look
+        self.compiling = compiling
         self.scratch = Path(tempfile.mkdtemp(prefix="hlat-"))  # on this machine, never on the run's disk
         self.mirror = LogMirror(self.scratch / "logs", logs, place.node * place.nproc)
         self.logs = logs
@@ -124,7 +127,7 @@ class Attempt:
         finally:
             outcome.left = len(processes.end_all(self._process.pid))
             self._process.wait()
-            self.mirror.sync()
+            self.mirror.sync(last=True)
             outcome.text = self.mirror.tail()
             self._keep_stacks()
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -182,7 +185,13 @@ class Attempt:
         return True
 
     def _late(self, beats: Mapping[int, Heartbeat], now: float) -> list[Heartbeat]:
-        return overdue(beats, now, self.limits, processes.compiles, processes.halted)
+        def elsewhere() -> bool:
+            return self.compiling(any(processes.compiles(beat.pid) for beat in beats.values()))
+
+        late = overdue(beats, now, self.limits, processes.compiles, processes.halted, elsewhere)
+        if not late and any(now - beat.began > self.limits.of_beat(beat) for beat in beats.values()):
+            elsewhere()  # the ranks of other machines wait for ours
+        return late
 
     def _codes(self) -> dict[int, int]:
         try:

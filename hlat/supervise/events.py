@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.observe.jsonl import encode
+from hlat.observe.redact import redact, redact_all
 
 FOLDER = Path("logs") / "supervisor"
 FILE = "events.jsonl"
@@ -30,7 +31,8 @@ class Events:
 
     def add(self, event: str, line: str = "", **values: Any) -> None:
         """One event: `time` (unix seconds), `host`, its name and values; `line` is said as well."""
-        self._waiting.append(encode({"time": time.time(), "host": self.host, "event": event, **values}))
+        entry = {"time": time.time(), "host": self.host, "event": event, **values}
+        self._waiting.append(encode(redact_all(entry)))
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             size = self.path.stat().st_size if self.path.exists() else 0
@@ -43,4 +45,4 @@ class Events:
                     file.truncate(size)
         if line and not self.quiet:
             with contextlib.suppress(OSError):
-                print(f"hlat supervise: {line}", file=sys.stderr, flush=True)
+                print(f"hlat supervise: {redact(line)}", file=sys.stderr, flush=True)

@@ -55,8 +55,10 @@ class Timeline:
         span, last = self.spans[-1], self._last
         before = last.spent if last is not None and last.pid == beat.pid else {}
         span.first = span.first or beat.first
-        if last is not None and beat.phase == STEP and beat.step < last.step:  # it went back by itself
-            for step in [step for step in span.steps if step >= beat.step]:
+        reached = last.step if last is not None and last.pid == beat.pid else 0
+        if beat.rewinds > (last.rewinds if last is not None and last.pid == beat.pid else 0):
+            reached = beat.back_to - 1
+            for step in [step for step in span.steps if step > reached]:
                 span.book(REPEATED, span.steps.pop(step))
         for phase, seconds in beat.spent.items():
             new = seconds - before.get(phase, 0.0)
@@ -65,7 +67,7 @@ class Timeline:
             if phase != STEP:
                 span.book(kind_of(phase), new)
                 continue
-            begin = last.step + 1 if last is not None and beat.step > last.step else beat.step
+            begin = min(reached + 1, beat.step) if reached else beat.step
             for step in range(begin, beat.step + 1):
                 span.steps[step] = span.steps.get(step, 0.0) + new / (beat.step + 1 - begin)
         self._last = beat

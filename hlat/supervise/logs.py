@@ -1,6 +1,7 @@
 """Ranks' output: written on the machine's own disk, copied into the run folder as it grows.
 
-A rank whose output went straight to a full or hanging disk would fail or hang with it.
+A rank whose output went straight to a full or hanging disk would fail or hang with it. The copy holds no
+secret (`hlat.observe.redact`), whichever library printed it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from typing import BinaryIO
 
+from hlat.observe.redact import redact
+
+_BLOCK = 1 << 20
 _RANK_FILE = re.compile(r"(?P<rank>\d+)/(?P<stream>stdout|stderr)\.log$")
 
 
@@ -19,7 +24,7 @@ class LogMirror:
 
     def __init__(self, source: Path, target: Path, first: int = 0) -> None:
         self.source, self.target, self.first = source, target, first
-        self._copied: dict[Path, int] = {}
+        self._copied: dict[Path, tuple[int, int]] = {}  # bytes read, bytes written
 
     def files(self) -> dict[Path, Path]:
         """Each rank's file here, and its place in the run folder."""
@@ -31,18 +36,20 @@ class LogMirror:
                 found[path] = self.target / f"rank-{number:05}-{match['stream']}.log"
         return found
 
-    def sync(self) -> None:
-        """Append what is new. What the disk does not take now is tried again at the next call."""
+    def sync(self, last: bool = False) -> None:
+        """Append the lines that are new, at the end (`last`) also one without an end. What the disk does not
+        take now is tried again at the next call.
+        """
         for path, copy in self.files().items():
-            done = self._copied.get(path, 0)
             with contextlib.suppress(OSError), path.open("rb") as file:
-                file.seek(done)
-                while block := file.read(1 << 20):
+                read, written = self._copied.get(path, (0, 0))
+                while block := _next(file, read, last):
+                    clean = redact(block.decode(errors="surrogateescape")).encode(errors="surrogateescape")
                     self.target.mkdir(parents=True, exist_ok=True)
                     with copy.open("ab") as out:
-                        out.truncate(self._copied.get(path, 0))  # half a block of a disk that was full
-                        out.write(block)
-                    self._copied[path] = self._copied.get(path, 0) + len(block)
+                        out.truncate(written)  # half a block of a disk that was full
+                        out.write(clean)
+                    read, written = self._copied[path] = read + len(block), written + len(clean)
 
     def tail(self, size: int = 16384) -> str:
         """The end of every rank's output, stderr after stdout."""
@@ -52,3 +59,14 @@ class LogMirror:
                 file.seek(max(0, path.stat().st_size - size))
                 parts.append((path.name, file.read().decode(errors="replace")))
         return "\n".join(text for _, text in sorted(parts, key=lambda part: part[0] == "stderr.log"))
+
+
+def _next(file: BinaryIO, read: int, last: bool) -> bytes:
+    """The next lines of a file: a secret that is cut in two would not be found. Progress bars end theirs
+    with a carriage return.
+    """
+    file.seek(read)
+    block = file.read(_BLOCK)
+    end = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
+    whole = last or (end == 0 and len(block) == _BLOCK)
+    return block if whole else block[:end]

@@ -25,12 +25,23 @@ class Team:
 
     node, count = 0, 1
 
-    def ready(self, attempt: int) -> bool:
-        """Wait until all machines are ready to begin an attempt; False when one of them does not come."""
-        return True
+    def ready(self, attempt: int, host: str, fault: str) -> dict[int, tuple[str, str]]:
+        """Wait until all machines are ready to begin an attempt.
+
+        Args:
+            attempt: its number. host: this machine's name. fault: why it is unfit to train; empty: it is fit.
+
+        Returns:
+            Name and fault of each machine that has come in time, by number.
+        """
+        return {0: (host, fault)}
 
     def ended_elsewhere(self, attempt: int) -> bool:
         """Whether another machine's attempt has ended already."""
+        return False
+
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """Tell whether a rank of this machine compiles; returns whether one of another does."""
         return False
 
     def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -75,20 +86,28 @@ class Machines(Team):
             raise UserError(f"node {node}: {error.what}", where=f"{host}:{port}", fix=fix) from error
         self._store.set_timeout(timedelta(seconds=20))
 
-    def ready(self, attempt: int) -> bool:
+    def ready(self, attempt: int, host: str, fault: str) -> dict[int, tuple[str, str]]:
         """See `Team`."""
-        self._store.set(f"{attempt}/ready/{self.node}", "1")
-        return len(self._gather(f"{attempt}/ready", self.seconds)) == self.count
+        self._store.set(f"{attempt}/ready/{self.node}", json.dumps([host, fault]))
+        found = self._gather(f"{attempt}/ready", self.seconds)
+        return {node: (name, what) for node, (name, what) in ((n, json.loads(t)) for n, t in found.items())}
 
     def ended_elsewhere(self, attempt: int) -> bool:
         """See `Team`."""
         return bool(self._store.check([f"{attempt}/ended"]))
 
+    def compiling(self, attempt: int, here: bool) -> bool:
+        """See `Team`."""
+        prefix = f"{attempt}/compiling"
+        self._store.set(f"{prefix}/{self.node}", "1" if here else "0")
+        others = [f"{prefix}/{node}" for node in range(self.count) if node != self.node]
+        return any(self._store.check([key]) and self._store.get(key) == b"1" for key in others)
+
     def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """See `Team`."""
         self._store.set(f"{attempt}/end/{self.node}", json.dumps(mine))
         self._store.set(f"{attempt}/ended", "1")
-        found = self._gather(f"{attempt}/end", self.seconds)
+        found = self._gather(f"{attempt}/end", self.seconds, lambda: False)  # after a signal too
         return {node: json.loads(text) for node, text in found.items()}
 
     def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:

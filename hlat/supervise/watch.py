@@ -61,18 +61,28 @@ def overdue(
     limits: Limits,
     compiles: Callable[[int], bool],
     halted: Callable[[int], bool],
+    elsewhere: Callable[[], bool] = lambda: False,
 ) -> list[Heartbeat]:
     """The ranks that have been in one place for longer than it may last, the longest first.
 
-    compiles: whether a compiler works for a process; then it has the limit of compiling. halted: whether a
-    process is stopped by a signal; then no phase excuses it.
+    Args:
+        beats: of this machine. now: monotonic seconds.
+        compiles: whether a compiler works for a process; it, and those that wait meanwhile, have the limit of
+            compiling.
+        halted: whether a process is stopped by a signal; then no phase excuses it.
+        elsewhere: whether a rank of another machine compiles.
     """
     late = []
     for beat in beats.values():
         here, silent = now - beat.began, now - beat.stamp
-        stays = here > limits.of_beat(beat) and (here > limits.compiling or not compiles(beat.pid))
-        if stays or (silent > limits.stepping and halted(beat.pid)):
+        if silent > limits.stepping and halted(beat.pid):
             late.append(beat)
+        elif here > limits.of_beat(beat):
+            excused = here <= limits.compiling and (
+                compiles(beat.pid)
+                or (beat.waiting and (any(compiles(other.pid) for other in beats.values()) or elsewhere()))
+            )
+            late += [] if excused else [beat]
     return sorted(late, key=lambda beat: beat.began)
 
 

@@ -100,18 +100,20 @@ class Loop:
     def train(self) -> int | None:
         """Train to the last step, save and evaluate. Returns the cause that stopped it early, or None."""
         stop = None
-        self.signals.hold()
         self.metrics.start()
         self._begin()
         with manual_collection() as collector:
             while self.run.step < self.last_step and stop is None:
                 stop = self._steps(collector)
                 self._attempt(self._finish)
+        self.signals.hold()
         if self.run.step == self.last_step and not self.run.tasks_due:
             stop = None  # nothing is left to do
         if stop is None and self.held_out is None and self.run.data.holdout.documents:
             self.watchdog.beat(self.run.step, "evaluation")
             self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
+        self._beat_save(patient=True)
+        self.saves.finish(stopped=stop is not None)
         return stop
 
     def _begin(self) -> None:
@@ -133,6 +135,7 @@ class Loop:
             vote.begin(self._asked(2))  # the step that begins, and the next one if this stops nothing
             if self._attempt(self.one_step):
                 self._note_time(time.monotonic() - began)
+            self.signals.hold()  # from here on there is something to save
             collector()
             stop = vote.result() if self.cluster.world > 1 else self._asked(1)
             if stop == REBALANCE:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +16,14 @@ import torch
 
 import hlat
 from hlat.errors import UserError
+from hlat.observe.environment import versions
+from hlat.observe.lock import LOCK_FILE
 from hlat.recipe import Recipe, diff
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
 
+_NEURON = ("torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc", "libneuronxla", "nki")
 _HASHES = {
     "code": ("runs other HLAT code than", "install the same HLAT on every machine"),
     "recipe": ("has another recipe than", "give every rank the same recipe and overrides"),
@@ -28,8 +33,11 @@ _VALUES = {
     "hlat": "runs HLAT",
     "torch": "runs torch",
     "python": "runs Python",
+    "neuron": "has of Neuron",
     "device": "computes on",
 }
+
+SHARED_SECONDS = 60.0  # for which a network file system may not show what another machine has just made
 
 
 def code_hash(folder: Path | None = None) -> str:
@@ -42,6 +50,36 @@ def code_hash(folder: Path | None = None) -> str:
     return total.hexdigest()
 
 
+def software() -> dict[str, str]:
+    """What must be the same on every machine: HLAT's code, and the versions of what can change a result."""
+    return {
+        "code": code_hash(),
+        "hlat": hlat.__version__,
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "neuron": neuron_software(),
+    }
+
+
+def neuron_software(root: Path = Path("/")) -> str:
+    """Neuron packages and driver with their versions, in a line; "nothing" without any."""
+    found = {name: version for name, version in versions().items() if name in _NEURON}
+    with contextlib.suppress(OSError):
+        found["driver"] = (root / "sys/module/neuron/version").read_text().strip()
+    return ", ".join(f"{name} {version}" for name, version in found.items()) or "nothing"
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of a recipe with its bases, overrides and defaults resolved."""
+    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+
+
+def majority(values: Sequence[Any]) -> int:
+    """Where the value stands that most have; 0 where no value has a majority."""
+    common, count = Counter(values).most_common(1)[0]
+    return values.index(common) if count > len(values) / 2 else 0
+
+
 def check_machines(cluster: Cluster, seconds: float) -> None:
     """Choose this rank's device and compare code, versions and kind of device; refuse a GPU that two ranks
     share.
@@ -52,14 +90,7 @@ def check_machines(cluster: Cluster, seconds: float) -> None:
         cluster.choose_device()
         return
     gpu = cluster.choose_device()
-    facts = {
-        "code": code_hash(),
-        "hlat": hlat.__version__,
-        "torch": torch.__version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "device": cluster.device.type,
-        "gpu": gpu,
-    }
+    facts = {**software(), "device": cluster.device.type, "gpu": gpu}
     gathered = cluster.gather("machine", facts, seconds)
     refuse_differences(gathered, [str(member) for member in cluster.members])
     owners: dict[tuple[str, str], int] = {}
@@ -75,8 +106,7 @@ def check_recipe(cluster: Cluster, recipe: Recipe, seconds: float) -> None:
     if cluster.world == 1:
         return
     cluster.store.set(f"recipe-text/{cluster.rank}", json.dumps(recipe.to_dict()))
-    digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    facts = cluster.gather("recipe", {"recipe": digest}, seconds)
+    facts = cluster.gather("recipe", {"recipe": recipe_hash(recipe)}, seconds)
 
     def detail(rank: int, other: int) -> str:
         texts = [json.loads(cluster.store.get(f"recipe-text/{r}")) for r in (rank, other)]
@@ -90,6 +120,33 @@ def check_data(cluster: Cluster, fingerprint: str, seconds: float) -> None:
     """Compare what the data holds. Raises UserError on every rank alike."""
     facts = cluster.gather("data", {"data": fingerprint}, seconds)
     refuse_differences(facts, [str(member) for member in cluster.members])
+
+
+def check_shared(cluster: Cluster, folder: Path, seconds: float) -> None:
+    """Every rank must see the run folder that rank 0 has begun: they write a checkpoint together.
+
+    Raises UserError on every rank alike.
+    """
+    if cluster.world == 1:
+        return
+    lock = folder / LOCK_FILE
+    expected = cluster.from_first("run-folder", _content(lock), seconds)
+    end = time.monotonic() + SHARED_SECONDS
+    while not (seen := _content(lock) == expected) and time.monotonic() < end:
+        time.sleep(0.2)  # a network file system may remember for a while that there was no such folder
+    blind = [rank for rank, sees in enumerate(cluster.gather("sees-folder", seen, seconds)) if not sees]
+    if blind:
+        first = cluster.members[blind[0]]
+        what = f"{first} and {len(blind) - 1} more do not" if len(blind) > 1 else f"{first} does not"
+        fix = "put run.dir on a file system that all nodes share; checkpoint.remote copies it from there"
+        raise UserError(f"{what} see the run folder that rank 0 writes to", where=str(folder), fix=fix)
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def refuse_differences(facts: Sequence[Mapping[str, str]], names: Sequence[str], detail: Any = None) -> None:
@@ -106,8 +163,7 @@ def refuse_differences(facts: Sequence[Mapping[str, str]], names: Sequence[str],
         values = [fact.get(key) for fact in facts]
         if len(set(values)) == 1:
             continue
-        common, count = Counter(values).most_common(1)[0]
-        right = values.index(common) if count > len(values) / 2 else 0
+        right = majority(values)
         wrong = [rank for rank, value in enumerate(values) if value != values[right]]
         first = wrong[0]
         alike = [names[rank] for rank in wrong if values[rank] == values[first]]

@@ -17,6 +17,7 @@ from hlat.checkpoint.store import CheckpointStore
 from hlat.errors import SaveFailed, UserError
 from hlat.storage.journal import Journal
 from hlat.train import state
+from hlat.train.remote import RemoteSaves
 
 if TYPE_CHECKING:
     from hlat.checkpoint.reader import Checkpoint
@@ -57,6 +58,7 @@ class Saves:
         self._failed: SaveFailed | None = None  # the last save's failure, as all ranks know it
         self._open_since: float | None = None  # when the last save began, until its outcome is known
         self._step = 0  # of the last save
+        self._sent: int | None = None  # step of the last checkpoint given to the uploads
         self._countdown: int | None = None  # steps until the outcome of the last save is compared
         self.section = section = recipe.checkpoint
         self.nxd_folder, self.tokenizer = nxd_folder, list(tokenizer)
@@ -67,14 +69,40 @@ class Saves:
             async_=section.async_,
             warn=warn,
         )
+        self._remote: RemoteSaves | None = None
+        if section.remote is not None and self.store.first:
+            self._remote = RemoteSaves(recipe, folder, self.journal)
+            self.store.keep_back = self._remote.keeps
+        self._remote_searched = section.remote is None
 
     def find(self, before: int | None = None) -> Checkpoint | NxdFolder | None:
-        """The newest state there is, of a step below `before` if that is given; None where there is none."""
+        """The newest state there is, of a step below `before` if that is given; None where there is none. The
+        first time also `checkpoint.remote` is searched: what is newer there is fetched, and uploading begins.
+
+        Raises SaveFailed when the store does not answer for `checkpoint.patience`.
+        """
         checkpoint, files = self.store.newest(before=before), newest_nxd(self.nxd_folder)
+        if not self._remote_searched:
+            self._remote_searched = True
+            checkpoint = self._newest_of_both(checkpoint)
         if files is not None and before is not None and files.step >= before:
             files = None
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
             return files
+        return checkpoint
+
+    def _newest_of_both(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        while True:
+            step = None
+            if self._remote is not None:
+                step = self._remote.bring_newer(checkpoint.path if checkpoint else None)
+                self.store.after_sequence = self._remote.sequence
+                self.journal.report()
+            if self._exchange(step)[0] is None:
+                break
+            checkpoint = self.store.newest()
+        if self._remote is not None:
+            self._remote.start(checkpoint.path if checkpoint else None)
         return checkpoint
 
     def restore(self, run: Run, found: Checkpoint | NxdFolder) -> None:
@@ -134,6 +162,7 @@ class Saves:
         if self._saving is None or self.store.busy or self.store.failure is not None:
             return None
         done, self._saving = self._saving, None
+        self._send(done)
         return done
 
     def retry_due(self) -> bool:
@@ -157,12 +186,26 @@ class Saves:
         self.journal.report()
         return self._failed is None
 
+    def finish(self, stopped: bool) -> None:
+        """At the end of the run, when the last save is complete: wait for its upload, for a bounded time (see
+        `RemoteSaves.finish`). Raises SaveFailed on the first rank.
+        """
+        if self._remote is not None:
+            self._remote.finish(stopped)
+        self.journal.report()
+
+    def _send(self, step: int) -> None:
+        """Let a complete checkpoint be uploaded, once."""
+        if self._remote is not None and self._sent != step:
+            self._sent = step
+            self._remote.submit(step)
+
     def _has_failed(self) -> bool:
         return self._failed is not None or self.store.failure is not None
 
     def _attempt(self, run: Run, wait: bool, obstacle: OSError | None) -> None:
         details = state.meta(run)
-        self._step = self._saving = run.step
+        self._step, self._saving, self._sent = run.step, run.step, None
         self._failed, self._countdown, self._open_since = None, RETRY_STEPS, time.monotonic()
         try:
             self.store.save(
@@ -197,6 +240,7 @@ class Saves:
         seconds = time.monotonic() - began
         if failure is None:
             self.journal.done("save", self._step, seconds=seconds, size=0, row=False)
+            self._send(self._step)
             return
         self._failed, self._saving = failure, None
         if self.store.first:

@@ -17,12 +17,15 @@ from hlat.supervise.processes import descendants
 
 @dataclass
 class Target:
-    """A supervised run under way. store: folder behind `checkpoint.remote`; disk: of the run folder."""
+    """A supervised run under way. store: folder behind `checkpoint.remote`; disk: of the run folder;
+    mischief: the file that tests/mischief.py obeys.
+    """
 
     supervisor: int
     run: Path
     disk: Path
     store: Path
+    mischief: Path
     dice: random.Random
     lost: set[int] = field(default_factory=set)  # checkpoints that a fault is allowed to have destroyed
 
@@ -100,6 +103,19 @@ def store_errors(target: Target) -> None:
     wait_for(lambda: remote_newest(target) > saved, "a checkpoint in the store after it worked again")
 
 
+def nan_batch(target: Target) -> None:
+    """The loss of one micro-batch of a rank is NaN; the guard goes back and leaves that step's data out."""
+    records = target.run / "logs" / "anomalies.jsonl"
+
+    def rewinds() -> int:
+        return records.read_text().count('"rewind"') if records.exists() else 0
+
+    before, partial = rewinds(), target.mischief.with_suffix(".new")
+    partial.write_text(f"{target.dice.choice(sorted(target.ranks()))} nan")
+    partial.rename(target.mischief)
+    wait_for(lambda: rewinds() > before, "a rewind")
+
+
 def remote_newest(target: Target) -> int:
     """Step of the newest complete checkpoint in the store."""
     return max((e.step for e in entries(target.store)), default=0) if target.store.is_dir() else 0
@@ -121,5 +137,6 @@ FAULTS = {
     "corrupt": corrupt,
     "full_disk": full_disk,
     "store_errors": store_errors,
+    "nan_batch": nan_batch,
 }
 RESTARTS = {"kill", "stop", "term", "corrupt"}  # those after which a new attempt begins

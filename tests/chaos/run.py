@@ -28,11 +28,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import mischief  # noqa: E402
 from faults import FAULTS, RESTARTS, Target, wait_for  # noqa: E402
 
 from hlat.checkpoint.folder import entries, step_folder  # noqa: E402
+from hlat.checkpoint.reader import open_checkpoint  # noqa: E402
 from hlat.observe.jsonl import read_rows  # noqa: E402
 from hlat.supervise.processes import descendants  # noqa: E402
 
@@ -43,11 +45,18 @@ model: {{layers: 4, hidden: 128, heads: 4, kv_heads: 2, ffn: 256, vocab: 320, ma
 data: {{sources: [{{path: text}}], tokenizer: bytes, micro_batch: 4, global_batch: 8, holdout: 0.2}}
 schedule: {{name: constant}}
 parallel: {{zero1: true}}
+objective: {{name: mischief, file: mischief.txt}}
+guard: {{name: rewind, rewinds: 1000}}
 checkpoint: {{every: {EVERY}, keep: 3}}
 log: {{every: 5}}
 compile: false
 """
 DISK_MB = 96
+SEEN = {  # those that end no attempt
+    "full_disk": "delays saving only",
+    "store_errors": "delays saving only",
+    "nan_batch": "rewound",
+}
 
 
 @dataclass
@@ -67,9 +76,11 @@ class Chaos:
     def __init__(self, folder: Path, ranks: int, seed: int, hang_seconds: float) -> None:
         self.folder, self.ranks, self.hang_seconds = folder, ranks, hang_seconds
         self.dice = random.Random(seed)
+        self._expected: dict[str, dict[str, Any]] = {}
         self.disk, self.store = folder / "disk", folder / "store"
         self.environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"),
-                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+                        "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)])}  # fmt: skip
+        mischief.install(folder / "site")
         text = folder / "text"
         text.mkdir()
         for number in range(60):
@@ -92,11 +103,15 @@ class Chaos:
         return [*words, f"--nproc-per-node={self.ranks}", f"--hang-seconds={self.hang_seconds}",
                 "--max-fruitless=6"]  # fmt: skip
 
-    def undisturbed(self) -> dict[str, Any]:
-        """Every tensor of the last checkpoint of a run that nothing happened to."""
-        run = self.folder / "undisturbed"
-        self._start(run, self.folder / "undisturbed.log").wait()
-        return tensors(run)
+    def undisturbed(self, skipped: list[list[int]]) -> dict[str, Any]:
+        """The tensors of a run that nothing happened to, and that left out the data of these steps."""
+        key = json.dumps(skipped)
+        if key not in self._expected:
+            run = self.folder / f"undisturbed-{len(self._expected)}"
+            process = self._start(run, run.with_suffix(".log"), *([f"data.skip={key}"] if skipped else []))
+            assert process.wait(600) == 0, run.with_suffix(".log").read_text()[-4000:]
+            self._expected[key] = tensors(run)
+        return self._expected[key]
 
     def _start(self, run: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
         with log.open("ab") as out:
@@ -110,7 +125,7 @@ class Chaos:
         log = self.folder / f"{name}.log"
         stored = [f"checkpoint.remote={self.store.as_uri()}"] if "store_errors" in kinds else []
         process = self._start(run, log, *stored)
-        target = Target(process.pid, run, self.disk, self.store, self.dice)
+        target = Target(process.pid, run, self.disk, self.store, self.folder / "mischief.txt", self.dice)
         hits = []
         try:
             for kind in kinds:
@@ -213,7 +228,7 @@ def summary(hits: list[Hit]) -> str:
              "|---|---|---|---|---|"]  # fmt: skip
     for kind in dict.fromkeys(hit.kind for hit in hits):
         these = [hit for hit in hits if hit.kind == kind]
-        seen = ", ".join(sorted({hit.seen for hit in these if hit.seen})) or "delays saving only"
+        seen = ", ".join(sorted({hit.seen for hit in these if hit.seen})) or SEEN[kind]
         ends = [spread([h.detected - h.at for h in these if h.detected])]
         ends.append(spread([h.recovered - h.at for h in these if h.recovered]))
         lines.append(f"| {kind} | {len(these)} | {seen} | {ends[0]} | {ends[1]} |")
@@ -229,7 +244,9 @@ def spread(values: list[float]) -> str:
 
 def campaign(chaos: Chaos, kinds: list[str], faults: int, per_run: int) -> tuple[list[Hit], list[dict]]:
     """Runs until there were so many faults. Raises AssertionError where one does not end as it should."""
-    expected, hits, runs = chaos.undisturbed(), [], []
+    chaos.undisturbed([])
+    hits: list[Hit] = []
+    runs: list[dict[str, Any]] = []
     planned: list[str] = []
     while len(hits) < faults:
         wanted = min(per_run, faults - len(hits))
@@ -239,6 +256,7 @@ def campaign(chaos: Chaos, kinds: list[str], faults: int, per_run: int) -> tuple
         new, run = chaos.disturbed(f"run-{number}", planned[:wanted])
         planned = planned[len(new) :]
         hits += new
+        expected = chaos.undisturbed(open_checkpoint(run).meta["skipped_data"])
         assert same(expected, tensors(run)), f"{run} does not end as the undisturbed run does"
         assert not (left := orphans(chaos.folder)), f"{run} leaves processes: {left}"
         finish = events(run)[-1]

@@ -197,6 +197,21 @@ def test_a_disk_that_is_full_on_one_rank_for_good(place: Place) -> None:
     assert place.newest == 2
 
 
+@pytest.mark.slow
+def test_two_ranks_lose_their_disk_and_continue_from_the_store(place: Path) -> None:
+    shutil.rmtree(place.path / "store", ignore_errors=True)
+    remote = f"checkpoint.remote=file://{place.path}/store"
+    assert place.torchrun(2, NEVER, remote).codes == [0]
+    end = place.rows()
+    shutil.rmtree(place.path / "store")
+    first = place.torchrun(2, NEVER, remote, "run.stop_at_step=3")
+    assert first.codes == [0], first.texts[0]
+    second = place.torchrun(2, NEVER, remote)  # which removes the run folder first
+    assert second.codes == [0] and second.texts[0].count("checkpoint of step 3 fetched") == 1, second.texts[0]
+    assert [(row["step"], row["loss"]) for row in place.rows()] == [(row["step"], row["loss"]) for row in end]
+    assert place.newest == 6
+
+
 def test_an_exception_on_one_rank(place: Place) -> None:
     ended = place.torchrun(2, ("raise", 1, 2))
     text = ended.texts[0]

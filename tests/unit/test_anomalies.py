@@ -285,3 +285,32 @@ def test_data_may_be_left_out_by_hand_where_it_is_not_read_yet(place: Path, caps
     assert ends_like("[[9, 11], [2, 3]]", plain)
     assert train("data.skip=[[3, 2]]") == 2
     assert "data.skip[0]: the stretch ends at step 2, before it begins at 3" in capsys.readouterr().err
+
+
+def test_rows_are_taken_back_on_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, recwarn) -> None:
+    from hlat.observe import jsonl
+
+    file = jsonl.MetricsFile(place / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.row({"kind": "train", "step": step})
+    file.flush()
+
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl.os, "write", full)
+        patch.setattr(Path, "open", lambda path, *a, o=Path.open: full() if "ab" in a else o(path, *a))
+        file.row({"kind": "train", "step": 4})
+        file.row({"kind": "anomaly", "policy": "rewind", "step": 3})
+        file.flush()
+        file.take_back(2, place / "rewound.jsonl")
+        assert file.trouble is not None
+    file.row({"kind": "train", "step": 3})
+    file.close()
+    assert [(row["kind"], row["step"]) for row in jsonl.read_rows(place / "metrics.jsonl")] == [
+        ("train", 1),
+        ("train", 2),
+        ("anomaly", 3),
+        ("train", 3),
+    ]

@@ -22,6 +22,7 @@ from hlat.backend.rendezvous import Address, read_address
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.failures import Board, PeerFailed, Record, Terminated, is_echo
 from hlat.observe.watchdog import Sign, Watchdog, who_is_late
+from hlat.train import same
 from hlat.train.replicas import checksum, verify
 from hlat.train.same import code_hash, refuse_differences
 
@@ -142,6 +143,33 @@ def test_three_processes_speak_through_the_store() -> None:
         thread.join(60)
     assert found == {rank: [[0, 1, 4], "of 0", rank, 3] for rank in range(3)}
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_a_rank_that_does_not_see_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 0 and 1 share a folder, rank 2 has one of its own under the same name."""
+
+    class Two:
+        world, rank = 3, 0
+        members = tuple(NAMES)
+
+        def __init__(self, seen: list[bool]) -> None:
+            self.seen = seen
+
+        def from_first(self, name: str, value: str, seconds: float) -> str:
+            return value
+
+        def gather(self, name: str, value: bool, seconds: float) -> list[bool]:
+            return [value, *self.seen]
+
+    monkeypatch.setattr(same, "SHARED_SECONDS", 0.3)
+    (tmp_path / ".lock").write_text("rank 0's")
+    same.check_shared(Two([True, True]), tmp_path, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"rank 2 \(node-b\) does not see the run folder that rank 0 writes"):
+        same.check_shared(Two([True, False]), tmp_path, 1.0)  # type: ignore[arg-type]
+    elsewhere = Two([True, True])
+    monkeypatch.setattr(elsewhere, "from_first", lambda *args: "another run's")
+    with pytest.raises(UserError, match="put run.dir on a file system that all nodes share"):
+        same.check_shared(elsewhere, tmp_path, 1.0)  # type: ignore[arg-type]
 
 
 def test_whether_a_process_exists() -> None:

@@ -41,6 +41,10 @@ LAZY = {
     "tensorboard",
     "sentencepiece",
     "lm_eval",
+    "fsspec",
+    "s3fs",
+    "botocore",
+    "boto3",
 }
 LAZY |= {"accelerate", "torch.utils.tensorboard", "torch._inductor"}
 NEURON_PARTS = ("hlat.backend.nxd", "hlat.backend.neuron")

@@ -17,6 +17,8 @@ from hlat.errors import UserError
 from hlat.observe import failures
 from hlat.observe.redact import line_with_secret, redact, redact_all
 from hlat.recipe import load
+from hlat.supervise.events import Events
+from hlat.supervise.logs import LogMirror
 
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYplanted1",
@@ -151,7 +153,8 @@ compile: false
 """
 
 
-def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["torchrun", pytest.param("supervise", marks=pytest.mark.slow)])
+def test_a_run_folder_holds_no_planted_secret(how: str, tmp_path: Path) -> None:
     """A real run of two ranks with planted variables, then every byte it and its launcher wrote."""
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "text").mkdir()
@@ -161,6 +164,8 @@ def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
     environ |= PLANTED | CARRIERS | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--log-dir={tmp_path}/logs", "--redirects=3", "-m", "hlat", "train", "small.yaml"]
+    if how == "supervise":
+        command = [sys.executable, "-m", "hlat", "supervise", "small.yaml", "--nproc-per-node=2"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "runs/small/environment.json").read_text())
@@ -172,3 +177,29 @@ def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
     found = {str(file): holds(file.read_bytes().decode("latin-1")) for file in files}
     assert {name: words for name, words in found.items() if words} == {}
     assert not holds(done.stdout + done.stderr)
+
+
+def test_a_supervised_ranks_log_and_the_restart_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a library prints, in lines and halves of lines; byte for byte where there is no secret."""
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    source = tmp_path / "scratch/a/attempt_0/0"
+    source.mkdir(parents=True)
+    mirror, copy = LogMirror(tmp_path / "scratch", tmp_path / "logs"), tmp_path / "logs/rank-00000-stderr.log"
+    with (source / "stderr.log").open("wb") as file:
+        for piece in (
+            b"before \xff\n",
+            b"GET hf_PLANTED3abc",
+            b"defghijklmnopqrstuv\nafter",
+            b" it\r50 %\rend",
+        ):
+            file.write(piece)
+            file.flush()
+            mirror.sync()
+            assert not copy.exists() or not holds(copy.read_bytes().decode("latin-1"))
+    assert copy.read_bytes() == b"before \xff\nGET ***\nafter it\r50 %\r"
+    mirror.sync(last=True)
+    mirror.sync(last=True)
+    assert copy.read_bytes() == b"before \xff\nGET ***\nafter it\r50 %\rend"
+    events = Events(tmp_path, quiet=True)
+    events.add("end", reason=f"refused {PLANTED['HF_TOKEN']}", rank=3)
+    assert json.loads((tmp_path / "events.jsonl").read_text())["reason"] == "refused ***"

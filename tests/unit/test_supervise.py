@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlat.cli import main
+from hlat.doctor.finding import Finding
 from hlat.observe.heartbeat import FIRST_STEP, STEP, Heartbeat, Pace, Pulse, read_all
 from hlat.recipe import load
 from hlat.supervise import processes
@@ -58,6 +60,21 @@ def test_each_phase_has_its_limit(heard: Heartbeat, limit: float) -> None:
 def test_a_compiler_at_work_has_the_limit_of_compiling() -> None:
     assert late(beat(), now=160.1, compiles=True) == []
     assert late(beat(), now=600.1, compiles=True) == [0]
+
+
+def test_those_that_wait_for_a_compiler_are_excused_too() -> None:
+    a, b = beat(rank=0, pid=1), beat(rank=1, pid=2, waiting=True)
+
+    def found(waiting: bool, elsewhere: bool, compiler: int) -> list[int]:
+        table = {0: a, 1: replace(b, waiting=waiting)}
+        late = overdue(
+            table, 160.0, LIMITS, lambda pid: pid == compiler, lambda pid: False, lambda: elsewhere
+        )
+        return [heard.rank for heard in late]
+
+    assert found(waiting=True, elsewhere=False, compiler=1) == []
+    assert found(waiting=False, elsewhere=False, compiler=1) == [1]
+    assert found(waiting=True, elsewhere=True, compiler=0) == [0]
 
 
 def test_a_stopped_process_is_excused_by_no_phase() -> None:
@@ -133,10 +150,19 @@ def test_the_books_add_up_to_the_wall_time(phases: list[tuple[str, float]]) -> N
 def test_a_run_that_went_back_by_itself_repeats() -> None:
     timeline = Timeline()
     timeline.start(0.0)
-    for stamp, step in ((1.0, 1), (2.0, 2), (3.0, 3), (4.0, 2), (5.0, 3)):
-        timeline.look({0: Heartbeat(0, 1, step, STEP, stamp, stamp, spent={STEP: stamp})})
+    for stamp, step, rewinds in ((1.0, 1, 0), (2.0, 2, 0), (3.0, 3, 0), (5.0, 3, 1)):  # 2 and 3 again
+        back = {"rewinds": rewinds, "back_to": 2 * rewinds}
+        timeline.look({0: Heartbeat(0, 1, step, STEP, stamp, stamp, spent={STEP: stamp}, **back)})
     timeline.finish(5.0)
     assert table(timeline.spans) == {"stepping": 3.0, "repeated": 2.0, "down": 0.0}
+
+
+def test_pace_knows_where_it_went_back_to() -> None:
+    pace = Pace()
+    for step in (1, 2, 3, 2, 3, 4):
+        pace.begin(step, STEP)
+    look = pace.look(time.monotonic())
+    assert (look["rewinds"], look["back_to"]) == (1, 2)
 
 
 def test_logs_are_copied_as_they_grow_and_nothing_is_lost_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -235,6 +261,16 @@ def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) ->
     assert [e["exit"] for e in ends] == [None, None, 1] and "no further than step 9" in ends[-1]["why"]
     spent = decide(supervisor(tmp_path, budget=Budget(restarts=4)), killed, number=5)
     assert spent["exit"] == 1 and "--max-restarts" in spent["why"]
+
+
+def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None:
+    faults = [Finding("devices.neuron", "fail", "15 of 16 devices"), Finding("disk.run", "fail", "1 GB free")]
+    made = supervisor(tmp_path, checks=lambda: faults)
+    assert made.run() == 76
+    assert (made.logs / "bad-nodes.txt").read_text() == f"{socket.gethostname()}\n"
+    assert "unfit to train: devices.neuron: 15 of 16 devices\n" in capsys.readouterr().err
+    made.checks = lambda: faults[1:]  # another machine would have the same disk: told, and tried
+    assert made._refuse_start(1) is None and "disk.run: 1 GB free" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

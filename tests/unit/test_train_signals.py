@@ -141,7 +141,7 @@ def test_a_signal_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyP
         assert train() == 138
         err = capsys.readouterr().err
         assert (
-            "hlat: stopped by SIGUSR1 before a step; the newest checkpoint stands" in err
+            "hlat: stopped by SIGUSR1 before a first step was done; the newest checkpoint stands" in err
             and "Trace" not in err
         )
     monkeypatch.setattr(data, "open_data", opened)
@@ -151,6 +151,15 @@ def test_a_signal_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     os.chdir(place)
     assert open_checkpoint("runs/small").step == 2
+    assert ends_like_an_undisturbed_run()
+
+
+def test_a_compilation_is_not_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each start, which may compile."""
+    assert train("run.stop_at_step=2") == 0
+    at_step(monkeypatch, 2, lambda: (send(TERM), pytest.fail("went on")))
+    assert train() == 143
+    assert stopped() == {"by": "SIGTERM", "step": None} and open_checkpoint("runs/small").step == 2
     assert ends_like_an_undisturbed_run()
 
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hlat.errors import UserError
@@ -45,6 +46,14 @@ def process_group() -> str:
     import torch_xla.distributed.xla_backend  # noqa: F401  # registers the backend "xla"
 
     return "xla"
+
+
+def device() -> torch.device:
+    """What NxD computes on in this process."""
+    from neuronx_distributed.utils import get_device
+
+    found: torch.device = get_device()
+    return found
 
 
 @dataclass(frozen=True)

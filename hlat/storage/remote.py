@@ -1,0 +1,247 @@
+"""A folder in a store: s3:// (extra s3), or another URL that fsspec knows, file:// and memory:// among them.
+
+What is uploaded is compared with what the store then holds. Credentials are the store's own affair (for s3
+AWS's usual chain: environment, profile, role of the instance); none is ever in a URL here, nor in a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hlat.errors import UserError, missing_extra
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*://(?!/*$)[^?#\s]+")
+PART = 64 << 20  # bytes of a part of a large upload, and of one read
+MOST_PARTS = 10_000  # S3's limit; a larger file gets larger parts
+_LOGIN = re.compile(r"://[^/]*@")
+_DEFECTS = (TypeError, AttributeError, NameError, AssertionError)
+_S3_TIMES = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
+# Answers that no waiting changes. botocore's codes, and the exceptions that s3fs makes of them.
+_LASTING = re.compile(
+    r"NoSuchBucket|InvalidBucketName|AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
+    r"|credentials|bucket does not exist|Access Denied",
+    re.IGNORECASE,
+)
+
+
+class StoreError(Exception):
+    """A store did not do what it was asked to. The text is a line.
+
+    Args:
+        text: what happened.
+        kind: failures of one kind are told once.
+        lasting: waiting does not help: no such bucket, no permission.
+    """
+
+    def __init__(self, text: str, kind: str = "", lasting: bool = False) -> None:
+        super().__init__(text)
+        self.kind, self.lasting = kind or text, lasting
+
+
+def check_url(url: str) -> str:
+    """What is wrong with the URL of a folder in a store, or ""."""
+    if _LOGIN.search(url):
+        return "it holds a login, which belongs into the environment"
+    if "::" in url or not URL.fullmatch(url):
+        return "it is not the URL of a folder"
+    return ""
+
+
+class Remote:
+    """A folder in a store. Paths are relative to it, with `/`. Safe to use from several threads.
+
+    Raises UserError for a URL that is none, an unknown kind of store, or a package that is missing.
+    """
+
+    def __init__(self, url: str, where: str = "") -> None:
+        if problem := check_url(url):
+            shown = _LOGIN.sub("://", url)
+            raise UserError(
+                f"'{shown}': {problem}", where=where, fix="write s3://bucket/folder or another URL"
+            )
+        self.url = url.rstrip("/")
+        self._fs, root = _open(self.url, where)
+        self.root = root.rstrip("/")
+        self._is_s3 = self.url.startswith(("s3://", "s3a://"))
+
+    def at(self, path: str) -> str:
+        """The store's own name of a path in this folder."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Name, relative to this `Remote`, and bytes of every file under a folder. Raises StoreError."""
+        with _told(f"listing {self.url}"):
+            try:
+                found = self._fs.find(self.at(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+            start = len(self.root) + 1
+            return {name[start:]: int(item["size"]) for name, item in found.items() if item["type"] == "file"}
+
+    def read(self, path: str) -> bytes:
+        """A small file. Raises FileNotFoundError, StoreError."""
+        with _told(f"reading {self.url}/{path}", absent=True):
+            return bytes(self._fs.cat_file(self.at(path)))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file; complete, or as it was, on stores that say so (S3). Raises StoreError."""
+        with _told(f"writing {self.url}/{path}"):
+            self._fs.pipe_file(self.at(path), data)
+            if bytes(self._fs.cat_file(self.at(path))) != data:
+                raise StoreError(f"{self.url}/{path} holds other bytes than were written", "content")
+
+    def upload(self, file: Path, path: str) -> int:
+        """Upload a file and compare what the store then holds (see `same`). Returns its bytes.
+
+        Raises StoreError; OSError when the local file cannot be read.
+        """
+        size = file.stat().st_size
+        part = max(PART, -(-size // MOST_PARTS))
+        options = {"chunksize": part} if self._is_s3 else {}
+        with _told(f"writing {self.url}/{path}"):
+            self._fs.put_file(str(file), self.at(path), **options)
+        if not self.same(file, path):
+            raise StoreError(f"{self.url}/{path} holds other bytes than were written", "content")
+        return size
+
+    def same(self, file: Path, path: str) -> bool:
+        """Whether the store holds the bytes of a local file: by the checksum that S3 names, else by reading
+        them back. Raises FileNotFoundError, StoreError; OSError when the local file cannot be read.
+        """
+        size = file.stat().st_size
+        with _told(f"reading {self.url}/{path}", absent=True):
+            info = self._fs.info(self.at(path))
+        if int(info["size"]) != size:
+            return False
+        tag = str(info.get("ETag", "")).strip('"')
+        if tag and tag == _s3_tag(file, size, max(PART, -(-size // MOST_PARTS))):
+            return True
+        return self._digest(path, size) == _file_digest(file)
+
+    def download(self, path: str, file: Path) -> None:
+        """Write a file of the store to the disk and flush it. Raises FileNotFoundError, StoreError, and
+        OSError when the disk does not take it.
+        """
+        with _told(f"reading {self.url}/{path}", absent=True):
+            size = int(self._fs.info(self.at(path))["size"])
+        with file.open("xb") as out:
+            for block in self._blocks(path, size):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def delete(self, folder: str, first: str) -> None:
+        """Delete a folder, its file `first` before the others. Raises StoreError."""
+        with _told(f"deleting {self.url}/{folder}"):
+            for path, options in ((f"{folder}/{first}", {}), (folder, {"recursive": True})):
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm(self.at(path), **options)
+
+    def abort_uploads(self) -> int:
+        """Drop the parts of uploads that a killed process left unfinished; S3 keeps (and bills) them unseen.
+        Returns how many uploads. Raises StoreError.
+        """
+        if not self._is_s3:
+            return 0
+        bucket, _, prefix = self.root.partition("/")
+        with _told(f"listing unfinished uploads of {self.url}"):
+            ask = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+            uploads = self._fs.call_s3("list_multipart_uploads", **ask).get("Uploads", [])
+            for upload in uploads:
+                which = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self._fs.call_s3("abort_multipart_upload", **which)
+            return len(uploads)
+
+    def probe(self) -> None:
+        """Write, read and delete a small file. Raises UserError when the store will never allow that,
+        StoreError when it does not now.
+        """
+        name = f".probe-{os.getpid()}-{time.time_ns()}"
+        try:
+            self.write(name, b"hlat")
+            with _told(f"deleting {self.url}/{name}"):
+                self._fs.rm_file(self.at(name))
+        except StoreError as error:
+            if error.lasting:
+                fix = "correct the URL, the credentials in the environment, or their permissions"
+                raise UserError(str(error), where="checkpoint.remote", fix=fix) from error
+            raise
+
+    def _blocks(self, path: str, size: int) -> Iterator[bytes]:
+        for start in range(0, size, PART):
+            with _told(f"reading {self.url}/{path}", absent=True):
+                block = bytes(self._fs.cat_file(self.at(path), start=start, end=min(start + PART, size)))
+            yield block
+
+    def _digest(self, path: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for block in self._blocks(path, size):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _open(url: str, where: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):
+        options |= {"skip_instance_cache": True, "config_kwargs": _S3_TIMES}
+    if scheme in ("file", "local"):
+        options |= {"auto_mkdir": True}
+    try:
+        file_system, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        if scheme in ("s3", "s3a"):
+            raise missing_extra("s3fs", "s3", f"{where or url}: {scheme}://") from error
+        what = f"{scheme}:// needs a package that is not installed ({error})"
+        raise UserError(what, where=where, fix="install it, or use s3://") from error
+    except ValueError as error:
+        raise UserError(f"'{url}': {error}", where=where, fix="write s3://bucket/folder") from error
+    return file_system, str(root)
+
+
+@contextlib.contextmanager
+def _told(doing: str, absent: bool = False) -> Iterator[None]:
+    """Turn whatever a store's library raises into a StoreError; with `absent` a missing file stays one."""
+    try:
+        yield
+    except (StoreError, *_DEFECTS):
+        raise
+    except FileNotFoundError as error:
+        if absent and not _LASTING.search(str(error)):
+            raise
+        raise _store_error(doing, error) from error
+    except Exception as error:
+        raise _store_error(doing, error) from error
+
+
+def _store_error(doing: str, error: Exception) -> StoreError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lasting = isinstance(error, PermissionError) or bool(_LASTING.search(f"{type(error).__name__} {error}"))
+    return StoreError(f"{doing}: {lines[0][:200]}", type(error).__name__, lasting)
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _s3_tag(file: Path, size: int, part: int) -> str:
+    """S3's ETag of a file uploaded in parts of so many bytes: the MD5 of its content, or of its parts' MD5s.
+    (With some encryptions the tag is something else.)
+    """
+    with file.open("rb") as stream:
+        if size < 2 * part:  # s3fs sends it in one piece
+            return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        digests = []
+        while block := stream.read(part):
+            digests.append(hashlib.md5(block, usedforsecurity=False).digest())
+    return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"

@@ -1,0 +1,56 @@
+"""Where the figures of each step of a run go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hlat.model.flops import flops_per_token
+from hlat.observe.metrics import MetricBuffer
+from hlat.observe.peak import peak_flops
+from hlat.observe.sinks import open_sinks
+from hlat.train.anomalies import GuardWatch
+from hlat.train.describe import banner
+
+if TYPE_CHECKING:
+    from hlat.checkpoint.nxd import NxdFolder
+    from hlat.checkpoint.reader import Checkpoint
+    from hlat.observe.console import Console
+    from hlat.observe.runfolder import RunFolder
+    from hlat.train.run import Run
+
+
+def open_metrics(
+    run: Run,
+    folder: RunFolder,
+    saved: Checkpoint | NxdFolder | None,
+    console: Console | None,
+    compiled: str,
+    began: str = "",
+) -> MetricBuffer:
+    """The metrics of a run that is ready to train. Rank 0 has the console (and gives it the banner) and the
+    sinks; the guard looks on every rank.
+
+    Args:
+        saved: what the run continues from.
+        console: None on every rank but the first.
+        compiled, began: for the banner: whether it is compiled and why; what it started from.
+    """
+    recipe = run.recipe
+    guard = GuardWatch(run, None if console is None else folder.logs)
+    if console is None:
+        return MetricBuffer([guard], every=recipe.log.every)
+    peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
+    console.start(run.step, mfu_note=str(peak) if peak else "")
+    console.banner(banner(run, folder.path, saved, compiled, peak, began))
+    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
+    every_token = getattr(run.objective, "every_token", True)
+    buffer = MetricBuffer(
+        [console, *sinks, guard],
+        every=recipe.log.every,
+        tokens_per_step=recipe.tokens_per_step,
+        flops_per_token=work * flops_per_token(recipe.model, recipe.data.seq_len, head=every_token),
+        peak_flops=peak.flops * run.backend.world if peak else None,
+    )
+    guard.send = buffer.event
+    return buffer
