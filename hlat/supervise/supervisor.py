@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
+_WARNING = re.compile(r"\w*Warning: |\bwarning: ")  # told, and survived: not why a rank ended
 SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
 _TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
@@ -227,7 +229,7 @@ class Supervisor:
         return classify(
             Evidence(
                 exit_codes={int(rank): code for rank, code in report["codes"].items()},
-                text=report["text"],
+                text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
                 kernel=report["kernel"],
                 hang=report["hang"],
                 stalled=False,
