@@ -31,6 +31,16 @@ class _Done:
         """Nothing was started."""
 
 
+class _Work:
+    """torch's, waited for in a frame of this file: by that the watchdog knows that a rank waits."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self) -> object:
+        return self._work.wait()
+
+
 class _Sum:
     """Runs of one shard from every rank that arrive in `parts`, and are summed when they are waited for."""
 
@@ -108,7 +118,7 @@ class Group:
 
 
 def _pending(work: dist.Work | None) -> Pending:
-    return _Done() if work is None else work  # type: ignore[return-value]
+    return _Done() if work is None else _Work(work)
 
 
 @dataclass(frozen=True)

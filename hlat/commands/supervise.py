@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
     _check(args)
     from hlat.commands.recipe_file import load
+    from hlat.supervise.node import node_findings
     from hlat.supervise.supervisor import Budget, Supervisor
     from hlat.supervise.watch import Limits
 
@@ -80,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
         grace=300.0 if args.grace is None else args.grace,
         budget=Budget(args.max_restarts, args.max_fruitless),
         again=again,
+        checks=lambda: node_findings(recipe, nodes=args.nnodes, ranks=args.nproc_per_node),
     )
     supervisor.team = _team(args, place, recipe, supervisor)
     return supervisor.run()

@@ -7,11 +7,11 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hlat.observe.heartbeat import STEP, Heartbeat
 from hlat.observe.stopping import SPOT, text_of
@@ -20,8 +20,12 @@ from hlat.supervise.attempt import Attempt, Outcome, Place
 from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
 from hlat.supervise.events import BAD_NODES, FOLDER, Events
 from hlat.supervise.goodput import Timeline, goodput, table
+from hlat.supervise.node import is_bad
 from hlat.supervise.team import Team
 from hlat.supervise.watch import Limits, name_the_late
+
+if TYPE_CHECKING:
+    from hlat.doctor.finding import Finding
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
@@ -51,6 +55,7 @@ class Supervisor:
         place: of this machine. limits, grace: see `Attempt`.
         budget: how often to start again.
         team: the other machines.
+        checks: what speaks for and against starting on this machine, asked before each attempt.
     """
 
     def __init__(
@@ -64,10 +69,11 @@ class Supervisor:
         budget: Budget | None = None,
         team: Team | None = None,
         again: Sequence[str] = (),
+        checks: Callable[[], list[Finding]] = list,
     ) -> None:
         self.command, self.again, self.run_folder, self.place = list(command), list(again), run, place
         self.limits, self.grace, self.budget = limits, grace, budget or Budget()
-        self.team = team or Team()
+        self.team, self.checks = team or Team(), checks
         self.logs = run / FOLDER
         self.events = Events(self.logs, quiet=place.node > 0)
         self.timeline = Timeline()
@@ -83,9 +89,9 @@ class Supervisor:
             number = 0
             while True:
                 number += 1
-                if not self.team.ready(number):
-                    self.events.add("no-start", "not all machines came to start; giving up", attempt=number)
-                    return FAILED
+                refused = self._refuse_start(number)
+                if refused is not None:
+                    return refused
                 decision = self._one(number)
                 if decision["exit"] is not None:
                     self._finish(decision)
@@ -95,6 +101,27 @@ class Supervisor:
                     why = "stopped by a signal between two attempts; the newest checkpoint stands"
                     self._finish({"exit": REQUEUE, "why": why})
                     return REQUEUE
+
+    def _refuse_start(self, number: int) -> int | None:
+        """Check this machine, wait for the others. Returns the exit status when not all are fit to start."""
+        findings = [finding for finding in self.checks() if finding.status == "fail"]
+        for finding in findings:
+            self.events.add(
+                "check", f"{finding.check}: {finding.fact}", check=finding.check, fact=finding.fact
+            )
+        fault = "; ".join(f"{finding.check}: {finding.fact}" for finding in is_bad(findings))
+        came = self.team.ready(number, socket.gethostname(), fault)
+        if len(came) < self.team.count:
+            missing = [str(node) for node in range(self.team.count) if node not in came]
+            line = f"not all machines came to start; missing: node {', '.join(missing)}"
+            self.events.add("no-start", line, attempt=number)
+            return FAILED
+        unfit = {host: what for host, what in came.values() if what}
+        for host, what in unfit.items():
+            if self.place.node == 0:
+                self._exclude(host)
+            self.events.add("no-start", f"{host} is unfit to train: {what}", attempt=number, node=host)
+        return BAD_NODE if unfit else None
 
     def _one(self, number: int) -> dict[str, Any]:
         """One attempt, and what all machines decide after it."""

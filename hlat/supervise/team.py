@@ -25,9 +25,16 @@ class Team:
 
     node, count = 0, 1
 
-    def ready(self, attempt: int) -> bool:
-        """Wait until all machines are ready to begin an attempt; False when one of them does not come."""
-        return True
+    def ready(self, attempt: int, host: str, fault: str) -> dict[int, tuple[str, str]]:
+        """Wait until all machines are ready to begin an attempt.
+
+        Args:
+            attempt: its number. host: this machine's name. fault: why it is unfit to train; empty: it is fit.
+
+        Returns:
+            Name and fault of each machine that has come in time, by number.
+        """
+        return {0: (host, fault)}
 
     def ended_elsewhere(self, attempt: int) -> bool:
         """Whether another machine's attempt has ended already."""
@@ -79,10 +86,11 @@ class Machines(Team):
             raise UserError(f"node {node}: {error.what}", where=f"{host}:{port}", fix=fix) from error
         self._store.set_timeout(timedelta(seconds=20))
 
-    def ready(self, attempt: int) -> bool:
+    def ready(self, attempt: int, host: str, fault: str) -> dict[int, tuple[str, str]]:
         """See `Team`."""
-        self._store.set(f"{attempt}/ready/{self.node}", "1")
-        return len(self._gather(f"{attempt}/ready", self.seconds)) == self.count
+        self._store.set(f"{attempt}/ready/{self.node}", json.dumps([host, fault]))
+        found = self._gather(f"{attempt}/ready", self.seconds)
+        return {node: (name, what) for node, (name, what) in ((n, json.loads(t)) for n, t in found.items())}
 
     def ended_elsewhere(self, attempt: int) -> bool:
         """See `Team`."""

@@ -88,6 +88,7 @@ class Loop:
         self.signals = signals or Signals()
         self.deadline = deadline or Deadline(None, run.recipe.checkpoint.grace)
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
+        self.watchdog.pace.window(run.recipe.log.every)
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None

@@ -153,7 +153,8 @@ compile: false
 """
 
 
-def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["torchrun", pytest.param("supervise", marks=pytest.mark.slow)])
+def test_a_run_folder_holds_no_planted_secret(how: str, tmp_path: Path) -> None:
     """A real run of two ranks with planted variables, then every byte it and its launcher wrote."""
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "text").mkdir()
@@ -163,6 +164,8 @@ def test_a_run_folder_holds_no_planted_secret(tmp_path: Path) -> None:
     environ |= PLANTED | CARRIERS | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--log-dir={tmp_path}/logs", "--redirects=3", "-m", "hlat", "train", "small.yaml"]
+    if how == "supervise":
+        command = [sys.executable, "-m", "hlat", "supervise", "small.yaml", "--nproc-per-node=2"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "runs/small/environment.json").read_text())
