@@ -18,6 +18,7 @@ import torch
 from hlat.checkpoint import uploader
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
+from hlat.storage import remote as storage
 from hlat.storage.journal import Journal
 from hlat.storage.remote import Remote
 from hlat.train import loop, remote
@@ -300,6 +301,28 @@ def test_a_store_that_is_away_at_the_start(place: Path, server: Any, proxy: Any,
     assert train("checkpoint.remote=s3://no-such-bucket/runs") == 2
     assert "bucket does not exist" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5 << 20, 23 << 20])
+def test_s3_names_the_checksum_of_an_upload_in_one_piece_or_in_parts(
+    place: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Parts of 6 MiB here, so the largest file has four; nothing is read back unless the name is another."""
+    monkeypatch.setattr(storage, "PART", 6 << 20)
+    store, file = Remote("s3://bucket/runs/parts"), place / "file"
+    file.write_bytes(np.random.default_rng(size).bytes(size))
+    back: list[str] = []
+    digest = Remote._digest
+    monkeypatch.setattr(Remote, "_digest", lambda self, *a: (back.append("read"), digest(self, *a))[1])
+    assert store.upload(file, "file") == size and not back
+    store.download("file", place / "copy")
+    assert (place / "copy").read_bytes() == file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_s3_tag", lambda *args: "of an encrypted object")
+        assert store.same(file, "file") and back
+    if size:
+        file.write_bytes(bytes(size))
+        assert not store.same(file, "file")
 
 
 def test_another_run_is_not_continued(place: Path, capsys) -> None:
