@@ -37,7 +37,7 @@ def main() -> None:
         "clock": lambda: setattr(cluster_check.time, "time", lambda now=time.time: now() + 100),
         "wrong": lambda: setattr(measure, "reduce_seconds", lambda *a: (reduce(*a)[0], False)),
         "killed": lambda: setattr(measure, "reduce_seconds", lambda *a: os._exit(9)),
-        "link": lambda: setattr(measure, "pair_seconds", lambda *a: 5 + pair(*a)),
+        "link": lambda: setattr(measure, "pair_seconds", lambda *a: (taken := pair(*a)) and taken + 5),
     }
     for mishap in MISHAPS:
         fake[mishap]()
