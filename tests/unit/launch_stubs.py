@@ -35,7 +35,7 @@ esac
 """
 SCANCEL = """
 echo "scancel $*" >>"$RECORD/calls"
-cat "$RECORD"/pid-* | xargs kill -TERM
+cat "$RECORD/${SIGNALLED:-pid}"-* | xargs kill -TERM
 """
 # In place of Python. CODES: how each node ends; `wait` ends with 75 on SIGTERM.
 PYTHON = """
@@ -45,6 +45,7 @@ codes=($CODES)
 code=${codes[${SLURM_NODEID:-0}]:-0}
 [[ $code == wait ]] || exit "$code"
 trap 'exit 75' TERM
+echo $PPID >"$RECORD/task-$SLURM_NODEID"
 echo $$ >"$RECORD/pid-$SLURM_NODEID"
 while :; do sleep 0.05; done
 """

@@ -324,10 +324,10 @@ def wait_for_nodes(cluster) -> None:
         time.sleep(0.02)
 
 
-def test_before_the_time_limit_the_state_is_saved(recipe, cluster) -> None:
-    process = cluster.start(
-        slurm.train_script(plan_of(recipe, cluster), slurm.Options(), cluster.folder), CODES="wait wait"
-    )
+@pytest.mark.parametrize("signalled", ["pid", "task"])  # every process, or a task's first as with cgroups
+def test_before_the_time_limit_the_state_is_saved(recipe, cluster, signalled: str) -> None:
+    script = slurm.train_script(plan_of(recipe, cluster), slurm.Options(), cluster.folder)
+    process = cluster.start(script, CODES="wait wait", SIGNALLED=signalled)
     wait_for_nodes(cluster)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 75
