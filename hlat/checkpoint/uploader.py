@@ -61,12 +61,18 @@ class Uploader:
             while self._waiting is not None or self._current is not None:
                 left = end - time.monotonic()
                 if left <= 0:
-                    folder = self._waiting or self._current
-                    assert folder is not None
-                    return self._error or f"step {_step(folder):,} is still being uploaded"
+                    return self._error or self._under_way()
                 self._changed.wait(left)
             self._hurry = False
         return None
+
+    def _under_way(self) -> str:
+        words = []
+        if self._current is not None:
+            words.append(f"step {_step(self._current):,} is still being uploaded")
+        if self._waiting is not None:
+            words.append(f"step {_step(self._waiting):,} waits")
+        return ", ".join(words)
 
     def _run(self) -> None:
         self._clean()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
@@ -16,13 +14,13 @@ from hlat.errors import UserError
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
     from hlat.observe.console import Console
-    from hlat.observe.failures import Ending
     from hlat.observe.heartbeat import Pulse
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.stopping import Signals
-    from hlat.observe.watchdog import Watchdog
     from hlat.recipe import Recipe
+    from hlat.train.job import Job
     from hlat.train.loop import Loop
+    from hlat.train.saves import Saves
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace, signals: Signals, pulse: Pulse | None) -> int:
     neuron_profile = _prepare_neuron(args)  # before anything imports torch
     from hlat.backend.cluster import join
+    from hlat.train.job import Job
 
     job = Job(join(), neuron_profile, signals)
     if pulse is not None:
@@ -112,48 +111,6 @@ def _precompile(args: argparse.Namespace) -> int:
     if recipe.compile_cache is not None and os.environ.get("NODE_RANK", "0") == "0":  # one writer
         share(recipe, push=True)
     return 0
-
-
-@dataclass
-class Job:
-    """The processes that train together, and what ends this one when another fails."""
-
-    cluster: Cluster
-    neuron_profile: list[dict[str, Any]]
-    signals: Signals
-    watchdog: Watchdog = field(init=False)
-    ending: Ending | None = None
-
-    def __post_init__(self) -> None:
-        from hlat.observe.watchdog import Watchdog
-
-        self.watchdog = Watchdog(self.cluster.rank, self.cluster.members)
-
-    def watch(self) -> None:
-        """Begin to look after the other ranks, and let failures end this one."""
-        from hlat.observe.failures import Board, Ending
-
-        cluster, names = self.cluster, [str(member) for member in self.cluster.members]
-        own_board = Board(cluster.new_client("hlat"), cluster.rank, names)
-        self.watchdog.start(own_board, cluster.store_holder, cluster.serves_store)
-        self.ending = Ending(Board(cluster.store, cluster.rank, names), self.watchdog, cluster.serves_store)
-        cluster.on_wait = self.ending.on_wait
-
-    def note(self, error: BaseException) -> None:
-        """Report a failure to the other ranks before anything that may wait for them."""
-        if self.ending is not None:
-            self.ending.note(error)
-
-    def leave(self, seconds: float) -> None:
-        """Wait for all ranks; after it each goes its own way."""
-        if self.ending is not None:
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all as soon as one has ended
-                signal.signal(number, signal.SIG_IGN)
-            self.watchdog.beat(0, "leaving", patient=True)
-            self.ending.board.note_end()
-            self.cluster.leave(seconds)
-            self.watchdog.stop()
-            self.ending = None
 
 
 def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -284,7 +241,6 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
-    from hlat.train.saves import kind_of_saves
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
     job.watchdog.beat(0, "building")
@@ -292,8 +248,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     cluster.connect(limit, _process_group(recipe))
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
-    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
-    saves = make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
+    saves = _saves(recipe, data, folder, cluster, warn)
     saved = saves.find()
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
@@ -344,6 +299,16 @@ def _loop(run: Any, metrics: Any, saves: Any, console: Console | None, job: Job,
         watchdog=job.watchdog,
         tasks=tasks,
     )
+
+
+def _saves(
+    recipe: Recipe, data: Any, folder: RunFolder, cluster: Cluster, warn: Callable[[str], None]
+) -> Saves:
+    """Where the run's state is kept."""
+    from hlat.train.saves import kind_of_saves
+
+    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
+    return make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
 
 
 def _tasks(run: Any, job: Job) -> Any:

@@ -35,9 +35,9 @@ class Heartbeat:
 
     step, phase: where its main thread is. began: when it came there; stamp: when this was written, both in
     monotonic seconds. first: the first step that this process trains, 0 before it. patient: whether the phase
-    may last long by its nature. pace: seconds of the slowest of the last steps, 0 before there is one. where,
-    waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase until
-    `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
+    may last long by its nature. pace: seconds of the slowest of the last steps, -1 while too few are known.
+    where, waiting: innermost line of HLAT, and whether it waits for other ranks. spent: seconds by phase
+    until `stamp`. rewinds, back_to: how often it went back in the run, and to which step the last time.
     """
 
     rank: int
@@ -48,7 +48,7 @@ class Heartbeat:
     stamp: float
     first: int = 0
     patient: bool = False
-    pace: float = 0.0
+    pace: float = -1.0
     where: str = ""
     waiting: bool = False
     spent: dict[str, float] = field(default_factory=dict)
@@ -59,15 +59,24 @@ class Heartbeat:
 class Pace:
     """Seconds by phase, and of the last steps. `begin` belongs to one thread; others only read."""
 
-    def __init__(self, recent: int = 64) -> None:
+    def __init__(self) -> None:
         self.first = self.rewinds = self.back_to = self._last = 0
         self._state: tuple[tuple[int, str, float], dict[str, float]] = ((0, "start", time.monotonic()), {})
-        self._recent: deque[float] = deque(maxlen=recent)
+        self.window(1)
+
+    def window(self, steps: int) -> None:
+        """How many steps may be queued before one waits for them all (`log.every`): the longest step is known
+        after two such windows.
+        """
+        self._enough = 2 * steps
+        self._recent: deque[float] = deque(maxlen=max(64, 4 * steps))
 
     def begin(self, step: int, phase: str) -> None:
         """The phase before ends, this one begins."""
         now = time.monotonic()
-        (_, before, began), spent = self._state
+        (number, before, began), spent = self._state
+        if (number, before) == (step, phase):
+            return
         if before == STEP:
             self._recent.append(now - began)
         if phase == FIRST_STEP:
@@ -92,10 +101,11 @@ class Pace:
         return {"step": step, "phase": phase, "began": began, "first": self.first, "spent": spent, **back}
 
     def slowest(self) -> float:
-        """The longest of the last steps, 0 without any. On an accelerator most steps are only queued, and the
-        one that fetches metrics waits for all: hence not the mean.
+        """Seconds of the slowest of the recent steps but one, which may have compiled; -1 while too few are
+        known. On an accelerator most steps are only queued, hence not the mean.
         """
-        return max(tuple(self._recent), default=0.0)
+        recent = sorted(self._recent)
+        return recent[-2] if len(recent) >= self._enough else -1.0
 
 
 class Pulse:

@@ -144,8 +144,28 @@ def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
         "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
         **_method_figures(runs),
         "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
+        **({"checkpoints in the store": _uploads} if any(_uploads(run) != "-" for run in runs) else {}),
+        **({"failed saves": _failed_saves} if any(_failed_saves(run) != "0" for run in runs) else {}),
     }
     return {name: [figure(run) for run in runs] for name, figure in figures.items()}
+
+
+def _uploads(run: Run) -> str:
+    """`12 uploaded at 210.4 MB/s, 3 attempts failed, 1 skipped`."""
+    rows = [row for row in run.storage if row.get("what") == "upload"]
+    done = [row for row in rows if row.get("error") is None]
+    skipped = sum(str(row["error"]).startswith("skipped") for row in rows if row.get("error"))
+    failed = len(rows) - len(done) - skipped
+    if not rows:
+        return "-"
+    seconds, size = (sum(float(row.get(name) or 0) for row in done) for name in ("seconds", "bytes"))
+    speed = f" at {size / seconds / 1e6:.1f} MB/s" if seconds else ""
+    rest = f", {failed} attempts failed" if failed else ""
+    return f"{len(done)} uploaded{speed}{rest}" + (f", {skipped} skipped" if skipped else "")
+
+
+def _failed_saves(run: Run) -> str:
+    return str(sum(row.get("what") == "save" and bool(row.get("error")) for row in run.storage))
 
 
 def _method_figures(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:

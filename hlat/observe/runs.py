@@ -31,6 +31,7 @@ class Run:
     recipe: Mapping[str, Any]
     starts: list[dict[str, Any]]
     tasks: Mapping[str, Array] = field(default_factory=dict)
+    storage: list[Row] = field(default_factory=list)
     anomalies: Sequence[Row] = ()
 
     @property
@@ -62,9 +63,12 @@ def load_run(path: Path) -> Run:
         raise UserError("not a run folder: it has no metrics.jsonl", where=str(path), fix=fix)
     rows: dict[str, dict[float, Row]] = {"train": {}, "eval": {}, "tasks": {}}
     anomalies = []
+    storage: list[Row] = []
     try:
         for row in read_rows(folder.metrics):
             step, kind = row.get("step"), row.get("kind")
+            if kind == "storage":
+                storage.append(row)
             if kind == "anomaly":
                 anomalies.append(row)
             if kind in rows and isinstance(step, (int, float)):
@@ -83,6 +87,7 @@ def load_run(path: Path) -> Run:
         recipe=_flat_recipe(folder.resolved),
         starts=folder.starts(),
         tasks=_columns(rows["tasks"], ("step",)),
+        storage=storage,
         anomalies=anomalies,
     )
 

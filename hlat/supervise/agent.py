@@ -21,9 +21,14 @@ def main() -> int:
     die_with_parent(signal.SIGTERM)  # torchrun ends its workers on SIGTERM
     result, arguments = Path(sys.argv[1]), sys.argv[2:]
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import config_from_args, elastic_launch, parse_args
 
+    from hlat.supervise import rendezvous
+
+    rendezvous_handler_registry.register(rendezvous.NAME, rendezvous.create)
     config, command, command_args = config_from_args(parse_args(arguments))
+    config.rdzv_backend = rendezvous.NAME
     codes: dict[int, int] = {}
     try:
         elastic_launch(config=config, entrypoint=command)(*command_args)

@@ -28,7 +28,8 @@ def kind_of(phase: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without progress that each kind of phase may take; stepping: beyond two steps.
+    """Seconds without progress that each kind of phase may take; stepping: beyond two steps, once it is known
+    what a step takes (until then as checkpointing).
 
     From a recipe: `parallel.first_timeout` for loading and compiling, and for what is patient by its nature;
     `parallel.timeout` for checkpoints and evaluation.
@@ -49,8 +50,10 @@ class Limits:
     def of_beat(self, beat: Heartbeat) -> float:
         """Seconds that a rank may stay where it is."""
         kind = kind_of(beat.phase)
-        if kind == "stepping":
+        if kind == "stepping" and beat.pace >= 0:
             return STEPS * beat.pace + self.stepping
+        if kind == "stepping":
+            return max(self.checkpointing, self.stepping)
         limit = float(getattr(self, kind))
         return max(limit, self.loading) if beat.patient else limit
 

@@ -88,6 +88,7 @@ class Loop:
         self.signals = signals or Signals()
         self.deadline = deadline or Deadline(None, run.recipe.checkpoint.grace)
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
+        self.watchdog.pace.window(run.recipe.log.every)
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
@@ -113,7 +114,7 @@ class Loop:
             self.watchdog.beat(self.run.step, "evaluation")
             self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
         self._beat_save(patient=True)
-        self.saves.finish(stopped=stop is not None)
+        self.saves.finish(stop is not None, lambda: self._beat_save(patient=True))
         return stop
 
     def _begin(self) -> None:

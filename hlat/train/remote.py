@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
 WHERE = "checkpoint.remote"
-AFTER_SIGNAL = 20.0  # seconds an upload may take once a signal has stopped the run
+_BEAT = 5.0  # seconds between signs of life while the last upload is awaited
 _PAUSES = (1.0, 15.0)  # seconds between attempts at the start: the first, the longest
 
 Value = TypeVar("Value")
@@ -90,6 +90,7 @@ class RemoteSaves:
 
     def __init__(self, recipe: Recipe, root: Path, journal: Journal) -> None:
         self.root, self.journal, self._patience = root, journal, recipe.checkpoint.patience
+        self._after_signal = min(self._patience, recipe.checkpoint.grace / 2)
         self.mirror = open_mirror(recipe, root)
         self.uploader: Uploader | None = None
         self.sequence = 0  # the highest there is in the store
@@ -139,16 +140,25 @@ class RemoteSaves:
         """Whether the checkpoint of a step must stay on the disk until it is uploaded."""
         return self.uploader is not None and self.uploader.keeps(step)
 
-    def finish(self, stopped: bool) -> None:
-        """Wait for the uploads, at most `checkpoint.patience`, or `AFTER_SIGNAL` when a signal has stopped
-        the run: its state is safe on the disk, and the next start goes on.
+    def finish(self, stopped: bool, beat: Callable[[], None] = lambda: None) -> None:
+        """Wait for the uploads, at most `checkpoint.patience`, or half of `checkpoint.grace` when a signal
+        has stopped the run: its state is safe on the disk, and the next start goes on.
+
+        Args:
+            stopped: by a signal.
+            beat: called now and then.
 
         Raises SaveFailed when they are not complete by then, unless it was stopped.
         """
         if self.uploader is None:
             return
-        seconds = min(self._patience, AFTER_SIGNAL) if stopped else self._patience
-        problem = self.uploader.wait(seconds)
+        seconds = self._after_signal if stopped else self._patience
+        end = time.monotonic() + seconds
+        while problem := self.uploader.wait(min(_BEAT, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                break
+            beat()
+            self.journal.report()
         if problem is None:
             return
         last = self.uploader.uploaded

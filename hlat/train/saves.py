@@ -147,10 +147,8 @@ class Saves:
             answers = self._exchange((seconds + pause > self.section.patience, seconds, self._failed.what))
             if any(over for over, _, _ in answers):
                 _, seconds, what = answers[0]  # the same words on all ranks are printed once
-                what, fix = (
-                    f"after {seconds:.0f} s of trying: {what}",
-                    f"{self._failed.fix}, then start again",
-                )
+                what = f"after {seconds:.0f} s of trying: {what}"
+                fix = f"{self._failed.fix}, then start again"
                 raise SaveFailed(what, where=self._failed.where, fix=fix) from self._failed
             self.journal.report()
             time.sleep(pause)
@@ -186,12 +184,12 @@ class Saves:
         self.journal.report()
         return self._failed is None
 
-    def finish(self, stopped: bool) -> None:
+    def finish(self, stopped: bool, beat: Callable[[], None] = lambda: None) -> None:
         """At the end of the run, when the last save is complete: wait for its upload, for a bounded time (see
         `RemoteSaves.finish`). Raises SaveFailed on the first rank.
         """
         if self._remote is not None:
-            self._remote.finish(stopped)
+            self._remote.finish(stopped, beat)
         self.journal.report()
 
     def _send(self, step: int) -> None:

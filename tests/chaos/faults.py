@@ -117,8 +117,9 @@ def nan_batch(target: Target) -> None:
 
 
 def remote_newest(target: Target) -> int:
-    """Step of the newest complete checkpoint in the store."""
-    return max((e.step for e in entries(target.store)), default=0) if target.store.is_dir() else 0
+    """Step of the newest complete checkpoint in the store, whose folder there is named after the run."""
+    complete = target.store.glob("chaos/step-*/complete.json")
+    return max((int(path.parent.name.split("-")[1]) for path in complete), default=0)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:

@@ -61,6 +61,7 @@ def plant(kind: str, rank: int, step: int) -> None:
     def train_step_with_mishap(run: Any) -> Any:
         now = run.step == step
         if kind.startswith("full") and run.step in (step, step + 12):
+            time.sleep(1)  # a save in the background comes to its end before
             full = now or kind == "full-for-good"
             layout.shutil.disk_usage = lambda path: usage(path)._replace(**({"free": 0} if full else {}))
             return train_step(run)

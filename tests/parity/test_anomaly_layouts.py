@@ -149,7 +149,7 @@ def test_a_user_signal_stops_both_ranks(place: Place) -> None:
 def test_kills_while_going_back(place: Place) -> None:
     """kill -9 at random moments of the run, most of them around the bad steps, and the same command again."""
     moments, kills = random.Random(1), 0
-    for _ in range(12):
+    for _ in range(8):
         first = len(place.rows("killed"))
         process = place.start(1, "run.dir=killed", "log.every=2")[0]
         deadline = time.monotonic() + 60
@@ -158,7 +158,7 @@ def test_kills_while_going_back(place: Place) -> None:
         time.sleep(moments.uniform(0, 0.15))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 4
+    assert kills >= 3
     assert place.train(1, "run.dir=killed", "log.every=2") == [0], place.output()
     skips = "data.skip=[[4, 4], [7, 7]]"
     assert place.train(1, "run.dir=killed-whole", "log.every=2", skips) == [0], place.output()

@@ -212,6 +212,14 @@ def test_two_ranks_lose_their_disk_and_continue_from_the_store(place: Path) -> N
     assert place.newest == 6
 
 
+def test_a_store_that_does_not_answer_at_the_start(place: Path) -> None:
+    ended = place.torchrun(2, NEVER, "checkpoint.remote=file:///proc/no/store", "checkpoint.patience=1")
+    assert ended.codes == [1] and len(ended.lines) == 1 and ended.seconds < SECONDS, ended.texts[0]
+    assert "checkpoint.remote: the store did not answer for 1 s" in ended.lines[0]
+    assert ended.texts[0].count("exitcode  : 74") == 2, ended.texts[0]
+    assert not (place.path / "runs").exists()
+
+
 def test_an_exception_on_one_rank(place: Place) -> None:
     ended = place.torchrun(2, ("raise", 1, 2))
     text = ended.texts[0]

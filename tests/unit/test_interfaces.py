@@ -6,6 +6,7 @@ import socket
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from hlat.backend import interfaces
 from hlat.backend.cluster import join
@@ -13,6 +14,7 @@ from hlat.backend.interfaces import addresses_of, listen
 from hlat.backend.rendezvous import Address, connect_store, read_address, serve
 from hlat.backend.slurm import first_host, launcher_variables
 from hlat.errors import UserError
+from hlat.supervise.rendezvous import create
 
 NAMES = {
     "node-a": ["127.0.1.1"],
@@ -182,3 +184,17 @@ def test_a_job_that_would_be_open_everywhere_does_not_start() -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "0.0.0.0", "MASTER_PORT": str(free_port())}
     with pytest.raises(UserError, match="stands for every interface"):
         join(1, given)
+
+
+def test_the_supervisors_rendezvous_is_not_open_elsewhere() -> None:
+    port = free_port()
+    config = {"rank": 0, "timeout": 30}
+    handler = create(RendezvousParameters("hlat", f"127.0.0.1:{port}", "run", 1, 1, **config))
+    info = handler.next_rendezvous()
+    assert handler.use_agent_store and handler.get_backend() == "hlat"
+    told = info.bootstrap_store_info
+    assert (told.master_addr, told.master_port) == ("127.0.0.1", port) and info.world_size == 1
+    info.store.set("key", "value")
+    assert handler.next_rendezvous().store.get("key") == b"value"
+    assert reachable("127.0.0.1", port)
+    assert not any(reachable(other, port) for other in others() if other != "127.0.0.1")

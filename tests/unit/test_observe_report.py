@@ -291,3 +291,23 @@ def test_ticks_are_round_and_inside():
 def test_recipe_helpers():
     assert flatten({"a": {"b": 1, "c": [1]}, "d": None}) == {"a.b": 1, "a.c": [1], "d": None}
     assert differences([{"a": 1, "b": 2}, {"a": 1, "c": 3}]) == {"b": [2, None], "c": [None, 3]}
+
+
+def test_uploads_and_failed_saves_are_counted(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    rows = [
+        {"what": "upload", "seconds": 2.0, "bytes": 4_000_000, "error": None},
+        {"what": "upload", "seconds": 9.0, "bytes": 0, "error": "writing s3://x: planted"},
+        {"what": "upload", "seconds": 0.0, "bytes": 0, "error": "skipped: step 9 is newer"},
+        {"what": "save", "seconds": 0.1, "bytes": 0, "error": "the disk is full"},
+        {"what": "delete", "seconds": 0.1, "bytes": 5, "error": None},
+    ]
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        for row in rows:
+            file.write(json.dumps({"kind": "storage", "step": 5, **row}) + "\n")
+    figures = summary_table(load_runs([tmp_path / "a", tmp_path / "b"]))
+    uploads = "1 uploaded at 2.0 MB/s, 1 attempts failed, 1 skipped"
+    assert figures["checkpoints in the store"] == [uploads, "-"] and figures["failed saves"] == ["1", "0"]
+    parse(render(load_runs([tmp_path / "a"])))
+    assert "failed saves" not in summary_table(load_runs([tmp_path / "b"]))

@@ -299,7 +299,7 @@ def test_the_newest_wins_and_the_one_under_way_stays_on_the_disk(
     for step in (2, 3, 4):
         uploader.submit(save(store, step))
     assert store.steps() == [1, 4], "1 is on its way"
-    assert uploader.wait(0.05) == "step 4 is still being uploaded"
+    assert uploader.wait(0.05) == "step 1 is still being uploaded, step 4 waits"
     go_on.set()
     assert uploader.wait(20) is None and uploader.uploaded == 4
     happened = [(row["what"], row["step"], (row["error"] or "")[:7]) for row in journal.rows]

@@ -1,0 +1,52 @@
+"""torchrun's static rendezvous, with its store on the cluster's interface instead of all of them."""
+
+from __future__ import annotations
+
+import os
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (
+    StaticTCPRendezvous,
+    create_rdzv_handler,
+)
+
+from hlat.backend.interfaces import INTERFACES, listen
+
+NAME = "hlat"
+
+
+class BoundRendezvous(StaticTCPRendezvous):
+    """The agent of node 0 serves the store where --master-addr, or GLOO_SOCKET_IFNAME, leads to."""
+
+    def get_backend(self) -> str:
+        """The name under which torchrun knows this."""
+        return NAME
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet the other agents; the ranks use the same store. Raises UserError where it cannot be served."""
+        if self._store is None:
+            self._host, descriptor = self.master_addr, None
+            if self.rank == 0:
+                names = [name.strip() for name in os.environ.get(INTERFACES, "").split(",") if name.strip()]
+                listener, self._host = listen(self.master_addr, self.master_port, names)
+                descriptor = listener.detach()
+            place, serves = (self._host, self.master_port, self.world_size), self.rank == 0
+            self._store = TCPStore(*place, serves, self.timeout, master_listen_fd=descriptor)
+        store, info = PrefixStore(self.run_id, self._store), RendezvousStoreInfo(self._host, self.master_port)
+        return RendezvousInfo(store, self.rank, self.world_size, info)
+
+
+def create(parameters: RendezvousParameters) -> RendezvousHandler:
+    """For torchrun's registry of rendezvous handlers."""
+    made = create_rdzv_handler(parameters)
+    assert isinstance(made, StaticTCPRendezvous)
+    seconds = int(made.timeout.total_seconds())
+    return BoundRendezvous(
+        made.master_addr, made.master_port, made.rank, made.world_size, made.run_id, seconds
+    )
