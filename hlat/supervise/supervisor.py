@@ -177,16 +177,16 @@ class Supervisor:
         self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
         if stopped is not None:
-            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE, "why": verdict.reason}
+            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE}
         if verdict.kind == "preempted":
             if any(_is_over(report) for report in shared.values()):
-                return {"exit": REQUEUE, "why": verdict.reason}
+                return {"exit": REQUEUE}
             return self._again(number)  # nobody asked this job to end: a rank alone was sent a signal
         if verdict.action == "stop":
-            return {"exit": _CODES.get(verdict.kind, FAILED), "why": verdict.reason}
+            return {"exit": _CODES.get(verdict.kind, FAILED)}
         if verdict.action == "exclude":
             self._exclude(host)
-            return {"exit": BAD_NODE, "why": f"{host} is bad: {verdict.reason}"}
+            return {"exit": BAD_NODE, "why": f"{host} is bad"}
         return self._again(number)
 
     def _count_fruitless(self, reached: int) -> None:
@@ -275,7 +275,8 @@ class Supervisor:
         wall = spans[-1].end - spans[0].start
         line = f"{len(spans)} attempt{'s' * (len(spans) > 1)}, goodput {share:.1%} of {wall:.0f} s"
         if decision["exit"]:
-            line = f"stopped with exit code {decision['exit']}: {decision.get('why', '')}; {line}"
+            why = f": {decision['why']}" if "why" in decision else ""
+            line = f"stopped with exit code {decision['exit']}{why}; {line}"
         values = {"exit": decision["exit"], "why": decision.get("why", ""), "goodput": share}
         self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
 
