@@ -35,7 +35,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--include-path", metavar="DIR", help="folder of more task files")
     add("--batch-size", type=int, default=16, metavar="N", help="rows of a forward pass (default: 16)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute in (default: fp32)")
+    add("--dtype", choices=("fp64", "fp32", "bf16"), default="fp32", help="compute in (default: fp32)")
     add("--device", help="cpu, cuda, … (default: cuda if there is one)")
     add("--tokenizer", metavar="PATH", help="another tokenizer than the checkpoint's")
     add("--tp", type=int, default=1, metavar="N", help="ranks that share each layer (under torchrun)")

@@ -39,7 +39,7 @@ class HarnessModel:
     Args:
         pretrained: run, step folder or Hugging Face folder; or a team that is there already.
         batch_size: rows of a forward pass at most.
-        dtype: fp32 or bf16.
+        dtype: fp64, fp32, bf16 or fp16.
         tokenizer: another tokenizer than the checkpoint's.
         device: cpu, cuda, …
 

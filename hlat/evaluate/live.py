@@ -19,6 +19,7 @@ from torch import Tensor
 from hlat.evaluate.batches import Batch, shape_bucket
 from hlat.evaluate.sampling import Sampling, draw
 from hlat.model.attention import KVCache, branch_mask
+from hlat.model.dtype import at_least_fp32
 from hlat.parallel.pipeline import StagePart, stage_view
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ class LiveModel:
         return getattr(self.model.head, "shard", None)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> this rank's columns of the logits, fp32 (T, v)."""
+        """(T, D) -> this rank's columns of the logits, fp32 or wider (T, v)."""
         assert self.model.head is not None
-        return F.linear(x_TD, self.model.head.weight).float()
+        return at_least_fp32(F.linear(x_TD, self.model.head.weight))
 
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = shape_bucket(max(1, CHUNK_ELEMENTS // self.config.vocab))

@@ -134,10 +134,11 @@ def load_team(
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16, or the harness's names of them. Raises UserError for another."""
-    known = {**DTYPES, **{str(value).removeprefix("torch."): value for value in DTYPES.values()}}
+    """fp64, fp32, bf16 or fp16, or the harness's names of them. Raises UserError for another."""
+    ours = {"fp64": torch.float64, **DTYPES}
+    known = {**ours, **{str(value).removeprefix("torch."): value for value in ours.values()}}
     if name not in known:
-        raise UserError(f"unknown format {name!r}", where="dtype", fix=f"write {' or '.join(DTYPES)}")
+        raise UserError(f"unknown format {name!r}", where="dtype", fix=f"write {' or '.join(ours)}")
     return known[name]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlat.model.blocked_attention import MAX_POSITIONS, blocked_attention
+from hlat.model.dtype import at_least_fp32
 from hlat.model.joint import project
 from hlat.model.rope import rotate
 
@@ -126,7 +127,7 @@ def plain_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask |
     # Query heads that share a key head become one longer query, so that keys are never copied.
     q = q_BSHK.transpose(1, 2).reshape(B, G, H // G * S, K)
     k, v = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-    scores = (q @ k.transpose(-1, -2)).view(B, G, H // G, S, T).float() / math.sqrt(K)
+    scores = at_least_fp32((q @ k.transpose(-1, -2)).view(B, G, H // G, S, T)) / math.sqrt(K)
     if mask is None:
         allowed = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
     else:

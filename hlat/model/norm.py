@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hlat.model.dtype import at_least_fp32
+
 
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x²) + eps), the statistic in fp32 whatever the dtype of x.
@@ -24,6 +26,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(…, D) of any floating dtype -> the same shape and dtype."""
-        x32 = x_BSD.float()
+        x32 = at_least_fp32(x_BSD)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x_BSD.dtype)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlat.model.dtype import at_least_fp32
+
 
 class Rope(nn.Module):
     """Tables of cos and sin in fp32, one pair for all layers.
@@ -67,6 +69,6 @@ def rotate(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     S = x_BSHK.shape[1]
     cos, sin = cos[:, :S], sin[:, :S]
-    first, second = x_BSHK.float().chunk(2, dim=-1)
+    first, second = at_least_fp32(x_BSHK).chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x_BSHK.dtype)

@@ -2,8 +2,8 @@
 
     RANK=0 WORLD_SIZE=2 … python eval_ranks.py JOBS.json
 
-A job is {"out", "target", "tasks", "include", "tp", "pp", "batch_size", "sequence"}; the first rank writes
-the harness's results to `out`. With `sequence` the model is one as a run with sequence parallelism has it.
+A job is {"out", "target", "tasks", "include", "tp", "pp", "batch_size", "sequence", "dtype"}; the first rank
+writes the harness's results to `out`. With `sequence` the model is one as a run with sequence parallelism has it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def sequence_team(job: dict) -> Team:
     backend = NativeBackend(
         layout, device=torch.device("cpu"), kv_heads=target.source.meta["model"]["kv_heads"]
     )
-    return load_team(target, backend, torch.float32)
+    return load_team(target, backend, getattr(torch, job["dtype"]))
 
 
 def main(jobs: Path) -> None:
     """Work through the jobs in one group of ranks."""
     with gathered() as cluster:
         for job in json.loads(jobs.read_text()):
-            evaluation = Evaluation(cluster, tp=job["tp"], pp=job["pp"], dtype=torch.float32)
+            evaluation = Evaluation(cluster, tp=job["tp"], pp=job["pp"], dtype=getattr(torch, job["dtype"]))
             selection = Selection(
                 tuple(job["tasks"]),
                 include=job["include"],
