@@ -3,7 +3,8 @@
     RANK=0 WORLD_SIZE=2 … python eval_ranks.py JOBS.json
 
 A job is {"out", "target", "tasks", "include", "tp", "pp", "batch_size", "sequence", "dtype"}; the first rank
-writes the harness's results to `out`. With `sequence` the model is one as a run with sequence parallelism has it.
+writes the harness's results to `out`. With `sequence` the model is one as a run with sequence parallelism has
+it.
 """
 
 from __future__ import annotations
