@@ -155,4 +155,4 @@ def test_trouble_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, how: 
 def test_a_url_with_a_login_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "small.yaml", "data.sources=[{path: 's3://me:pw@bucket/x'}]"]) == 2
     error = capsys.readouterr().err
-    assert "data.sources[0].path" in error and "login" in error and "pw@" not in error
+    assert "data.sources" in error and "login" in error and "pw@" not in error
