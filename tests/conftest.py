@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -105,3 +108,18 @@ def train(run: Run, steps: int, each: Callable[[Run], None] = lambda run: None) 
 def train_steps() -> Callable[..., Sequence[tuple[float, float]]]:
     """`train` as a fixture, since test modules do not import each other."""
     return train
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """A function that makes a module of a Python file beside a test, since test modules are no package."""
+
+    def load_file(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    return load_file

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _CORES = 32  # of a trn1.32xlarge, where each has a process
 _EFA = 8  # EFA devices of one
+_ELSEWHERE = (
+    "hlat: warning: compiled graphs stay on the nodes that compile them; set compile_cache in the recipe, "
+    "or give both jobs the same nodes: --sbatch nodelist=..."
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +144,12 @@ def _slurm(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(scripts.values()), end="")
         return 0
+    if (
+        len(scripts) > 1
+        and plan.recipe.compile_cache is None
+        and not any("nodelist" in o for o in args.sbatch)
+    ):
+        print(_ELSEWHERE, file=sys.stderr)
     before: list[str] = []
     for name, text in scripts.items():
         file = _write(folder / name, text)

@@ -9,6 +9,7 @@ status for a signal, as `subprocess` has it.
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def main() -> int:
     """0 when every rank ended with 0, else 1."""
     die_with_parent(signal.SIGTERM)  # torchrun ends its workers on SIGTERM
     result, arguments = Path(sys.argv[1]), sys.argv[2:]
+    logging.disable(logging.ERROR)  # torchrun's own account of a failure; the supervisor gives one
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import config_from_args, elastic_launch, parse_args

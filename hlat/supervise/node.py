@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATIENCE = 4.0  # seconds for a command, all of which run side by side
 _RECENT = 3600.0  # a hardware error of the last hour counts, an older one is told
 _NOT_ASKED = ("network.port", "compiler", "disk.temporary")  # the run holds it; for other times
-_NOT_THE_NODES = ("disk.", "recipe.", "variables", "package.", "allreduce.", "devices.holders")
+_NOT_THE_NODES = ("disk.", "limits.", "python", "package.", "variables", "recipe.", "devices.holders")
 
 
 def node_findings(

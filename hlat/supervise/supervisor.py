@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
+_WARNING = re.compile(r"\w*Warning: |\bwarning: ")  # told, and survived: not why a rank ended
 SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
 _TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
@@ -175,16 +177,16 @@ class Supervisor:
         self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
         if stopped is not None:
-            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE, "why": verdict.reason}
+            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE}
         if verdict.kind == "preempted":
             if any(_is_over(report) for report in shared.values()):
-                return {"exit": REQUEUE, "why": verdict.reason}
+                return {"exit": REQUEUE}
             return self._again(number)  # nobody asked this job to end: a rank alone was sent a signal
         if verdict.action == "stop":
-            return {"exit": _CODES.get(verdict.kind, FAILED), "why": verdict.reason}
+            return {"exit": _CODES.get(verdict.kind, FAILED)}
         if verdict.action == "exclude":
             self._exclude(host)
-            return {"exit": BAD_NODE, "why": f"{host} is bad: {verdict.reason}"}
+            return {"exit": BAD_NODE, "why": f"{host} is bad"}
         return self._again(number)
 
     def _count_fruitless(self, reached: int) -> None:
@@ -227,7 +229,7 @@ class Supervisor:
         return classify(
             Evidence(
                 exit_codes={int(rank): code for rank, code in report["codes"].items()},
-                text=report["text"],
+                text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
                 kernel=report["kernel"],
                 hang=report["hang"],
                 stalled=False,
@@ -273,7 +275,8 @@ class Supervisor:
         wall = spans[-1].end - spans[0].start
         line = f"{len(spans)} attempt{'s' * (len(spans) > 1)}, goodput {share:.1%} of {wall:.0f} s"
         if decision["exit"]:
-            line = f"stopped with exit code {decision['exit']}: {decision.get('why', '')}; {line}"
+            why = f": {decision['why']}" if "why" in decision else ""
+            line = f"stopped with exit code {decision['exit']}{why}; {line}"
         values = {"exit": decision["exit"], "why": decision.get("why", ""), "goodput": share}
         self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
 

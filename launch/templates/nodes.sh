@@ -1,9 +1,14 @@
 say() { echo "hlat launch: $*" >&2; }
 
-await() { # PID: wait for a child through all signals; its exit code is then that of `wait PID`
-    while kill -0 "$1" 2>/dev/null; do
-        wait "$1" || true
+await() { # PID: wait for a child through all signals; sets `code`
+    code=0
+    wait "$1" || code=$?
+    while ((code > 128)) && kill -0 "$1" 2>/dev/null; do # a signal to this shell ended the wait
+        code=0
+        wait "$1" || code=$?
     done
+    code=0
+    wait "$1" || code=$? # the child's own, also if it ended just after such a signal
 }
 
 on_node() { # LOGS COMMAND...: what each node runs; keeps output and exit code (srun tells only the highest of all)
@@ -14,7 +19,6 @@ on_node() { # LOGS COMMAND...: what each node runs; keeps output and exit code (
     # SLURM may signal this shell alone (proctrack/cgroup does): pass it on.
     trap 'kill -TERM $! 2>/dev/null || true' TERM USR1
     await $!
-    wait $! || code=$?
     echo "$code" >"$logs/exit-code-$SLURM_NODEID"
     exit "$code"
 }
@@ -24,8 +28,6 @@ on_all_nodes() { # COMMAND...: run it once on each node; sets `code`
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=$((grace + 60)) --cpu-bind=none \
         bash -c "$(declare -f await node_command on_node); on_node \"\$@\"" on_node "$logs" "$@" &
     await $!
-    code=0
-    wait $! || code=$?
 }
 
 job=$SLURM_JOB_ID
@@ -38,7 +40,7 @@ mkdir -p -- "$logs"
 cd -- "$work_dir"
 
 {{ environment }}
-ulimit -n 65535 2>/dev/null || ulimit -n "$(ulimit -H -n)"
+ulimit -S -n 65535 2>/dev/null || ulimit -S -n "$(ulimit -H -n)"
 ulimit -l unlimited 2>/dev/null || say "locked memory is limited to $(ulimit -l) KiB; EFA and InfiniBand need more"
 
 # The nodes meet at the first one, on a port of the job's own and the next: 10000 to 29999, below those of outgoing

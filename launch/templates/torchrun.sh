@@ -21,7 +21,7 @@ fi
 cd -- "$work_dir"
 
 {{ environment }}
-ulimit -n 65535 2>/dev/null || ulimit -n "$(ulimit -H -n)"
+ulimit -S -n 65535 2>/dev/null || ulimit -S -n "$(ulimit -H -n)"
 ulimit -l unlimited 2>/dev/null || echo "locked memory is limited; EFA and InfiniBand need more" >&2
 if [[ -n $interface ]]; then
     export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface CCOM_SOCKET_IFNAME=$interface

@@ -24,7 +24,7 @@ def main() -> None:
     product, reduce, pair = measure.product_seconds, measure.reduce_seconds, measure.pair_seconds
     look, software = cluster_check.node_findings, cluster_check.software
     fake: dict[str, Any] = {
-        "slow": lambda: setattr(measure, "product_seconds", lambda device: 5 * product(device)),
+        "slow": lambda: setattr(measure, "product_seconds", lambda device: 100 * product(device)),
         "memory": lambda: setattr(
             cluster_check,
             "node_findings",
@@ -37,7 +37,7 @@ def main() -> None:
         "clock": lambda: setattr(cluster_check.time, "time", lambda now=time.time: now() + 100),
         "wrong": lambda: setattr(measure, "reduce_seconds", lambda *a: (reduce(*a)[0], False)),
         "killed": lambda: setattr(measure, "reduce_seconds", lambda *a: os._exit(9)),
-        "link": lambda: setattr(measure, "pair_seconds", lambda *a: 20 * pair(*a)),
+        "link": lambda: setattr(measure, "pair_seconds", lambda *a: (taken := pair(*a)) and taken + 5),
     }
     for mishap in MISHAPS:
         fake[mishap]()

@@ -24,10 +24,8 @@ def place(tmp_path: Path) -> Place:
         (("kill", 1, 2), "log.every=1", 2, "gone", 1),
         (("sleep", 1, 2), "parallel.timeout=8", 2, "late", 1),
         (("flip", 2, 1), "parallel.verify_every=2", 4, "replica-differs", 2),
-        (("mistake", -1, -1), "log.every=1", 2, "recipe", None),
         (("nan", -1, 1), "guard.patience=1", 2, "guard", None),
         (NEVER, "optim.lr_rate=1", 2, "recipe", None),
-        (NEVER, "log.every=1", 2, "clean", None),
     ],
 )
 def test_a_real_failure(

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -107,3 +108,26 @@ def fake_node(fake_host: FakeMachine) -> FakeMachine:
     fake_host.commands["neuron.probe"] = Output(0, '{"right": true, "seconds": 0.2}\n')
     fake_host.packages |= {name: Package(f"{version}.0") for name, version in PRIMARY.packages.items()}
     return fake_host
+
+
+@pytest.fixture(scope="session")
+def launch_stubs(load_module) -> ModuleType:
+    """Stand-ins for a cluster's commands."""
+    return load_module(Path(__file__).with_name("launch_stubs.py"))
+
+
+@pytest.fixture
+def stub_cluster(launch_stubs: ModuleType, tmp_path: Path, monkeypatch):
+    """Stand-ins for SLURM's commands; the test's own calls find them too."""
+    made = launch_stubs.Cluster(tmp_path / "cluster")
+    for name in ("PATH", "RECORD"):
+        monkeypatch.setenv(name, made.environ[name])
+    return made
+
+
+@pytest.fixture
+def small_recipe(launch_stubs: ModuleType, tmp_path: Path, monkeypatch) -> str:
+    """A small recipe in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(launch_stubs.RECIPE)
+    return "small.yaml"

@@ -10,7 +10,17 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from hlat.launch.plan import Plan
+from hlat.recipe import load
+
+RECIPE = """
+run: {steps: 3}
+model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 257, max_seq_len: 16}
+data: {sources: [{path: text}], tokenizer: bytes, micro_batch: 1, global_batch: 64}
+compile: false
+"""
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NNODES; i++)); do
@@ -107,6 +117,11 @@ class Cluster:
     def start(self, script: str, **environ: str) -> subprocess.Popen[bytes]:
         """Start a script and come back."""
         return subprocess.Popen(["bash", str(self.file(script))], env=self.environ | environ, cwd=self.folder)
+
+    def plan(self, recipe: str, *overrides: str, **more: Any) -> Plan:
+        """Of a run on this cluster, without what `hlat launch` checks."""
+        given = {"nodes": 2, "processes": 2, "python": self.python, "job_name": "j", "work_dir": self.folder}
+        return Plan(load(recipe), recipe, overrides, **given | more)
 
     def file(self, script: str) -> Path:
         """A script as a file."""

@@ -20,12 +20,6 @@ from hlat.launch.plan import Plan
 from hlat.launch.template import read
 from hlat.recipe import Recipe, load
 
-RECIPE = """
-run: {steps: 3}
-model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 257, max_seq_len: 16}
-data: {sources: [{path: text}], tokenizer: bytes, micro_batch: 1, global_batch: 64}
-compile: false
-"""
 # The fields of a PyTorchJob, from the API reference of Kubeflow's training operator (kubeflow.org/v1): a
 # type, the values that are allowed, or the fields below. A pod template is checked as that of a Job.
 RUN_POLICY: dict[str, Any] = {
@@ -66,10 +60,10 @@ WORDS = [
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch) -> str:
+def recipe(launch_stubs, tmp_path: Path, monkeypatch) -> str:
     """A recipe; a kubectl in place of any real one."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "small.yaml").write_text(launch_stubs.RECIPE)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/kubectl").write_text(
         '#!/bin/bash\nprintf "%s\\n" "$@" >"$0.calls"; echo "job created"\n'
@@ -268,8 +262,8 @@ TEXT = st.text(
 
 @settings(max_examples=60, deadline=None)
 @given(TEXT, TEXT)
-def test_any_text_arrives(python: str, tokenizer: str) -> None:
-    values = yaml.safe_load(RECIPE)
+def test_any_text_arrives(launch_stubs, python: str, tokenizer: str) -> None:
+    values = yaml.safe_load(launch_stubs.RECIPE)
     values["data"]["tokenizer"] = f"x{tokenizer}"
     made = Recipe.from_dict(values)
     plan = Plan(made, "r", (), nodes=2, processes=1, python=python, job_name="j")

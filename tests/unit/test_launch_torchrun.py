@@ -10,19 +10,12 @@ import pytest
 
 from hlat import cli
 
-RECIPE = """
-run: {steps: 3}
-model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 257, max_seq_len: 16}
-data: {sources: [{path: text}], tokenizer: bytes, micro_batch: 1, global_batch: 8}
-compile: false
-"""
-
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch) -> str:
+def recipe(launch_stubs, tmp_path: Path, monkeypatch) -> str:
     """A recipe with an odd name; a Python that writes down its words and ends with 3."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "it's $(touch x).yaml").write_text(RECIPE)
+    (tmp_path / "it's $(touch x).yaml").write_text(launch_stubs.RECIPE)
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >words\nexit 3\n')
     (tmp_path / "python").chmod(0o755)
     return "it's $(touch x).yaml"

@@ -93,6 +93,8 @@ def hold(machine: Any) -> None:
         (lambda m: setattr(m, "free_bytes", 10**9), "disk.checkpoints", "fail", False),
         (lambda m: setattr(m, "free_bytes", 150 * 10**9), "disk.checkpoints", "warn", False),
         (lambda m: setattr(m, "readable", False), "disk.run", "fail", False),
+        (lambda m: m.limits.update(MEMLOCK=(65536.0, 65536.0)), "limits.memlock", "fail", False),
+        (lambda m: setattr(m, "python", (3, 8, 1)), "python", "fail", False),
         (
             lambda m: m.packages.update({"torch-neuronx": Package("1.0")}),
             "package.torch-neuronx",

@@ -258,6 +258,14 @@ def test_what_comes_next(tmp_path: Path, outcome: Outcome, status: int | None) -
     assert (bad.read_text() if bad.exists() else "") == ("node-a\n" if status == 76 else "")
 
 
+def test_a_warning_is_not_why_a_rank_ended(tmp_path: Path) -> None:
+    made = supervisor(tmp_path)
+    full = "[rank 0] metrics.py:251: UserWarning: [Errno 28] No space left on device"
+    report = {**asdict(Outcome(codes={1: -9}, text=full)), "kernel": ""}
+    assert made._classify(report).rule == made._classify({**report, "text": ""}).rule
+    assert made._classify({**report, "text": full.replace("UserWarning", "OSError")}).rule == "disk-full"
+
+
 def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) -> None:
     made = supervisor(tmp_path, budget=Budget(restarts=10, fruitless=3, pause=2.0))
     killed = Outcome(codes={1: -9})
