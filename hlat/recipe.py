@@ -155,6 +155,7 @@ class Recipe(Section):
         if self.compile_cache is not None and self.backend != "nxd":
             raise problem("only backend nxd has graphs to share", "compile_cache", "leave it out")
         self._check_labels()
+        self._check_patience()
         if isinstance(self.parallel.dp, int):
             self._accumulate(self.parallel.dp)
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
@@ -170,6 +171,14 @@ class Recipe(Section):
             fix = "set precision.compute to bf16, or rounding to nearest"
             raise problem("stochastic rounding has nothing to round: all is fp32", "precision.rounding", fix)
         return self
+
+    def _check_patience(self) -> None:
+        """The other ranks wait for the first one while it waits for the store."""
+        patience, limit = self.checkpoint.patience, self.parallel.first_timeout
+        if patience > limit and self.checkpoint.remote is not None:
+            what = "patience {a} s exceeds parallel.first_timeout, {b} s, after which other ranks give up"
+            fix = f"take patience {limit:g}, or raise parallel.first_timeout"
+            raise problem(what, "checkpoint.patience", fix, a=f"{patience:g}", b=f"{limit:g}")
 
     def _check_labels(self) -> None:
         """Objective, labels and the model's classes must belong together."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from hlat.checkpoint import uploader as uploads
 from hlat.checkpoint.folder import Broken, step_folder
@@ -112,12 +113,17 @@ def test_an_unknown_kind_of_store_and_a_missing_package(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "section", [{"remote": "s3://me:pw@bucket/x"}, {"remote": "s3://b/x", "format": "nxd"}]
+    ("section", "words"),
+    [
+        ({"remote": "s3://me:pw@bucket/x"}, "login"),
+        ({"remote": "s3://b/x", "format": "nxd"}, "not uploaded"),
+        ({"remote": "s3://b/x", "patience": 4000.0}, "4000 s exceeds parallel.first_timeout, 3600 s"),
+    ],
 )
-def test_recipes_that_are_refused(section: dict[str, str]) -> None:
+def test_recipes_that_are_refused(section: dict[str, Any], words: str) -> None:
     model = {"layers": 1, "hidden": 8, "heads": 1, "kv_heads": 1, "ffn": 8, "vocab": 300, "max_seq_len": 8}
     data = {"sources": [{"path": "x"}], "micro_batch": 1, "global_batch": 1}
-    with pytest.raises(Exception, match="login|not uploaded"):
+    with pytest.raises(ValidationError, match=words):
         Recipe.model_validate({"model": model, "data": data, "checkpoint": section})
 
 
