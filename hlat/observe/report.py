@@ -144,10 +144,23 @@ def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
         "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
         **_method_figures(runs),
         "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
+        **({"supervised": _supervised} if any(run.supervised for run in runs) else {}),
         **({"checkpoints in the store": _uploads} if any(_uploads(run) != "-" for run in runs) else {}),
         **({"failed saves": _failed_saves} if any(_failed_saves(run) != "0" for run in runs) else {}),
     }
     return {name: [figure(run) for run in runs] for name, figure in figures.items()}
+
+
+def _supervised(run: Run) -> str:
+    """`9 attempts in 2 jobs, goodput 84.1 %`: queues between jobs do not count."""
+    rows = run.supervised
+    if not rows:
+        return "-"
+    attempts, jobs = sum(int(row["attempts"]) for row in rows), len(rows)
+    wall = sum(float(row["wall"]) for row in rows)
+    share = sum(float(row["seconds"]["stepping"]) for row in rows) / wall if wall else 0.0
+    where = f" in {jobs} jobs" if jobs > 1 else ""
+    return f"{attempts} attempt{'s' * (attempts > 1)}{where}, goodput {percent(share)}"
 
 
 def _uploads(run: Run) -> str:

@@ -21,7 +21,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 @dataclass(frozen=True)
 class Run:
     """One run. `train`, `held_out` and `tasks` map a field to an array, one element a row, NaN where it has
-    none; `anomalies` are the rows of that kind.
+    none; `anomalies` are the rows of that kind, `supervised` what `hlat supervise` says at the end of each
+    job.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Run:
     tasks: Mapping[str, Array] = field(default_factory=dict)
     storage: list[Row] = field(default_factory=list)
     anomalies: Sequence[Row] = ()
+    supervised: Sequence[Row] = ()
 
     @property
     def tokens_per_step(self) -> float:
@@ -89,7 +91,16 @@ def load_run(path: Path) -> Run:
         tasks=_columns(rows["tasks"], ("step",)),
         storage=storage,
         anomalies=anomalies,
+        supervised=_finishes(folder.logs / "supervisor" / "events.jsonl"),
     )
+
+
+def _finishes(events: Path) -> list[Row]:
+    """The last event of each job, as its first machine has written it."""
+    try:
+        return [row for row in read_rows(events) if row.get("event") == "finish" and not row.get("node")]
+    except OSError:
+        return []
 
 
 def smooth(values: Array, span: int) -> Array:

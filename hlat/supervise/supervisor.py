@@ -277,7 +277,12 @@ class Supervisor:
         if decision["exit"]:
             why = f": {decision['why']}" if "why" in decision else ""
             line = f"stopped with exit code {decision['exit']}{why}; {line}"
-        values = {"exit": decision["exit"], "why": decision.get("why", ""), "goodput": share}
+        values = {
+            "node": self.place.node,
+            "exit": decision["exit"],
+            "why": decision.get("why", ""),
+            "goodput": share,
+        }
         self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
 
     @contextmanager

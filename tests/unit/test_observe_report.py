@@ -311,3 +311,18 @@ def test_uploads_and_failed_saves_are_counted(tmp_path):
     assert figures["checkpoints in the store"] == [uploads, "-"] and figures["failed saves"] == ["1", "0"]
     parse(render(load_runs([tmp_path / "a"])))
     assert "failed saves" not in summary_table(load_runs([tmp_path / "b"]))
+
+
+def test_attempts_and_goodput_of_supervised_jobs(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    folder = tmp_path / "a" / "logs" / "supervisor"
+    folder.mkdir(parents=True)
+    finish = {"event": "finish", "node": 0, "attempts": 3, "wall": 100.0, "seconds": {"stepping": 50.0}}
+    other = {**finish, "node": 1}  # another machine's own account of the same job
+    last = {**finish, "attempts": 1, "wall": 300.0, "seconds": {"stepping": 290.0}}
+    events = [{"event": "start"}, finish, other, last]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    figures = summary_table(load_runs([tmp_path / "a", tmp_path / "b"]))
+    assert figures["supervised"] == ["4 attempts in 2 jobs, goodput 85.0 %", "-"]
+    assert "supervised" not in summary_table(load_runs([tmp_path / "b"]))
