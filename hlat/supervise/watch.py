@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
 STEPS, MARGIN = 2.0, 30.0  # a step may take this many of the slowest recent ones, and so many seconds more
+SEARCH = 4.5  # seconds from the first suspicion to the end of the ranks: two looks, stacks
 _LOADING = {"start", "starting", "joining", "data", "building", "restoring", "rewinding", "reading tasks"}
 _SAVING = {"checkpoint", "leaving"}
 
@@ -31,6 +32,7 @@ class Limits:
     """Seconds without progress that each kind of phase may take; stepping: beyond two steps, once it is known
     what a step takes (until then as checkpointing).
 
+    headroom: seconds before a limit at which the search begins, so that the rank is named by then.
     From a recipe: `parallel.first_timeout` for loading and compiling, and for what is patient by its nature;
     `parallel.timeout` for checkpoints and evaluation.
     """
@@ -40,12 +42,13 @@ class Limits:
     stepping: float = MARGIN
     checkpointing: float = 600.0
     evaluating: float = 600.0
+    headroom: float = 0.0
 
     @classmethod
     def of(cls, recipe: Recipe, margin: float = MARGIN) -> Limits:
         """As a recipe has them."""
         long, short = float(recipe.parallel.first_timeout), float(recipe.parallel.timeout)
-        return cls(long, long, margin, short, short)
+        return cls(long, long, margin, short, short, min(SEARCH, margin / 2))
 
     def of_beat(self, beat: Heartbeat) -> float:
         """Seconds that a rank may stay where it is."""
@@ -77,7 +80,7 @@ def overdue(
     """
     late = []
     for beat in beats.values():
-        here, silent = now - beat.began, now - beat.stamp
+        here, silent = now - beat.began + limits.headroom, now - beat.stamp + limits.headroom
         if silent > limits.stepping and halted(beat.pid):
             late.append(beat)
         elif here > limits.of_beat(beat):

@@ -165,7 +165,7 @@ def test_a_hang_is_found_named_and_survived_and_a_compiler_is_none(job: Job) -> 
     job.wait_for(lambda: job.events("end"), 60)
     (end,) = job.events("end")
     assert (end["kind"], end["rank"]) == ("hang", 1)
-    assert end["time"] - hung < 8 + 5, "two steps take far less than a second"
+    assert end["time"] - hung < 8 + 10, "two steps take less than a second; what is left is a busy machine's"
     stacks = (job.run / "logs" / "supervisor" / "attempt-1" / "stacks-rank-00001.txt").read_text()
     assert "mischief.py" in stacks and "_do" in stacks
     assert process.wait(120) == 0

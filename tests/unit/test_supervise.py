@@ -89,7 +89,15 @@ def test_a_stopped_process_is_excused_by_no_phase() -> None:
 
 def test_limits_come_from_the_recipe() -> None:
     recipe = load("tiny", ["parallel.timeout=77", "parallel.first_timeout=777"])
-    assert Limits.of(recipe, 12.0) == Limits(777.0, 777.0, 12.0, 77.0, 77.0)
+    assert Limits.of(recipe, 12.0) == Limits(777.0, 777.0, 12.0, 77.0, 77.0, headroom=4.5)
+    assert Limits.of(recipe, 6.0).headroom == 3.0
+
+
+def test_the_search_ends_at_the_limit() -> None:
+    limits = replace(LIMITS, headroom=4.0)
+    heard = {0: beat(pace=2.0)}  # 34 s
+    for now, found in ((129.9, 0), (130.1, 1)):
+        assert len(overdue(heard, now, limits, lambda pid: False, lambda pid: False)) == found
 
 
 def test_the_silent_rank_is_named_over_machines() -> None:
