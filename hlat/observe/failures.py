@@ -78,6 +78,7 @@ class Board:
     def __init__(self, store: Any, rank: int, names: Sequence[str]) -> None:
         self.store, self.rank, self.names = store, rank, names
         self.known: list[Record] = []
+        self.complete = True  # whether the last `read` met none that was still being written
         self._reading = threading.Lock()
 
     def post(self, record: Record) -> None:
@@ -104,6 +105,7 @@ class Board:
                 if not self.store.check([f"failures/{number}"]):
                     break  # being written
                 self.known.append(Record(**json.loads(self.store.get(f"failures/{number}"))))
+            self.complete = len(self.known) == count
         return self.known
 
     def cause(self) -> Record | None:
@@ -212,7 +214,8 @@ class Ending:
         while not (alike := self._is_known(record)) and time.monotonic() < end:
             if all(self.board.has_ended(rank) for rank in before):
                 alike = self._is_known(record)
-                break
+                if self.board.complete:  # else one that another rank is writing may hide theirs
+                    break
             time.sleep(0.05)
         if not alike:
             kind, _, rest = line.partition("error: ")

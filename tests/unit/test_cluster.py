@@ -20,7 +20,7 @@ import hlat
 from hlat.backend.cluster import Cluster, Member, join
 from hlat.backend.rendezvous import Address, read_address
 from hlat.errors import TrainingStopped, UserError
-from hlat.observe.failures import Board, PeerFailed, Record, Terminated, is_echo
+from hlat.observe.failures import Board, Ending, PeerFailed, Record, Terminated, is_echo
 from hlat.observe.watchdog import Sign, Watchdog, who_is_late
 from hlat.train import same
 from hlat.train.replicas import checksum, verify
@@ -229,6 +229,22 @@ def test_failures_are_read_in_order(store: dist.Store) -> None:
     assert [r.rank for r in one.read()] == [2, 1] == [r.rank for r in two.read()]
     assert one.cause() == Record("error", 2, "ValueError: x") and one.has_ended(2)
     assert two.cause() is not None and two.cause().rank == 1
+
+
+def test_a_failure_that_is_still_being_written_hides_no_other(store: dist.Store, capsys) -> None:
+    """Rank 3 has taken its number and not written yet; the mistake of rank 0 comes after it."""
+    late = Board(store, 3, NAMES)
+    number = late.store.add("failures/count", 1)
+    Board(store, 0, NAMES).post(Record("user", 0, "error: x: bad", 2))
+    board = Board(store, 1, NAMES)
+    writing = threading.Timer(
+        0.5, store.set, (f"failures/{number}", '{"kind": "error", "rank": 3, "text": ""}')
+    )
+    writing.start()
+    ending = Ending(board, Watchdog(), serves_store=False)
+    assert ending._report(UserError("bad", where="x")) == 2
+    writing.join()
+    assert capsys.readouterr().err == "", "rank 0 has said it already"
 
 
 def members(world: int = 4) -> list[Member]:
