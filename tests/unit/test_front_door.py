@@ -150,7 +150,7 @@ def test_continuous_integration_runs_everything() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
     assert "set -euo pipefail" in script
-    ran = [line.split(maxsplit=1)[1] for line in re.findall(r'^step ".*?" (\d+ .*)$', script, re.MULTILINE)]
+    ran = [line.split(maxsplit=1)[1] for line in re.findall(r'^ *step ".*?" (\d+ .*)$', script, re.MULTILINE)]
     wanted = [
         "make train",
         "make test",
