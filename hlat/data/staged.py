@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from hlat.data.packed import SPLITS, TokenFolder, disk_error
 from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
 from hlat.errors import StorageFailed, UserError
-from hlat.storage.remote import Remote, StoreError
+from hlat.storage.patience import Value, patiently
+from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
 
 PATIENCE, PAUSE = 300.0, 5.0  # seconds: how long a store may fail, and between attempts
@@ -132,16 +133,8 @@ def _digest(file: Path) -> str:
         return ""
 
 
-def _patiently(work: Any, url: str) -> Any:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return work()
-        except StoreError as error:
-            if error.lasting:
-                fix = "correct the URL, the credentials in the environment, or their permissions"
-                raise UserError(str(error), where="data.sources", fix=fix) from error
-            if time.monotonic() + PAUSE > end:
-                what = f"the store did not answer for {PATIENCE:.0f} s: {error}"
-                raise StorageFailed(what, where=url, fix="start again when it does") from error
-        time.sleep(PAUSE)
+def _patiently(work: Callable[[], Value], url: str) -> Value:
+    def failure(what: str) -> StorageFailed:
+        return StorageFailed(what, where=url, fix="start again when it does")
+
+    return patiently(work, PATIENCE, "data.sources", failure, pauses=(PAUSE, PAUSE))

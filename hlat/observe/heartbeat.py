@@ -123,9 +123,7 @@ class Pulse:
     def __init__(self, folder: Path, rank: int) -> None:
         self.path, self.rank, self.pace = folder / f"rank-{rank:05}.json", rank, Pace()
         self.look: Callable[[float], Mapping[str, Any]] = self.pace.look
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def write(self) -> None:
         """Write it now."""
@@ -135,19 +133,11 @@ class Pulse:
         partial.write_text(json.dumps(asdict(beat)))
         partial.replace(self.path)
 
-    def stop(self) -> None:
-        """Write once more and end the thread."""
-        self._stop.set()
-        self._thread.join(1.0)
-        with contextlib.suppress(OSError):
-            self.write()
-
     def _run(self) -> None:
         while True:
             with contextlib.suppress(OSError):
                 self.write()
-            if self._stop.wait(INTERVAL):
-                return
+            time.sleep(INTERVAL)
 
 
 def read_all(folder: Path) -> dict[int, Heartbeat]:

@@ -8,15 +8,16 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hlat.checkpoint import folder as folders
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.mirror import Mirror, newer
 from hlat.checkpoint.uploader import Uploader
-from hlat.errors import SaveFailed, UserError
+from hlat.errors import SaveFailed
 from hlat.storage.journal import Journal
-from hlat.storage.remote import Remote, StoreError
+from hlat.storage.patience import Value, patiently
+from hlat.storage.remote import Remote
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 WHERE = "checkpoint.remote"
 _BEAT = 5.0  # seconds between signs of life while the last upload is awaited
 _PAUSES = (1.0, 15.0)  # seconds between attempts at the start: the first, the longest
-
-Value = TypeVar("Value")
 
 
 def open_mirror(recipe: Recipe, root: Path) -> Mirror:
@@ -35,28 +34,12 @@ def open_mirror(recipe: Recipe, root: Path) -> Mirror:
     return Mirror(remote, root, recipe.checkpoint.keep)
 
 
-def patiently(work: Callable[[], Value], seconds: float, warn: Callable[[str], None]) -> Value:
-    """What `work` returns, tried again while the store fails, for so many seconds.
+def _patiently(work: Callable[[], Value], seconds: float, warn: Callable[[str], None]) -> Value:
+    def failure(what: str) -> SaveFailed:
+        fix = "nothing was lost: start again when it does, or without checkpoint.remote"
+        return SaveFailed(what, where=WHERE, fix=fix)
 
-    Raises SaveFailed after that, UserError when waiting would not help.
-    """
-    end, (pause, longest), told = time.monotonic() + seconds, _PAUSES, False
-    while True:
-        try:
-            return work()
-        except StoreError as error:
-            if error.lasting:
-                fix = "correct the URL, the credentials in the environment, or their permissions"
-                raise UserError(str(error), where=WHERE, fix=fix) from error
-            if time.monotonic() + pause > end:
-                what = f"the store did not answer for {seconds:.0f} s: {error}"
-                fix = "nothing was lost: start again when it does, or without checkpoint.remote"
-                raise SaveFailed(what, where=WHERE, fix=fix) from error
-            if not told:
-                warn(f"{WHERE}: {error}; trying again for {seconds:.0f} s")
-                told = True
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
+    return patiently(work, seconds, WHERE, failure, pauses=_PAUSES, warn=warn)
 
 
 def newest_meta(recipe: Recipe, root: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -76,7 +59,7 @@ def newest_meta(recipe: Recipe, root: Path, warn: Callable[[str], None]) -> dict
                 continue  # damaged: told when it is fetched
         return None
 
-    return patiently(look, recipe.checkpoint.patience, warn)
+    return _patiently(look, recipe.checkpoint.patience, warn)
 
 
 class RemoteSaves:
@@ -102,13 +85,13 @@ class RemoteSaves:
         disk is full.
         """
         sequence = folders.read_marker(path)["sequence"] if path is not None else 0
-        copies = patiently(self.mirror.copies, self._patience, self.journal.note)
+        copies = _patiently(self.mirror.copies, self._patience, self.journal.note)
         self.sequence = max((copy.entry.sequence for copy in copies), default=0)
         for copy in newer(copies, sequence, self.mirror.unusable):
             start = time.monotonic()
             self.mirror.unusable.add(copy.name)  # until it has proved to be good, and never fetched twice
             try:
-                patiently(lambda copy=copy: self.mirror.fetch(copy), self._patience, self.journal.note)  # type: ignore[misc]
+                _patiently(lambda copy=copy: self.mirror.fetch(copy), self._patience, self.journal.note)  # type: ignore[misc]
             except Broken as error:
                 line = f"skipped checkpoint {self.mirror.remote.url}/{copy.name}: {error}"
                 seconds = time.monotonic() - start

@@ -131,8 +131,10 @@ def test_pace_is_the_slowest_step_but_one_and_books_every_phase(monkeypatch: Any
 def test_a_pulse_is_read_back(tmp_path: Path) -> None:
     pulse = Pulse(tmp_path, 3)
     pulse.pace.begin(5, STEP)
-    pulse.stop()
-    found = read_all(tmp_path)[3]
+    deadline = time.monotonic() + 10
+    while (found := read_all(tmp_path).get(3)) is None or found.step != 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert (found.pid, found.step, found.phase) == (os.getpid(), 5, STEP)
     (tmp_path / "rank-00004.json").write_text('{"rank": 4')  # being written by somebody else
     assert list(read_all(tmp_path)) == [3]
