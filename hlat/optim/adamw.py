@@ -50,8 +50,8 @@ class AdamW(Elementwise):
         beta1, beta2 = group["betas"]
         m = state["exp_avg"].lerp(g, 1 - beta1)
         v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
-        m_hat = m / (1 - beta1**step)
-        denominator = (v / (1 - beta2**step)).sqrt() + group["eps"]
+        m_hat = m * group["unbias"][0]
+        denominator = (v * group["unbias"][1]).sqrt() + group["eps"]
         return p * (1 - lr * group["weight_decay"]) - lr * m_hat / denominator, {
             "exp_avg": m,
             "exp_avg_sq": v,

@@ -51,7 +51,7 @@ class Adan(Elementwise):
         m = state["exp_avg"].lerp(g, 1 - beta1)
         n = state["exp_avg_diff"].lerp(d, 1 - beta2)
         v = state["exp_avg_sq"] * beta3 + (1 - beta3) * (g + beta2 * d).square()
-        denominator = (v / (1 - beta3**step)).sqrt() + group["eps"]
-        move = (m / (1 - beta1**step) + beta2 * n / (1 - beta2**step)) / denominator
+        denominator = (v * group["unbias"][2]).sqrt() + group["eps"]
+        move = (m * group["unbias"][0] + beta2 * n * group["unbias"][1]) / denominator
         p = (p - lr * move) / (1 + lr * group["weight_decay"])
         return p, {"exp_avg": m, "exp_avg_diff": n, "exp_avg_sq": v, "grad_prev": g}

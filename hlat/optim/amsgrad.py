@@ -51,6 +51,6 @@ class AMSGrad(Elementwise):
         m = state["exp_avg"].lerp(g, 1 - beta1)
         v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
         largest = torch.maximum(state["max_exp_avg_sq"], v)
-        denominator = (largest / (1 - beta2**step)).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m / (1 - beta1**step)) / denominator
+        denominator = (largest * group["unbias"][1]).sqrt() + group["eps"]
+        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
         return p, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}

@@ -46,7 +46,7 @@ class AVGrad(Elementwise):
         beta1, beta2 = group["betas"]
         m = state["exp_avg"].lerp(g, 1 - beta1)
         v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
-        mean = state["mean_sq"] + (v - state["mean_sq"]) / step
-        denominator = (mean / (1 - beta2**step)).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m / (1 - beta1**step)) / denominator
+        mean = state["mean_sq"] + (v - state["mean_sq"]) * (1 / step)
+        denominator = (mean * group["unbias"][1]).sqrt() + group["eps"]
+        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
         return p, {"exp_avg": m, "exp_avg_sq": v, "mean_sq": mean}

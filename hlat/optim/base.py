@@ -137,8 +137,15 @@ class Elementwise(torch.optim.Optimizer):
         state["step"].copy_(torch.where(keep, step, state["step"]))
 
     def options(self, group: dict[str, Any], step: Tensor) -> dict[str, Any]:
-        """What `update` gets as `group`: the options of the optimizer, and tensors that change by step."""
-        return {k: v for k, v in group.items() if k not in NOT_OPTIONS}
+        """What `update` gets as `group`: the options of the optimizer, and what follows from them and the step
+        for all elements alike. No power and no division by a number belongs in an elementwise kernel.
+
+        unbias: with `betas`, the bias corrections 1 / (1 - beta^t) of each, tensors ().
+        """
+        options = {k: v for k, v in group.items() if k not in NOT_OPTIONS}
+        if "betas" in options:
+            options["unbias"] = tuple(1 / (1 - beta**step) for beta in options["betas"])
+        return options
 
     def _apply(
         self,

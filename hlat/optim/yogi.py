@@ -53,6 +53,6 @@ class Yogi(Elementwise):
         old = torch.where(step == 1, group["initial"], state["exp_avg_sq"])
         square = g * g
         v = old + (1 - beta2) * square * torch.sign(square - old)
-        denominator = (v / (1 - beta2**step)).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m / (1 - beta1**step)) / denominator
+        denominator = (v * group["unbias"][1]).sqrt() + group["eps"]
+        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
         return p, {"exp_avg": m, "exp_avg_sq": v}
