@@ -137,8 +137,8 @@ class Elementwise(torch.optim.Optimizer):
         state["step"].copy_(torch.where(keep, step, state["step"]))
 
     def options(self, group: dict[str, Any], step: Tensor) -> dict[str, Any]:
-        """What `update` gets as `group`: the options of the optimizer, and what follows from them and the step
-        for all elements alike. No power and no division by a number belongs in an elementwise kernel.
+        """What `update` gets as `group`: the options of the optimizer, and what follows from them and the
+        step for all elements alike. No power and no division by a number belongs in an elementwise kernel.
 
         unbias: with `betas`, the bias corrections 1 / (1 - beta^t) of each, tensors ().
         """

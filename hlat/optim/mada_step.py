@@ -45,12 +45,13 @@ def at_step(h: Coefficients, t: Tensor) -> dict[str, Any]:
     """The six coefficients with what follows from them and the step's number `t` (), from 1: once for all
     elements, as no power belongs in an elementwise kernel.
 
-    over1, over2: bias corrections 1 / (1 - beta^t). pull1, pull2: their derivatives, t beta^(t-1) / (1 -
-    beta^t)^2 and t beta^(t-1) / (1 - beta^t). over_t: 1 / t. first: bool, whether t is 1.
+    rest: 1 - h, by name. over1, over2: bias corrections 1 / (1 - beta^t). pull1, pull2: their derivatives,
+    t beta^(t-1) / (1 - beta^t)^2 and t beta^(t-1) / (1 - beta^t). over_t: 1 / t. first: bool, whether t is 1.
     """
     over1, over2 = 1 / (1 - h["beta1"] ** t), 1 / (1 - h["beta2"] ** t)
     return {
         **h,
+        "rest": {name: 1 - value for name, value in h.items()},
         "over1": over1,
         "over2": over2,
         "pull1": t * h["beta1"] ** (t - 1) * over1 * over1,
@@ -83,22 +84,22 @@ def advance(
         extra["u"] = LION_BETA1 * base + (1 - LION_BETA1) * g
     if not terms.adaptive:
         return new, extra
-    ghat, v = g, old["v"]
+    ghat, v, rest = g, old["v"], h["rest"]
     if terms.authors:
         v = torch.where(h["first"], AUTHORS_V0, v)
     if terms.difference:
         extra["d"] = d = g if terms.authors else g - old["g_prev"]
         ghat = g + h["beta3"] * d
         n = torch.where(h["first"], g * g, old["n"]) if terms.authors else old["n"]
-        new["n"] = h["beta3"] * n + (1 - h["beta3"]) * d
+        new["n"] = h["beta3"] * n + rest["beta3"] * d
     extra["ghat"], extra["square"] = ghat, ghat * ghat
     extra["target"] = extra["square"]
     if terms.yogi:
         extra["sign"] = torch.sign(extra["square"] - v)
         yogi = v + extra["square"] * extra["sign"]
-        extra["target"] = h["c"] * extra["square"] + (1 - h["c"]) * yogi
-    new["m"] = h["beta1"] * old["m"] + (1 - h["beta1"]) * g
-    new["v"] = h["beta2"] * v + (1 - h["beta2"]) * extra["target"]
+        extra["target"] = h["c"] * extra["square"] + rest["c"] * yogi
+    new["m"] = h["beta1"] * old["m"] + rest["beta1"] * g
+    new["v"] = h["beta2"] * v + rest["beta2"] * extra["target"]
     if terms.mean:
         new["mean"] = old["mean"] + (new["v"] - old["mean"]) * h["over_t"]
     return new, extra
@@ -114,7 +115,7 @@ def direction(
         return torch.sign(extra["u"]), {}
     psi = new["v"]
     if terms.mean:
-        psi = h["rho"] * new["v"] + (1 - h["rho"]) * new["mean"]
+        psi = h["rho"] * new["v"] + h["rest"]["rho"] * new["mean"]
     root = (psi * h["over2"]).sqrt()
     denominator = root + eps
     numerator = new["m"] * h["over1"]
@@ -123,7 +124,7 @@ def direction(
     parts = {"psi": psi, "root": root, "denominator": denominator, "numerator": numerator}
     move = numerator / denominator
     if terms.lion:
-        move = h["gamma"] * move + (1 - h["gamma"]) * torch.sign(extra["u"])
+        move = h["gamma"] * move + h["rest"]["gamma"] * torch.sign(extra["u"])
     return move, parts
 
 

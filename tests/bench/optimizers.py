@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=2 python tests/bench/optimizers.py [--pairs 15] [--names mada,hyperadam,lion]
 
-Both are measured in pairs, AdamW (HLAT's, one fused pass, and torch.optim's as it comes) and the other one by
-turns in the same process, in two processes that build them in either order, and reported as the median of all
-pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the benchmark
-model (tests/bench/model.py), random gradients; optimizers are compiled as `hlat train` compiles them.
+Both are measured in pairs, AdamW (HLAT's, one fused pass, and torch.optim's as it comes and fused) and the
+other one by turns in the same process, in two processes that build them in either order, and reported as the
+median of all pairs' ratios with its middle half. Run it alone on an idle machine. The shards are those of the
+benchmark model (tests/bench/model.py), random gradients; optimizers are compiled as `hlat train` compiles
+them.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def stepper(run: Run) -> Callable[[], None]:
     return lambda: run.optimizer.step(keep=keep, clip=clip)  # type: ignore[call-arg]
 
 
-def torch_adamw(run: Run) -> Callable[[], object]:
-    """The same for `torch.optim.AdamW` as it comes, on copies of the shards."""
+def torch_adamw(run: Run, **options: bool) -> Callable[[], object]:
+    """The same for `torch.optim.AdamW`, as it comes or with options, on copies of the shards."""
     params = []
     for bucket in run.buckets:
         params.append(torch.nn.Parameter(bucket.master.detach().clone()))
         params[-1].grad = bucket.master.grad
-    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, **options)
     optimizer.step()
     return optimizer.step
 
@@ -97,6 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         seconds(action, 3)
     ratios["own"] = paired(ours, theirs, args.pairs, 5)
     ratios["usual"] = paired(ours, torch_adamw(base), args.pairs, 5)
+    ratios["fused"] = paired(ours, torch_adamw(base, fused=True), args.pairs, 5)
     return ratios
 
 
@@ -115,6 +117,7 @@ def both_orders(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
 WHAT = {
     "own": "own step {} of HLAT's AdamW's",
     "usual": "own step {} of torch.optim.AdamW's",
+    "fused": "own step {} of torch.optim.AdamW(fused=True)'s",
     "whole": "whole step {} of AdamW's",
 }
 
