@@ -48,15 +48,14 @@ class Evidence:
     """What is known of an attempt that ended.
 
     exit_codes: status by rank as subprocess gives it, negative for a signal. text: the end of the ranks'
-    logs. kernel: its messages since the start (`kernel_lines`). hang: a rank gave no sign of life within its
-    phase's limit. stalled: all did, but no step ended within the limit.
+    logs. kernel: its messages since the start (`kernel_lines`). hang: a rank came no further within its
+    phase's limit.
     """
 
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     text: str = ""
     kernel: str = ""
     hang: bool = False
-    stalled: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,21 @@ class Verdict:
 def classify(evidence: Evidence) -> Verdict:
     """The verdict of the first rule of the table that matches. Never raises for any text and any statuses."""
     codes = {rank: code for rank, code in sorted(evidence.exit_codes.items()) if code}
-    held_up = evidence.hang or evidence.stalled
-    if evidence.exit_codes and not codes and not held_up:
+    if evidence.exit_codes and not codes and not evidence.hang:
         return _verdict(CLEAN, None, "")
     lines = {"kernel": _lines(evidence.kernel), "text": _lines(evidence.text)}
     lines["both"] = [*lines["kernel"], *lines["text"]]
     for row in TABLE:
         found: tuple[int | None, str] | None = None
         if row is PREEMPTED:
-            if not held_up and all(code in row.codes for code in codes.values()):
+            if not evidence.hang and all(code in row.codes for code in codes.values()):
                 found = _status(row, codes, lines["text"])
         elif row is DEFECT:
             found = _defect(lines["text"], codes)
         elif row.where == "status":
             found = _status(row, codes, lines["text"])
         elif row.where == "flag":
-            if {"hang": evidence.hang, "stalled": evidence.stalled}.get(row.name, True):
+            if evidence.hang or row.name != "hang":
                 found = _suspect(codes), ""
         elif line := _search(row, lines[row.where]):
             found = _rank(row, line, codes, line in lines["kernel"]), line

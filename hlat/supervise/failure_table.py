@@ -208,10 +208,7 @@ NAMED = (
         "[hlat]",
         (r"\brank \d+ \([^)]*\) is late\b", r"\ball ranks wait in step \d+"),
     ),
-    Row("hang", "peer", "restart", "flag", "a rank gave no sign of life within its phase's limit", "[hlat]"),
-    Row(
-        "stalled", "peer", "restart", "flag", "ranks were alive, but no step ended within the limit", "[hlat]"
-    ),
+    Row("hang", "peer", "restart", "flag", "a rank came no further within its phase's limit", "[hlat]"),
 )
 
 ENDED = (

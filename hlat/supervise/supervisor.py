@@ -232,7 +232,6 @@ class Supervisor:
                 text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
                 kernel=report["kernel"],
                 hang=report["hang"],
-                stalled=False,
             )
         )
 

@@ -44,7 +44,7 @@ STATUSES = {
     "clean": [{0: 0, 1: 0}],
     "unknown": [{0: 1}, {}, {0: 77}],
 }
-WITHOUT_MESSAGES = {"exception", "hang", "stalled"}
+WITHOUT_MESSAGES = {"exception", "hang"}
 
 
 def evidence(message: str, codes: dict[int, int] | None = None) -> Evidence:
@@ -105,7 +105,6 @@ DEFECT = f"hlat: rank 1 (node-b) failed:\n{TRACE}ValueError: boom"
         ("host-memory-full", 1, Evidence({0: 1, 1: -9}, GONE, "Out of memory: Killed process 7 (python)")),
         ("killed", 1, Evidence({0: 1, 1: -9, 2: -15}, RESET)),  # the cause before its echo
         ("hang", 2, Evidence({0: -15, 1: -15, 2: -9}, RESET, hang=True)),
-        ("stalled", None, Evidence({0: -9, 1: -9}, "", stalled=True)),
         ("hang", None, Evidence({}, "Timeout waiting for RX (waited 120 sec) - retrying", hang=True)),
         ("connection", None, Evidence({0: 1, 1: 1}, f"[rank0]: {RESET}")),  # who noticed is not to blame
         ("disk-full", 1, Evidence({0: -15, 1: 1}, f"{TRACE}OSError: [Errno 28] No space left on device")),
@@ -158,12 +157,9 @@ texts = st.lists(st.one_of(pieces, st.text(max_size=80)), max_size=6).map("\n".j
     texts,
     texts,
     st.booleans(),
-    st.booleans(),
 )
-def test_any_evidence_gives_one_line(
-    codes: dict[int, int], text: str, log: str, hang: bool, stalled: bool
-) -> None:
-    verdict = classify(Evidence(codes, text, log, hang, stalled))
+def test_any_evidence_gives_one_line(codes: dict[int, int], text: str, log: str, hang: bool) -> None:
+    verdict = classify(Evidence(codes, text, log, hang))
     assert verdict.reason and len(verdict.reason.splitlines()) == 1 and len(verdict.reason) <= 400
     assert verdict.reason.isprintable()
     assert verdict.rule in {row.name for row in TABLE}
