@@ -37,22 +37,22 @@ class AdamW(Elementwise):
         eps: Annotated[float, Field(gt=0)] = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise ValueError(f"betas must lie in [0, 1), not {betas}")
-        if eps <= 0.0:
-            raise ValueError(f"eps must be positive, not {eps}")
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        beta1, beta2 = group["betas"]
+        beta1, _ = group["betas"]
         m = state["exp_avg"].lerp(g, 1 - beta1)
+        scale, moments = self.second_moment(g, state, group, step)
+        denominator = (scale * group["unbias"][1]).sqrt() + group["eps"]
+        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
+        return p, {"exp_avg": m, **moments}
+
+    def second_moment(
+        self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the step is scaled by, before bias correction and root, and the new slots it comes from."""
+        beta2 = group["betas"][1]
         v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
-        m_hat = m * group["unbias"][0]
-        denominator = (v * group["unbias"][1]).sqrt() + group["eps"]
-        return p * (1 - lr * group["weight_decay"]) - lr * m_hat / denominator, {
-            "exp_avg": m,
-            "exp_avg_sq": v,
-        }
+        return v, {"exp_avg_sq": v}

@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hlat.optim.base import Decay, Elementwise
+from hlat.optim.adamw import AdamW
+from hlat.optim.base import Decay
 from hlat.registry import register
 
 
 @register("optim", "amsgrad")
-class AMSGrad(Elementwise):
+class AMSGrad(AdamW):
     """Adam whose second moment never falls: the largest so far scales the step. Equals `torch.optim.AdamW`
     with `amsgrad=True`.
 
@@ -42,15 +43,11 @@ class AMSGrad(Elementwise):
         eps: Annotated[float, Field(gt=0)] = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(
-        self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
+    def second_moment(
+        self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        beta1, beta2 = group["betas"]
-        m = state["exp_avg"].lerp(g, 1 - beta1)
-        v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
+        v, moments = super().second_moment(g, state, group, step)
         largest = torch.maximum(state["max_exp_avg_sq"], v)
-        denominator = (largest * group["unbias"][1]).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
-        return p, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}
+        return largest, {**moments, "max_exp_avg_sq": largest}

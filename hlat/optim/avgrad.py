@@ -8,12 +8,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from hlat.optim.base import Decay, Elementwise
+from hlat.optim.adamw import AdamW
+from hlat.optim.base import Decay
 from hlat.registry import register
 
 
 @register("optim", "avgrad")
-class AVGrad(Elementwise):
+class AVGrad(AdamW):
     """Adam whose step is scaled by the mean over time of its second moment, so that it only gets surer.
 
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g²;  a = mean of all v so far;
@@ -38,15 +39,11 @@ class AVGrad(Elementwise):
         eps: Annotated[float, Field(gt=0)] = 1e-6,
         weight_decay: float = 0.1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(
-        self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
+    def second_moment(
+        self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        beta1, beta2 = group["betas"]
-        m = state["exp_avg"].lerp(g, 1 - beta1)
-        v = state["exp_avg_sq"] * beta2 + (1 - beta2) * g * g
+        v, moments = super().second_moment(g, state, group, step)
         mean = state["mean_sq"] + (v - state["mean_sq"]) * (1 / step)
-        denominator = (mean * group["unbias"][1]).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
-        return p, {"exp_avg": m, "exp_avg_sq": v, "mean_sq": mean}
+        return mean, {**moments, "mean_sq": mean}

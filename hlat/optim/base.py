@@ -12,7 +12,7 @@ parameters:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -44,6 +44,7 @@ class Elementwise(torch.optim.Optimizer):
     slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        check_options(defaults)
         super().__init__(params, defaults)
         self.state_dtype, self.rounding, self.seed = torch.float32, "nearest", 0
         self._compiled: Callable[..., None] | None = None
@@ -171,6 +172,18 @@ class Elementwise(torch.optim.Optimizer):
             chosen.append(torch.where(keep, rounded, old))
         for old, new in zip([p, *slots], chosen, strict=True):
             old.copy_(new)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rate, decay, beta or eps outside its range; a tensor is not read."""
+    for name in ("lr", "weight_decay"):
+        value = options.get(name, 0.0)
+        if not torch.is_tensor(value) and not value >= 0.0:
+            raise ValueError(f"{name} must be at least 0, not {value}")
+    if not all(0.0 <= beta < 1.0 for beta in options.get("betas", ())):
+        raise ValueError(f"betas must lie in [0, 1), not {options['betas']}")
+    if not options.get("eps", 1.0) > 0.0:
+        raise ValueError(f"eps must be positive, not {options['eps']}")
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -> None:

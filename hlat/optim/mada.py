@@ -100,7 +100,7 @@ class MADA(Elementwise):
     ) -> None:
         start = {"beta1": beta1, "beta2": beta2, "beta3": beta3, "rho": rho, "c": c, "gamma": gamma}
         self.learn = tuple(name for name in COEFFICIENTS if name in learn)
-        _check(start, learn, eps)
+        _check(start, learn)
         momentum = {"gamma": 0.0} if hyper_momentum is None else hyper_momentum
         self._hyper = {
             "lr": _by_name(hyper_lr, 2.5e-3, self.learn),
@@ -318,12 +318,10 @@ class HyperAdam(MADA):
         )
 
 
-def _check(start: Mapping[str, float], learn: Iterable[str], eps: float) -> None:
+def _check(start: Mapping[str, float], learn: Iterable[str]) -> None:
     unknown = [name for name in learn if name not in COEFFICIENTS]
     if unknown:
         raise ValueError(f"learn names {unknown[0]!r}; coefficients are {', '.join(COEFFICIENTS)}")
-    if eps <= 0.0:
-        raise ValueError(f"eps must be positive, not {eps}")
     for name, value in start.items():
         low, high = LIMITS[name] if name in learn else (0.0, 1.0)
         inside = low <= value <= high and not (name.startswith("beta") and value == 1.0)

@@ -67,6 +67,7 @@ class Muon(Elementwise):
         }
 
     update = AdamW.update
+    second_moment = AdamW.second_moment
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

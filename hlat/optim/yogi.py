@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hlat.optim.base import Decay, Elementwise
+from hlat.optim.adamw import AdamW
+from hlat.optim.base import Decay
 from hlat.registry import register
 
 
 @register("optim", "yogi")
-class Yogi(Elementwise):
+class Yogi(AdamW):
     """Adam whose second moment moves by a step that does not grow with its distance from g².
 
     m = b1 m + (1-b1) g;  v = v + (1-b2) g² sign(g² - v);  p = p - lr (wd p + m̂ / (√v̂ + eps)).
@@ -42,17 +43,13 @@ class Yogi(Elementwise):
         initial: Annotated[float, Field(ge=0)] = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "initial": initial}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.initial = initial
 
-    def update(
-        self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
+    def second_moment(
+        self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        beta1, beta2 = group["betas"]
-        m = state["exp_avg"].lerp(g, 1 - beta1)
-        old = torch.where(step == 1, group["initial"], state["exp_avg_sq"])
+        old = torch.where(step == 1, self.initial, state["exp_avg_sq"])
         square = g * g
-        v = old + (1 - beta2) * square * torch.sign(square - old)
-        denominator = (v * group["unbias"][1]).sqrt() + group["eps"]
-        p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
-        return p, {"exp_avg": m, "exp_avg_sq": v}
+        v = old + (1 - group["betas"][1]) * square * torch.sign(square - old)
+        return v, {"exp_avg_sq": v}

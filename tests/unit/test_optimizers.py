@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hlat.optim import MADA, AdamW, Adan, AMSGrad, AVGrad, HyperAdam, Lion, Yogi
+from hlat.optim import MADA, SGD, AdamW, Adan, AMSGrad, AVGrad, HyperAdam, Lion, Muon, Yogi
 from hlat.optim.base import create_state
 
 STEPS, LR, DECAY = 200, 0.01, 0.1
@@ -211,3 +212,21 @@ def test_low_precision_storage(kind) -> None:
     assert {value.dtype for value in state.values() if value.numel() > 1} == {torch.bfloat16}
     assert {value.dtype for value in state.values() if value.numel() == 1} == {torch.float32}
     assert torch.isfinite(p).all() and not torch.equal(p, start().bfloat16())
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW, AMSGrad, AVGrad, Yogi, Adan, Lion, HyperAdam, MADA, Muon])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, "lr must be at least 0, not -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, not -0.1"),
+        ({"lr": float("nan")}, "lr must be at least 0, not nan"),
+        ({"eps": 0.0}, "eps must be positive, not 0.0"),
+        ({"betas": (0.9, 1.0, 0.9)}, r"betas must lie in \[0, 1\), not \(0.9, 1.0, 0.9\)"),
+    ],
+)
+def test_values_out_of_range_are_refused(kind, options: dict[str, Any], message: str) -> None:
+    if not set(options) <= set(inspect.signature(kind).parameters):
+        pytest.skip("no such option")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        kind([torch.nn.Parameter(start())], **options)
