@@ -6,8 +6,8 @@ parameters:
 * `keep`: a bool tensor () from the guard. False leaves parameters, moments and the step counter bitwise as
   they were: a select, so a NaN in the rejected update cannot leak through.
 * `clip`: the factor () of global-norm clipping, applied to the gradient on the way in.
-* low-precision storage: arithmetic is fp32 whatever the dtype of parameters and moments; results are rounded
-  to nearest or stochastically when they are written back.
+* low-precision storage: arithmetic is fp32 whatever the dtype of parameters and moments (fp64 for fp64
+  parameters); results are rounded to nearest or stochastically when they are written back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.backend.precision import round_to
+from hlat.model.dtype import at_least_fp32
 
 Decay = Annotated[float, Field(ge=0, lt=1)]  # checked when it comes from a recipe
 
@@ -33,11 +34,14 @@ class Elementwise(torch.optim.Optimizer):
     """An optimizer whose update of an element reads only that element's parameter, gradient and state.
 
     A subclass names its state in `slots` and writes `update`, a pure function of tensors; everything else is
-    here.
+    here. Eager unless `compile` is called.
 
     Args:
-        params: parameters or groups of them, of any shape and float dtype.
+        params: parameters or groups of them, of any shape and float dtype; plain tensors, not DTensors.
         defaults: group options; `lr` may be a float or a tensor ().
+
+    Raises:
+        ValueError: an option out of its range.
     """
 
     needs: ClassVar[str] = "elementwise"
@@ -53,7 +57,7 @@ class Elementwise(torch.optim.Optimizer):
         """How results are stored; call it before the first step.
 
         Args:
-            state_dtype: dtype of the slots.
+            state_dtype: dtype of the slots; those of an fp64 parameter are fp64.
             rounding: "nearest" or "stochastic", for parameters and slots stored in bf16.
             seed: seed of stochastic rounding.
         """
@@ -62,7 +66,7 @@ class Elementwise(torch.optim.Optimizer):
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """New parameter and slots; fp32 in and out, nothing in place. `step` () fp32 counts from 1."""
+        """New parameter and slots; fp32 (or fp64) in and out, nothing in place. `step` () counts from 1."""
         raise NotImplementedError
 
     def compile(self) -> None:
@@ -99,7 +103,17 @@ class Elementwise(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every tensor keeps the dtype it was saved with: torch would round fp32 moments to
         the dtype of a bf16 parameter.
+
+        Raises:
+            ValueError: a parameter's state is not what this optimizer keeps; nothing has been loaded then.
         """
+        for number, saved_state in state_dict["state"].items():
+            if saved_state and set(saved_state) not in self._kinds_of_state():
+                own = " or ".join(", ".join(sorted(kind)) for kind in self._kinds_of_state())
+                raise ValueError(
+                    f"the state of parameter {number} is that of another optimizer or of other options: it "
+                    f"has {', '.join(sorted(map(str, saved_state)))}; {type(self).__name__} keeps {own}"
+                )
         super().load_state_dict(state_dict)
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -108,20 +122,39 @@ class Elementwise(torch.optim.Optimizer):
                 if torch.is_tensor(value):
                     self.state[p][slot] = value.detach().to(p.device, copy=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: torch's, which has no attribute of a subclass, and those. Kernels are left
+        out, to be compiled again, and the `step` that a learning-rate scheduler has wrapped.
+        """
+        torchs = {*vars(torch.optim.SGD([torch.empty(0)])), "step"}
+        own = {name: value for name, value in vars(self).items() if name not in torchs}
+        own.update((name, None) for name in own if name.startswith("_compiled"))
+        return {**own, **super().__getstate__()}
+
+    def _kinds_of_state(self) -> list[set[str]]:
+        """What may be in the state of a parameter."""
+        return [{"step", *self.slots}]
+
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for slot in self.slots:
-                state[slot] = torch.zeros(p.shape, dtype=self.state_dtype, device=p.device)
+                state[slot] = self._zeros(p)
         return state
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        """A new slot."""
+        dtype = torch.float64 if p.dtype == torch.float64 else self.state_dtype
+        return torch.zeros(p.shape, dtype=dtype, device=p.device)
 
     def _step_one(self, p: Tensor, group: dict[str, Any], keep: Tensor | None, clip: Tensor | None) -> None:
         state, device = self._state_of(p), p.device
         keep = torch.ones((), dtype=torch.bool, device=device) if keep is None else keep
         clip = torch.ones((), device=device) if clip is None else clip
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
-        step = state["step"] + 1
+        wide = torch.promote_types(p.dtype, torch.float32)
+        lr = torch.as_tensor(group["lr"], dtype=wide, device=device)
+        step = state["step"].to(wide) + 1
         own = p.detach().reshape(-1)  # a copy where the parameter does not lie in one piece
         tensors = [own, p.grad.reshape(-1), *(state[s].view(-1) for s in self.slots)]  # type: ignore[union-attr]
         options = self.options(group, step)
@@ -129,7 +162,7 @@ class Elementwise(torch.optim.Optimizer):
         if self._compiled is not None and p.numel() >= COMPILE_FROM:
             self._compiled(tensors, first, options, lr, step, keep, clip)
         else:
-            size = CHUNK if device.type == "cpu" else p.numel()
+            size = CHUNK if device.type == "cpu" else max(1, p.numel())
             for start in range(0, p.numel(), size):
                 chunk = [t[start : start + size] for t in tensors]
                 self._apply(chunk, first + start, options, lr, step, keep, clip)
@@ -158,10 +191,11 @@ class Elementwise(torch.optim.Optimizer):
         keep: Tensor,
         clip: Tensor,
     ) -> None:
-        """Update 1-D slices in place: fp32 arithmetic, select by `keep`, rounding into the stored dtype."""
+        """Update 1-D slices in place: wide arithmetic, select by `keep`, rounding into the stored dtype."""
         p, g, *slots = tensors
-        state = {name: slot.float() for name, slot in zip(self.slots, slots, strict=True)}
-        new_p, new_state = self.update(p.float(), g.float() * clip, state, options, lr, step)
+        wide_p, wide_g, *wide_slots = map(at_least_fp32, tensors)
+        state = dict(zip(self.slots, wide_slots, strict=True))
+        new_p, new_state = self.update(wide_p, wide_g * clip, state, options, lr, step)
         chosen = []  # all before the first is written: a new slot may be an old one under another name
         for i, (old, new) in enumerate(
             zip([p, *slots], [new_p, *(new_state[s] for s in self.slots)], strict=True)
@@ -190,10 +224,13 @@ def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -
     """Step any optimizer so that `keep` () bool False changes nothing; `clip` () scales the gradients first.
 
     An optimizer that does not know `keep` is stepped on and put back by a select, at the cost of one copy of
-    its parameters and state.
+    its parameters and state. While it has no state, `keep` is read on the host: the first step makes it, of
+    values only the optimizer knows, and must not be one to be put back.
     """
     if isinstance(optimizer, Elementwise):
         optimizer.step(keep=keep, clip=clip)
+        return
+    if not optimizer.state and not bool(keep):
         return
     with torch.no_grad():
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -207,19 +244,20 @@ def guarded_step(optimizer: torch.optim.Optimizer, keep: Tensor, clip: Tensor) -
         for p, was, state in zip(params, old_params, old_state, strict=True):
             p.copy_(torch.where(keep, p, was))
             for name, value in optimizer.state[p].items():
-                if torch.is_tensor(value):
-                    before = state.get(name, torch.zeros_like(value))
-                    value.copy_(torch.where(keep.to(value.device), value, before))
+                if name in state:
+                    value.copy_(torch.where(keep.to(value.device), value, state[name]))
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer's state exist before its first step, so that a checkpoint can be loaded into it.
+    """Make an optimizer's state exist, so that a checkpoint can be loaded into it.
 
-    An optimizer without `init_state` takes one step with zero gradients, which is then undone: parameters are
-    put back and state tensors zeroed, which is where every optimizer of `torch.optim` starts.
+    An optimizer without `init_state` takes one step with zero gradients, after which parameters are put back.
+    What is in its state then is of no use but to be overwritten: not every optimizer starts from zeros.
     """
     if hasattr(optimizer, "init_state"):
         optimizer.init_state()
+        return
+    if optimizer.state:
         return
     with torch.no_grad():
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -230,6 +268,3 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
         for p, was in zip(params, before, strict=True):
             p.copy_(was)
             p.grad = None
-            for value in optimizer.state[p].values():
-                if torch.is_tensor(value):
-                    value.zero_()

@@ -16,23 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hlat.model.dtype import at_least_fp32
 from hlat.optim.base import CHUNK, COMPILE_FROM, Elementwise
+from hlat.optim.mada_options import LIMITS, Name, PerName, Share, check_coefficients, hyper_options
 from hlat.optim.mada_step import COEFFICIENTS, Terms, advance, at_step, direction, sensitivities
 from hlat.registry import register
 
-Name = Literal["beta1", "beta2", "beta3", "rho", "c", "gamma"]
-Share = Annotated[float, Field(ge=0, le=1)]
-PerName = dict[Name, float]
-
-# Where the authors' code clamps what it learns.
-LIMITS = {
-    "beta1": (0.01, 0.99),
-    "beta2": (0.501, 0.99),
-    "beta3": (0.0, 0.99),
-    "rho": (0.0, 1.0),
-    "c": (0.0, 1.0),
-    "gamma": (0.0, 1.0),
-}
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "mean": "mean_sq", "n": "exp_avg_diff", "lion": "lion_avg"}
 # Inductor writes intermediate results with many uses to memory; here they are all used in the same loop.
 _ONE_LOOP: dict[str, Any] = {
@@ -100,14 +89,8 @@ class MADA(Elementwise):
     ) -> None:
         start = {"beta1": beta1, "beta2": beta2, "beta3": beta3, "rho": rho, "c": c, "gamma": gamma}
         self.learn = tuple(name for name in COEFFICIENTS if name in learn)
-        _check(start, learn)
-        momentum = {"gamma": 0.0} if hyper_momentum is None else hyper_momentum
-        self._hyper = {
-            "lr": _by_name(hyper_lr, 2.5e-3, self.learn),
-            "momentum": _by_name(momentum, 0.5, self.learn),
-            "clip": _by_name(hyper_clip, 10.0, self.learn),
-            "start": _by_name(hyper_start, 50, self.learn),
-        }
+        check_coefficients(start, learn, compat)
+        self._hyper = hyper_options(self.learn, hyper_lr, hyper_momentum, hyper_clip, hyper_start)
         self._start = start
         self.all_reduce = all_reduce
         self.terms = _terms(start, self.learn, compat == "authors")
@@ -117,11 +100,18 @@ class MADA(Elementwise):
             gradients.append("grad_prev")
         self.slots = (*(_SLOTS[kind] for kind in self._kinds), *gradients)  # type: ignore[misc]
         self._shared: dict[str, Tensor] = {}
+        self._missed: dict[Tensor, dict[str, Any]] = {}  # of parameters that had no gradient: see `step`
         self._compiled_dots: Callable[..., Tensor] | None = None
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     #: state tensors () that belong to a parameter group rather than to all parameters
     own_scalars = ("lr",)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ValueError for a coefficient: a group has none of its own."""
+        if own := [name for name in COEFFICIENTS if name in param_group]:
+            raise ValueError(f"{own[0]} belongs to the optimizer; a parameter group cannot have its own")
+        super().add_param_group(param_group)
 
     def coefficients(self) -> dict[str, float]:
         """The six coefficients now, read from the device."""
@@ -167,20 +157,28 @@ class MADA(Elementwise):
         device = self.param_groups[0]["params"][0].device
         self._shared_state(device)
         keep = torch.ones((), dtype=torch.bool, device=device) if keep is None else keep
-        self._before = self._coefficients()
+        before = self._coefficients()
         if self.learn:
-            self._learn(active, device, keep)
+            self._note_missing(before)
+            self._learn(active, device, keep, before)
         self._now = self._coefficients()
         for p, group in active:
+            self._before = self._missed.get(p, before)
             self._step_one(p, group, keep, clip)
+            if p in self._missed:
+                chosen = {n: (self._now[n], self._missed[p][n]) for n in self.learn}
+                self._missed[p] = {**self._now, **{n: torch.where(keep, *two) for n, two in chosen.items()}}
             if self.learn:
                 lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=p.device)
                 self.state[p]["lr"].copy_(torch.where(keep, lr, self.state[p]["lr"]))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also makes the coefficients one for all parameters again."""
+        """Also makes the coefficients one for all parameters again. What is not learned is an argument, not
+        state.
+        """
         super().load_state_dict(state_dict)
+        self._shared, self._missed = {}, {}
         states = [state for state in self.state.values() if "updates" in state]
         for name, shared in self._shared_state(torch.device("cpu")).items() if states else ():
             shared.data = states[0][name].clone()
@@ -208,20 +206,32 @@ class MADA(Elementwise):
         slots.update(grad=g, grad_prev=state["grad"] if self.learn else g)
         return p * (1 - lr * group["weight_decay"]) - lr * move, slots
 
-    def _learn(self, active: list[tuple[Tensor, dict[str, Any]]], device: torch.device, keep: Tensor) -> None:
+    def _note_missing(self, before: dict[str, Any]) -> None:
+        """A parameter without a gradient (an expert nobody chose) keeps its last step back for longer, while
+        the coefficients go on: remember which ones that step was taken with.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None and self.state.get(p):
+                    self._missed.setdefault(p, before)
+
+    def _learn(
+        self, active: list[tuple[Tensor, dict[str, Any]]], device: torch.device, keep: Tensor, before: Any
+    ) -> None:
         """Move the coefficients by the derivative of this gradient's loss. A rank that holds no parameter
         takes part in the sum.
         """
         total = torch.zeros(len(self.learn), device=device)
         for p, group in active:
             if group.get("counted", True):
+                self._before = self._missed.get(p, before)
                 total = total - self.state[p]["lr"] * self._inner_products(p, group)
         if self.all_reduce is not None:
             total = self.all_reduce(total)
         updates = self._shared["updates"]
         for name, slope in zip(self.learn, total.unbind(0), strict=True):
             value, momentum = self._shared[name], self._shared[f"{name}_momentum"]
-            limit, start = self._hyper["clip"][name], max(1, self._hyper["start"][name])
+            limit, start = self._hyper["clip"][name], self._hyper["start"][name]
             run = momentum * self._hyper["momentum"][name] + slope.clamp(-limit, limit)
             moved = (value - self._hyper["lr"][name] * run).clamp(*LIMITS[name])
             take = keep & (updates >= start) & torch.isfinite(slope)
@@ -244,7 +254,7 @@ class MADA(Elementwise):
     def _dots(self, tensors: list[Tensor], before: dict[str, Any], eps: float) -> Tensor:
         if tensors[0].numel() % _ROW == 0:  # rows from the start, so that all of it is one loop
             tensors = [tensor.view(-1, _ROW) for tensor in tensors]
-        g, *slots = (tensor.float() for tensor in tensors)
+        g, *slots = map(at_least_fp32, tensors)
         state = dict(zip(self.slots, slots, strict=True))
         moments, last = self._moments(state), state["grad"]
         slopes = sensitivities(moments, last, before, self.terms, eps, self.learn)
@@ -260,6 +270,10 @@ class MADA(Elementwise):
     def _coefficients(self) -> dict[str, Any]:
         """The six as the arithmetic takes them: floats where fixed, copies of the tensors where learned."""
         return {n: self._shared[n].clone() if n in self.learn else self._start[n] for n in COEFFICIENTS}
+
+    def _kinds_of_state(self) -> list[set[str]]:
+        shared = {"lr", "updates", *self.learn, *(f"{name}_momentum" for name in self.learn)}
+        return [{"step", *self.slots, *(shared if self.learn else ())}]
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         if not self.state[p]:
@@ -316,26 +330,6 @@ class HyperAdam(MADA):
             hyper_clip=hyper_clip,
             hyper_start=hyper_start,
         )
-
-
-def _check(start: Mapping[str, float], learn: Iterable[str]) -> None:
-    unknown = [name for name in learn if name not in COEFFICIENTS]
-    if unknown:
-        raise ValueError(f"learn names {unknown[0]!r}; coefficients are {', '.join(COEFFICIENTS)}")
-    for name, value in start.items():
-        low, high = LIMITS[name] if name in learn else (0.0, 1.0)
-        inside = low <= value <= high and not (name.startswith("beta") and value == 1.0)
-        if not inside:
-            what = "when learned" if name in learn else "and a beta below 1"
-            raise ValueError(f"{name} must lie in [{low:g}, {high:g}] {what}, not {value:g}")
-    if "gamma" not in learn and start["gamma"] == 0.0 and any(True for _ in learn):
-        raise ValueError("with gamma fixed at 0 (Lion) no other coefficient has an effect to learn from")
-
-
-def _by_name(value: Any, default: float, names: Iterable[str]) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {name: value.get(name, default) for name in names}
-    return dict.fromkeys(names, value)
 
 
 def _terms(start: Mapping[str, float], learn: Iterable[str], authors: bool) -> Terms:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.backend.precision import round_to
+from hlat.model.dtype import at_least_fp32
 from hlat.optim.adamw import AdamW
 from hlat.optim.base import Decay, Elementwise
 from hlat.registry import register
@@ -55,16 +56,22 @@ class Muon(Elementwise):
         eps: Annotated[float, Field(gt=0)] = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        self.momentum, self.adjust, self.iterations = momentum, adjust, iterations
+        if adjust not in ("rms", "original"):
+            raise ValueError(f"adjust must be 'rms' or 'original', not {adjust!r}")
+        self.adjust, self.iterations = adjust, iterations
+        self._matrices: set[Tensor] = set()
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "matrix": True})
-        self._matrices = {
-            p
-            for group in self.param_groups
-            if group["matrix"]
-            for p in group["params"]
-            if _is_matrix(p, group)
-        }
+        super().__init__(params, {**defaults, "momentum": momentum, "matrix": True})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Also notes which of its parameters are matrices."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["matrix"]:
+            self._matrices.update(p for p in group["params"] if _is_matrix(p, group))
+
+    def _kinds_of_state(self) -> list[set[str]]:
+        return [{"step", "momentum_buffer"}, *super()._kinds_of_state()]
 
     update = AdamW.update
     second_moment = AdamW.second_moment
@@ -73,7 +80,7 @@ class Muon(Elementwise):
         state = self.state[p]
         if not state and p in self._matrices:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["momentum_buffer"] = torch.zeros(p.shape, dtype=self.state_dtype, device=p.device)
+            state["momentum_buffer"] = self._zeros(p)
         return super()._state_of(p)
 
     def _step_one(self, p: Tensor, group: dict[str, Any], keep: Tensor | None, clip: Tensor | None) -> None:
@@ -87,11 +94,12 @@ class Muon(Elementwise):
         own, first = p.detach().reshape(-1), group.get("first", 0)
         gradient, buffer = p.grad.reshape(-1), state["momentum_buffer"].view(-1)  # type: ignore[union-attr]
         for where, shape in _places(p, group):
-            g = gradient[where].float() if clip is None else gradient[where].float() * clip
-            mean = buffer[where].float().lerp(g, 1 - self.momentum)
-            move = orthogonal(g.lerp(mean, self.momentum).view(shape), self.iterations)
-            move = move.float().view(-1) * self._size(shape)
-            moved = own[where].float() * (1 - lr * group["weight_decay"]) - lr * move
+            g = at_least_fp32(gradient[where])
+            g = g if clip is None else g * clip
+            mean = at_least_fp32(buffer[where]).lerp(g, 1 - group["momentum"])
+            move = orthogonal(g.lerp(mean, group["momentum"]).view(shape), self.iterations)
+            move = at_least_fp32(move).view(-1) * self._size(shape)
+            moved = at_least_fp32(own[where]) * (1 - lr * group["weight_decay"]) - lr * move
             for i, (old, new) in enumerate(((own[where], moved), (buffer[where], mean))):
                 seed, offset = self.seed + 7919 * i, first + where.start
                 new = round_to(new, old.dtype, self.rounding, seed=seed, step=step, offset=offset)

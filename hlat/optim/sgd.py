@@ -37,9 +37,24 @@ class SGD(Elementwise):
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.slots = ()  # type: ignore[misc]
         super().__init__(params, defaults)
-        if not any(group["momentum"] for group in self.param_groups):
-            self.slots = ()  # type: ignore[misc]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The first group with a momentum makes room for the sums; those there are none of yet are 0."""
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["momentum"] and not self.slots:
+            self.slots = type(self).slots  # type: ignore[misc]
+
+    def _kinds_of_state(self) -> list[set[str]]:
+        return [{"step"}, {"step", *self.slots}]
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = super()._state_of(p)
+        for slot in self.slots:
+            if slot not in state:
+                state[slot] = self._zeros(p)
+        return state
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hlat.checkpoint.nxd import file_bytes, newest_nxd, open_nxd
 from hlat.errors import UserError
+from hlat.optim.base import create_state
 from hlat.train import state
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def restore(run: Run, folder: Path, tag: str | None = None) -> None:
         raise UserError(what, where=str(found.path), fix=fix)
     loaded: dict[str, Any] = {}
     files.load(folder, found.path.name, loaded)
+    if any(bucket["state"] for bucket in loaded["buckets"].values()):
+        create_state(run.optimizer)
     _put(_contents(run), loaded, str(folder))
     state.note_position(run, meta)
     run.publish()

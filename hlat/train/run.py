@@ -15,7 +15,7 @@ from hlat.backend.native import NativeBackend
 from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
-from hlat.optim.base import create_state, guarded_step
+from hlat.optim.base import guarded_step
 from hlat.optim.groups import Group, Override, assign_groups
 from hlat.optim.schedule import Schedule
 from hlat.parallel.buckets import Bucket, squared_norm
@@ -169,8 +169,9 @@ class Run:
         self.assembly.publish(self)
 
     def initialise(self) -> None:
-        """Create the optimizer's state, which a checkpoint is loaded into."""
-        create_state(self.optimizer)
+        """Create the state of an optimizer that can; others make it in their first step."""
+        if hasattr(self.optimizer, "init_state"):
+            self.optimizer.init_state()
         self.publish()
         # Its own graph on lazy devices: the first step's is then like every other's.
         self.backend.mark_step("build")

@@ -12,6 +12,7 @@ from hlat.checkpoint.codec import rng_from_json, rng_to_json
 from hlat.checkpoint.piece import piece
 from hlat.data.skips import Skips
 from hlat.errors import UserError
+from hlat.optim.base import create_state
 from hlat.recipe import identity_diff
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     has a place for. What a reducer keeps for one layout alone (`local/...` in its state) is loaded in that
     layout; in another one the reducer is told to forget it.
     """
+    if any(name.startswith("optim/") for name in checkpoint.names()):
+        create_state(run.optimizer)
     memory = run.backend.memory()
     wanted = tensors(run, memory)
     change = _layout_change(run, checkpoint, wanted)

@@ -201,7 +201,8 @@ def test_copies_are_counted_once() -> None:
 @pytest.mark.parametrize("learn", [("beta1",), ("rho",), ("c", "beta2"), ("beta3",), ("gamma",), ()])
 def test_a_choice_of_coefficients_moves_those_only(learn: tuple[str, ...]) -> None:
     p = params((50, 2))
-    optimizer = MADA(p, **MIDDLE, learn=learn, **FAST)
+    speeds = {name: speed for name, speed in SPEEDS.items() if name in learn}
+    optimizer = MADA(p, **MIDDLE, learn=learn, **{**FAST, "hyper_lr": speeds})
     train(optimizer, p, 12)
     changed = {name for name, size in moved(optimizer).items() if size > 1e-7}
     assert changed == set(learn)
@@ -347,6 +348,16 @@ def test_parameters_of_any_layout_and_dtype() -> None:
         ({"learn": ("beta4",)}, "learn names 'beta4'"),
         ({"gamma": 0.0, "learn": ("beta1",)}, "Lion"),
         ({"eps": 0.0}, "eps"),
+        ({"compat": "author"}, "compat must be 'none' or 'authors', not 'author'"),
+        (
+            {"hyper_lr": {"bta1": 1.0}},
+            "hyper_lr names 'bta1', which is not learned; learn says beta1, beta2,",
+        ),
+        ({"hyper_clip": {"rho": 1.0}, "learn": ("c",)}, "hyper_clip names 'rho', .*; learn says c$"),
+        ({"hyper_lr": -1.0}, "hyper_lr must be at least 0, not -1.0"),
+        ({"hyper_momentum": {"c": 1.0}}, "hyper_momentum must be at least 0 and below 1, not 1.0"),
+        ({"hyper_clip": 0.0}, "hyper_clip must be more than 0, not 0.0"),
+        ({"hyper_start": 0}, "hyper_start must be a whole number from 1, not 0"),
     ],
 )
 def test_wrong_options(options, message: str) -> None:
