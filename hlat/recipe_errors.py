@@ -169,10 +169,15 @@ def _choices(hint: Any) -> list[str]:
     if origin in (tuple, list):
         inner = get_args(hint)
         count = "" if origin is list or Ellipsis in inner else f"{len(inner)} "
+        if get_origin(inner[0]) is Literal:
+            return [f"a list of some of {_describe(inner[0])}"]
         one = "mapping" if is_section(inner[0]) else _choices(inner[0])[0].removeprefix("a ")
         return [f"a list of {count}{one}s"]
     if is_section(hint):
         return ["a mapping of keys to values"]
+    if origin is dict:
+        key, value = get_args(hint)
+        return [f"a mapping of {_describe(key)} to {_describe(value)}"]
     return [_WORDS.get(hint, "another kind of value")]
 
 

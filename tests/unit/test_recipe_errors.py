@@ -185,3 +185,12 @@ def test_whatever_is_wrong_is_a_user_error(values):
         except UserError:
             continue
         assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_options_of_a_plug_in_name_their_choices(file) -> None:
+    six = "beta1, beta2, beta3, rho, c or gamma"
+    assert f'optim.learn: expected a list of some of {six}, got ["bta1"]' in line(
+        file, "optim.name=mada", "optim.learn=[bta1]"
+    )
+    wanted = f'optim.hyper_lr: expected a number or a mapping of {six} to a number, got {{"bta1": 1}}'
+    assert wanted in line(file, "optim.name=mada", "optim.hyper_lr={bta1: 1}")
