@@ -380,8 +380,8 @@ class EvalSection(Section):
 
     every: NonNegative = 0
     """Evaluate every so many steps; 0: only at the end."""
-    batches: Positive = 16
-    """Batches of micro_batch rows an evaluation reads at most."""
+    rows: Positive | None = 256
+    """Rows of data.seq_len tokens, or examples, an evaluation reads at most; null: all there are."""
     tasks: tuple[Text, ...] = ()
     """Tasks of the evaluation harness to run each time too (extra eval), such as hlat-offline."""
     limit: Positive | None = None

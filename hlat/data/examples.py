@@ -142,11 +142,11 @@ class Examples:
         """Prompt and completion of an example that `locate` has found."""
         return "".join(self.train.texts[found["example"]])
 
-    def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """At most `count` batches of `batch_size` held-out examples, from their beginning, always the same.
-        The last one may have rows without targets.
+    def holdout_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
+        """At most `rows` held-out examples, from their beginning, always the same, in batches of
+        `batch_size`. The last one may have rows without targets.
         """
-        last = self._evaluated(batch_size, count)
+        last = self._evaluated(rows)
         for start in range(0, last, batch_size):
             indices = range(start, min(start + batch_size, last))
             yield self._batch(self.holdout, indices, batch_size, evaluate=True)
@@ -165,22 +165,21 @@ class Examples:
             prompts, labels, self.spelled, size, self._seq_len, self._fill, count_tokens=by_token
         )
 
-    def _evaluated(self, batch_size: int, count: int | None) -> int:
-        rows = self.holdout.documents
-        return rows if count is None else min(rows, batch_size * count)
+    def _evaluated(self, rows: int | None) -> int:
+        return self.holdout.documents if rows is None else min(self.holdout.documents, rows)
 
-    def holdout_bytes(self, batch_size: int, count: int | None = None) -> int:
-        """Bytes of the completions that are the targets of `holdout_batches` with the same arguments."""
-        return len(self.holdout_text(batch_size, count))
+    def holdout_bytes(self, rows: int | None = None) -> int:
+        """Bytes of the completions that are the targets of so many held-out examples."""
+        return len(self.holdout_text(rows))
 
-    def holdout_text(self, batch_size: int, count: int | None = None) -> bytes:
+    def holdout_text(self, rows: int | None = None) -> bytes:
         """Those completions, one after the other."""
-        texts = self.holdout.texts[: self._evaluated(batch_size, count)]
+        texts = self.holdout.texts[: self._evaluated(rows)]
         return "".join(completion for _, completion in texts).encode("utf-8", "replace")
 
-    def holdout_labels(self, batch_size: int, count: int | None = None) -> dict[str, int]:
-        """How many of the examples of `holdout_batches` have each label."""
-        found = Counter(self.holdout.labels[: self._evaluated(batch_size, count)])
+    def holdout_labels(self, rows: int | None = None) -> dict[str, int]:
+        """How many of so many held-out examples have each label."""
+        found = Counter(self.holdout.labels[: self._evaluated(rows)])
         return {label: found[number] for number, label in enumerate(self.labels)}
 
     def report(self) -> dict[str, Any]:

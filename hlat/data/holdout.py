@@ -3,7 +3,7 @@
 The stream is EOS, then the held-out documents, each followed by its EOS; rows of S targets cut it without
 overlap. So every token of a document is a target exactly once, the first one included: it is predicted from
 the EOS before it. Documents come in the order of their content hash, which is as good as random, so that a
-few batches sample all sources. What follows the last whole row, or the last batch asked for, is not part of
+few batches sample all sources. What follows the last row asked for is not part of
 the measurement, and a document cut there counts with the bytes of its tokens that were targets.
 
 Bits per byte = (sum of -log2 p over the targets) / `text_bytes`. The EOS targets cost bits and stand for no
@@ -69,17 +69,16 @@ class HoldoutStream:
         """Tokens of the whole stream that can be targets (without a document mask)."""
         return int((self._table[:, 2] - self._table[:, 1]).sum())
 
-    def batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """Up to `count` batches (all for None) of `batch_size` rows.
+    def batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
+        """The first `rows` rows (all for None) in batches of `batch_size`.
 
         The last one is filled with EOS that are no targets.
         """
-        rows = -(-self._limit(batch_size, count) // self._seq_len)
+        remaining = self._limit(rows)
         stream = self._tokens()
         buffer = np.array([self._eos], dtype=np.int64)
-        remaining = self._limit(batch_size, count)
         per_batch = batch_size * self._seq_len
-        for _ in range(-(-rows // batch_size)):
+        for _ in range(-(-remaining // per_batch)):
             parts = [buffer]
             have = len(buffer)
             while have < per_batch + 1 and (document := next(stream, None)) is not None:
@@ -95,28 +94,28 @@ class HoldoutStream:
             remaining -= per_batch
             yield batch
 
-    def text_bytes(self, batch_size: int, count: int | None = None) -> int:
-        """Bytes of text whose tokens are the targets of these batches.
+    def text_bytes(self, rows: int | None = None) -> int:
+        """Bytes of text whose tokens are the targets of these rows.
 
         Exact for byte-level tokenizers. For others exact but for what normalisation does to the one cut
         document and, with the document mask, to first tokens.
         """
-        return self._measure(self._limit(batch_size, count))[0]
+        return self._measure(self._limit(rows))[0]
 
-    def targets_in(self, batch_size: int, count: int | None = None) -> int:
-        """Number of targets in these batches."""
-        return self._measure(self._limit(batch_size, count))[1]
+    def targets_in(self, rows: int | None = None) -> int:
+        """Number of targets in these rows."""
+        return self._measure(self._limit(rows))[1]
 
-    def text(self, batch_size: int, count: int | None = None) -> bytes:
+    def text(self, rows: int | None = None) -> bytes:
         """The text that `text_bytes` counts, decoded from the tokens.
 
         What to give gzip for a comparable figure.
         """
-        limit = self._limit(batch_size, count)
+        limit = self._limit(rows)
         return b"".join(self._tokenizer.decode_bytes(part) for part in self._scored(limit))
 
-    def _limit(self, batch_size: int, count: int | None) -> int:
-        return self.targets if count is None else min(self.targets, count * batch_size * self._seq_len)
+    def _limit(self, rows: int | None) -> int:
+        return self.targets if rows is None else min(self.targets, rows * self._seq_len)
 
     def _tokens(self) -> Iterator[np.ndarray]:
         for shard, start, end, _ in self._table:

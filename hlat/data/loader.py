@@ -112,31 +112,31 @@ class Data:
         """The whole text of a document that `locate` has found, as its tokens spell it."""
         return self.tokenizer.decode(document_ids(self, found).tolist())
 
-    def holdout_batches(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+    def holdout_batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
         """The held-out text from its beginning, always the same.
 
-        At most `count` batches of `batch_size` rows.
+        At most `rows` rows, in batches of `batch_size`, the last one filled up without targets.
         """
-        return self.holdout.batches(batch_size, count)
+        return self.holdout.batches(batch_size, rows)
 
-    def holdout_bytes(self, batch_size: int, count: int | None = None) -> int:
-        """Bytes of text whose tokens are the targets of `holdout_batches` with the same arguments."""
-        return self.holdout.text_bytes(batch_size, count)
+    def holdout_bytes(self, rows: int | None = None) -> int:
+        """Bytes of text whose tokens are the targets of so many rows."""
+        return self.holdout.text_bytes(rows)
 
-    def holdout_bytes_per_token(self, batch_size: int, count: int | None = None) -> float:
+    def holdout_bytes_per_token(self, rows: int | None = None) -> float:
         """Bytes of text per target: bits per byte = mean loss in nats / ln 2 / this.
 
         NaN when nothing is held out.
         """
-        targets = self.holdout.targets_in(batch_size, count)
-        return self.holdout_bytes(batch_size, count) / targets if targets else float("nan")
+        targets = self.holdout.targets_in(rows)
+        return self.holdout_bytes(rows) / targets if targets else float("nan")
 
-    def holdout_text(self, batch_size: int, count: int | None = None) -> bytes:
+    def holdout_text(self, rows: int | None = None) -> bytes:
         """The text that `holdout_bytes` counts, to give to gzip or xz for comparison.
 
         Exact for byte-level tokenizers.
         """
-        return self.holdout.text(batch_size, count)
+        return self.holdout.text(rows)
 
     def report(self) -> dict[str, Any]:
         """Documents, tokens, shards, epochs of this run and everything dropped, per source, and the totals.

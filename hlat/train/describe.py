@@ -156,7 +156,7 @@ def summary(
         figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"
         lines.append(("held-out", figures))
         if held_out["held_out_bytes"] <= _COMPRESS_UP_TO and recipe.data.examples is None:
-            text = run.data.holdout_text(run.recipe.data.micro_batch, run.recipe.eval.batches)
+            text = run.data.holdout_text(run.recipe.eval.rows)
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
     if sum(_sizes(run).values()) <= _SAMPLE_UP_TO and not (held_out and "accuracy" in held_out):
@@ -168,7 +168,7 @@ def summary(
 
 def _accuracy_lines(run: Run, held_out: dict[str, Any]) -> list[str | tuple[str, str]]:
     """Held-out accuracy beside what naming the most frequent label would give."""
-    labels = run.data.holdout_labels(run.recipe.data.micro_batch, run.recipe.eval.batches)
+    labels = run.data.holdout_labels(run.recipe.eval.rows)
     label, count = max(labels.items(), key=lambda item: item[1])
     total = held_out["held_out_examples"]
     unit = "a token" if run.data.kind == "tokens" else "an example"

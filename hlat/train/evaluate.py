@@ -38,12 +38,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     computes with; for a classification mean loss and accuracy (0 to 1) on the held-out examples. Every rank
     calls it and gets the same numbers.
 
-    The same rows every time: the first `eval.batches` batches of `data.micro_batch` rows. The replicas take
+    The same `eval.rows` rows every time, in every layout, in batches of `data.micro_batch`. The replicas take
     them in turn; one without a batch in the last round waits for the others.
     """
-    data, size, count = run.data, run.recipe.data.micro_batch, run.recipe.eval.batches
+    data, rows = run.data, run.recipe.eval.rows
     layout, place = run.backend.layout, run.backend.place
-    turns = enumerate(data.holdout_batches(size, count))
+    turns = enumerate(data.holdout_batches(run.recipe.data.micro_batch, rows))
     own = (batch for number, batch in turns if number % layout.dp == place.dp)
     counts = hasattr(run.objective, "start_counting")
     if counts:
@@ -60,10 +60,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)
     if counts:
         correct = int(run.backend.all_reduce(run.objective.counted() * (place.tp == 0)))
-        examples = sum(data.holdout_labels(size, count).values())
+        examples = sum(data.holdout_labels(rows).values())
         loss, accuracy = float(total) / max(1, int(tokens)), correct / max(1, examples)
         return {"loss": loss, "accuracy": accuracy, "held_out_examples": examples}
-    score = Score(float(total), int(tokens), data.holdout_bytes(size, count))
+    score = Score(float(total), int(tokens), data.holdout_bytes(rows))
     return {
         "loss": score.loss,
         "bits_per_byte": score.bits_per_byte,

@@ -39,7 +39,7 @@ data: {sources: [{dataset: python-stdlib}], tokenizer: bytes, seq_len: 64, micro
     holdout: 0.02}
 precision: {compute: fp32}
 guard: {name: none}
-eval: {batches: 32}
+eval: {rows: 128}
 compile: false
 """
 OPTIMIZERS = {

@@ -42,7 +42,7 @@ data: {tokenizer: bytes, seq_len: 64, micro_batch: 32, global_batch: 32}
 precision: {compute: fp32}
 optim: {lr: 5.0e-3, betas: [0.9, 0.95]}
 schedule: {warmup_steps: 20}
-eval: {batches: 8}
+eval: {rows: 256}
 checkpoint: {keep: 1}
 compile: false
 """
@@ -56,7 +56,7 @@ data:
 objective: {name: classification, by: words}
 precision: {compute: fp32}
 schedule: {name: constant}
-eval: {batches: 150}
+eval: {rows: 600}
 compile: false
 """
 PATHS = {"path": "train.jsonl", "eval_path": "held_out.jsonl"}

@@ -32,7 +32,7 @@ precision: {compute: fp32}
 optim: {name: adamw, lr: 3e-3}
 schedule: {name: constant}
 checkpoint: {every: 2, keep: 5}
-eval: {every: 3, batches: 2}
+eval: {every: 3, rows: 4}
 log: {every: 2}
 compile: false
 """

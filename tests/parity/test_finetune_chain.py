@@ -33,7 +33,7 @@ def rows(folder: Path, kind: str) -> list[dict]:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pretrained run `pre`, its scores without finetuning in `before`, and `after`."""
     folder = tmp_path_factory.mktemp("chain")
-    pre = ["run.steps=150", "data.micro_batch=16", "data.global_batch=16", "eval.every=0", "eval.batches=2"]
+    pre = ["run.steps=150", "data.micro_batch=16", "data.global_batch=16", "eval.every=0", "eval.rows=32"]
     assert main(["train", "tiny", *COMMON, *pre, f"run.dir={folder / 'pre'}"]) == 0
     fine = ["train", "sft", *COMMON, f"init.from={folder / 'pre'}", "eval.every=0"]
     assert (
@@ -76,7 +76,7 @@ def test_the_export_scores_and_answers_the_same(tuned: Path, capsys) -> None:
     data = open_data(recipe, tokenizer=starting_tokenizer(recipe, tuned / "after" / "checkpoints"))
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in data.holdout_batches(recipe.data.micro_batch, recipe.eval.batches):
+        for batch in data.holdout_batches(recipe.data.micro_batch, recipe.eval.rows):
             logits = model(batch.ids).logits
             total += float(
                 torch.nn.functional.cross_entropy(
@@ -112,7 +112,7 @@ data: {{seq_len: 128, micro_batch: 4, global_batch: 4}}
 optim: {{lr: 2e-5}}
 schedule: {{name: constant, warmup_steps: 0}}
 precision: {{compute: fp32}}
-eval: {{every: 0, batches: 4}}
+eval: {{every: 0, rows: 16}}
 compile: false
 """)
     assert main(["train", str(recipe)]) == 0

@@ -74,7 +74,7 @@ data:
 precision: {{compute: fp32}}
 optim: {{name: adamw, lr: 1e-3, eps: 1e-6, clip_norm: 0.5}}
 schedule: {{name: constant}}
-eval: {{batches: 20}}
+eval: {{rows: null}}
 """)
 
     def make(layout: str, kind: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 RUN_PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]  # the others show commands in passing
 
 SHORT = "run.steps=12 schedule.warmup_steps=2 model.layers=2 data.seq_len=64 data.micro_batch=4"
-SHORT += " data.global_batch=8 checkpoint.every=4 eval.every=6 eval.batches=2 compile=false"
+SHORT += " data.global_batch=8 checkpoint.every=4 eval.every=6 eval.rows=8 compile=false"
 OVERRIDES = {"hlat train ": SHORT, "hlat generate ": "--max-new-tokens 8", "hlat eval ": "--limit 4"}
 AS_WRITTEN = (
     "source .venv/bin/activate",

@@ -24,7 +24,7 @@ SMALL = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab
 
 
 def short(folder: Path) -> list[str]:
-    return ["run.steps=2", "schedule.warmup_steps=1", "eval.batches=1", f"run.dir={folder}"]
+    return ["run.steps=2", "schedule.warmup_steps=1", "eval.rows=8", f"run.dir={folder}"]
 
 
 def rows(folder: Path, kind: str) -> list[dict]:

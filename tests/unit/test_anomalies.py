@@ -31,7 +31,7 @@ optim: {name: adamw, lr: 3e-3}
 schedule: {name: clamped_cosine, warmup_steps: 2}
 guard: {name: rewind, window: 4, sigma: 200}
 checkpoint: {every: 2, keep: 10}
-eval: {every: 4, batches: 1}
+eval: {every: 4, rows: 2}
 log: {every: 3}
 compile: false
 """

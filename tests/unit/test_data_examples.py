@@ -156,13 +156,15 @@ def test_held_out_batches_end_with_filled_rows(examples) -> None:
         batches = list(data.holdout_batches(4))
         assert len({batch.ids.shape for batch in batches}) == 1
         assert len(batches) == -(-data.holdout.documents // 4)
-        assert len(list(data.holdout_batches(4, 1))) == 1
+        assert len(list(data.holdout_batches(4, 4))) == 1
+        sizes = [[int(b.targets_count()) for b in data.holdout_batches(size, 5)] for size in (1, 2, 5)]
+        assert sum(sizes[0]) == sum(sizes[1]) == sum(sizes[2])
         if overrides:
             assert sum(int(batch.targets_count()) for batch in batches) == data.holdout.documents
-            assert sum(data.holdout_labels(4).values()) == data.holdout.documents
+            assert sum(data.holdout_labels().values()) == data.holdout.documents
         else:
             total = sum(int(batch.targets_count()) for batch in batches)
-            assert total == data.holdout_bytes(4) + data.holdout.documents  # bytes, and an EOS each
+            assert total == data.holdout_bytes() + data.holdout.documents  # bytes, and an EOS each
 
 
 def test_fingerprint_follows_content(examples, recipe) -> None:

@@ -23,7 +23,7 @@ data: {sources: [{path: text}], tokenizer: bytes, seq_len: 32, micro_batch: 2, g
 optim: {name: adamw, lr: 3e-3}
 schedule: {name: clamped_cosine, warmup_steps: 2}
 checkpoint: {every: 2, keep: 5}
-eval: {every: 2, batches: 2}
+eval: {every: 2, rows: 4}
 log: {every: 1}
 """
 TASKS = ("eval.tasks=[hlat-bits-comment, hlat-function]", "eval.limit=3")

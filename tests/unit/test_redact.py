@@ -147,7 +147,7 @@ run: {name: small, steps: 2, seed: 3}
 model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 320, max_seq_len: 16}
 data: {sources: [{path: text}], tokenizer: bytes, micro_batch: 2, global_batch: 4, holdout: 0.2}
 checkpoint: {every: 1, keep: 2}
-eval: {every: 1, batches: 1}
+eval: {every: 1, rows: 2}
 log: {every: 1, tensorboard: true}
 compile: false
 """

@@ -19,7 +19,7 @@ run: {name: small, steps: 3, seed: 5}
 model: {layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32, vocab: 257, max_seq_len: 16}
 data: {sources: [{path: TEXT}], tokenizer: bytes, seq_len: 16, micro_batch: 2, global_batch: 2, holdout: 0.3}
 optim: {name: adamw, betas: [0.9, 0.95], lr: 1e-3}
-eval: {batches: 2}
+eval: {rows: 4}
 compile: false
 """
 

@@ -28,7 +28,7 @@ data:
 optim: {name: adamw, lr: 3e-3}
 schedule: {name: clamped_cosine, warmup_steps: 2}
 checkpoint: {every: 2, keep: 5}
-eval: {every: 3, batches: 2}
+eval: {every: 3, rows: 8}
 log: {every: 2}
 """
 

@@ -31,7 +31,7 @@ precision: {compute: fp32}
 optim: {name: adamw, lr: 3e-3}
 schedule: {name: clamped_cosine, warmup_steps: 2}
 checkpoint: {every: 100}
-eval: {every: 3, batches: 2}
+eval: {every: 3, rows: 8}
 log: {every: 2}
 compile: false
 """

@@ -115,7 +115,7 @@ parallel: {{dp: 2, zero1: true}}
 optim: {{lr: 1e-3}}
 schedule: {{name: cosine, warmup_steps: 2}}
 checkpoint: {{every: 4}}
-eval: {{every: 4, batches: 2}}
+eval: {{every: 4, rows: 8}}
 log: {{every: 2}}
 backend: nxd
 """
