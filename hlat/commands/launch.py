@@ -168,7 +168,6 @@ def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
             raise UserError("--out is for sweeps", where="--out", fix="add --seeds 1, or set run.dir")
         plan = _plan(args, args.overrides)
         return plan, [], plan.run_dir / "launch"
-    from hlat.commands.recipe_file import load
     from hlat.commands.sweep import plan as plan_sweep
     from hlat.launch.slurm import Task
 
@@ -176,7 +175,7 @@ def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
     args.job_name = args.job_name or re.sub(r"[^A-Za-z0-9]+", "-", out.name).strip("-") or "sweep"
     plan = _plan(args, trials[0].overrides)
     for trial in trials[1:]:
-        plan.check_recipe(load(args.recipe, trial.overrides))
+        plan.check_recipe(trial.recipe)
     tasks = [Task(tuple(trial.overrides), trial.folder.absolute()) for trial in trials]
     return plan, tasks, out.absolute() / "launch"
 

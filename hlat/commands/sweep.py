@@ -7,19 +7,17 @@ import hashlib
 import itertools
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
-    from hlat.observe.sweep import Cell
-
-_INTERRUPTED = 130
+    from hlat.observe.sweep import Cell, Result
+    from hlat.recipe import Recipe
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,36 +40,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Trial:
-    """One run of a sweep: its combination, its seed, and the overrides that make it."""
+    """One run of a sweep: its combination, its seed, the overrides that make it, and what they make."""
 
     choice: dict[str, Any]
     seed: int
-    overrides: list[str] = field(default_factory=list)
-    folder: Path = Path()
+    overrides: list[str]
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes: beside its folder."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is not done yet, write the tables. Returns 0, or 1 when runs failed, or 130 after Ctrl-C."""
-    trials, out = plan(args.recipe, args.overrides, args.seeds, args.out)
+    """Run what is not done yet, write the tables. Returns 0, or 1 when runs failed, or 128 + the signal that
+    stopped it.
+    """
+    from hlat.observe.stopping import name_of
+
+    trials, out = plan(args.recipe, args.overrides, args.seeds, args.out, here=not args.list)
     commands = [["hlat", "train", args.recipe, *trial.overrides] for trial in trials]
     if args.list:
         for command in commands:
             print(shlex.join(command))
         return 0
-    failed = 0
-    for number, (trial, command) in enumerate(zip(trials, commands, strict=True), 1):
-        if result(args.recipe, trial) is not None:
-            continue
-        print(f"[{number}/{len(trials)}] {trial.folder.name}", flush=True)
-        code = _train(command, trial)
-        if code == _INTERRUPTED:
-            print("hlat: interrupted; the same command continues", file=sys.stderr)
-            return _INTERRUPTED
-        if code or result(args.recipe, trial) is None:
-            failed += 1
-            print(f"failed with exit code {code}: {_last_line(_log(trial))}", flush=True)
-    cells = gather(args.recipe, trials)
-    _write(out, f"sweep of {args.recipe}", cells)
+    failed, stop = run_all(trials, commands)
+    if stop is not None:
+        print(f"hlat: stopped by {name_of(stop)}; the same command continues", file=sys.stderr)
+        return 128 + stop
+    _write(out, f"sweep of {args.recipe}", gather(trials))
     if failed:
         print(
             f"hlat: {failed} of {len(trials)} runs failed; the same command tries them again", file=sys.stderr
@@ -79,109 +78,148 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def run_all(trials: Sequence[Trial], commands: Sequence[Sequence[str]]) -> tuple[int, int | None]:
+    """Run what has no result yet. Returns how many failed, and the signal that stopped it before the end."""
+    from hlat.supervise.child import Children
+
+    failed = 0
+    with Children().forwarding() as children:
+        for number, (trial, command) in enumerate(zip(trials, commands, strict=True), 1):
+            if result(trial) is not None:
+                continue
+            print(f"[{number}/{len(trials)}] {trial.folder.name}", flush=True)
+            code, said = children.run(command, trial.log)
+            if children.received is not None:
+                return failed, children.received
+            if code > 128:  # it was told alone, by a spot notice or the end of its time
+                return failed, code - 128
+            got = result(trial)
+            if got is not None and got.fault:
+                print(f"{got.fault}: see {trial.log}", flush=True)
+            elif code or got is None:
+                failed += 1
+                print(f"failed with exit code {code}: {reason(code, said)}", flush=True)
+    return failed, children.received
+
+
 def plan(
-    recipe: str, overrides: Sequence[str], seeds: int, out: Path | None = None
+    recipe: str, overrides: Sequence[str], seeds: int, out: Path | None = None, *, here: bool = False
 ) -> tuple[list[Trial], Path]:
     """Every run of a sweep, each of them checked, in order: the last key varies fastest, seeds inside it.
 
-    Raises UserError for a combination that is no recipe, before anything runs.
+    Args:
+        recipe, overrides, seeds, out: as on the command line.
+        here: they are to run on this machine, in one process each.
+
+    Raises UserError for a combination that is no recipe or that `hlat train` would refuse, before anything
+    runs.
     """
     from hlat.commands.recipe_file import load
+    from hlat.train.run import refuse_unsupported
 
     if seeds < 1:
         raise UserError(f"a combination needs a seed, not {seeds}", where="--seeds", fix="give 1 or more")
-    fixed, axes = split(overrides)
-    for key in ("run.seed", "run.name", "run.dir"):
+    axes = split(overrides)
+    for key in ("run", "run.seed", "run.name", "run.dir"):
         if key in axes:
             raise UserError(f"{key} cannot be swept", where=key, fix="use --seeds and --out")
-    base = load(recipe, fixed)
-    out = out or Path("runs") / f"{base.run.name}-sweep"
-    trials = []
+    trials: list[Trial] = []
+    known: set[str] = set()
     for values in itertools.product(*axes.values()):
         choice = dict(zip(axes, values, strict=True))
-        # A changed plug-in drops the recipe's options of the old one: it must come before its own options.
-        own = [f"{key}={json.dumps(value)}" for key, value in choice.items()]
-        own.sort(key=lambda text: not text.partition("=")[0].endswith(".name"))
+        words = [_with_value(text, choice) for text in overrides]
+        base = load(recipe, words)
+        out = out or Path("runs") / f"{base.run.name}-sweep"
         for seed in range(base.run.seed, base.run.seed + seeds):
             name = _name(choice, seed)
-            trial = Trial(choice, seed, [*fixed, *own, f"run.seed={seed}"], out / name)
-            trial.overrides += [f"run.name={name}", f"run.dir={json.dumps(str(out / name))}"]
-            load(recipe, trial.overrides)
-            trials.append(trial)
+            own = [f"run.seed={seed}", f"run.name={name}", f"run.dir={json.dumps(str(out / name))}"]
+            made = load(recipe, [*words, *own])
+            refuse_unsupported(made, here=here)
+            if here:
+                made.accumulate()
+            trials.append(Trial(choice, seed, [*words, *own], out / name, made))
+        same = json.dumps(base.to_dict(), sort_keys=True)
+        if same in known:
+            text = ", ".join(f"{key}={json.dumps(value)}" for key, value in choice.items())
+            raise UserError(f"{text} stands there twice", where="command line", fix="give every value once")
+        known.add(same)
+    assert out is not None  # `split` wants values
     return trials, out
 
 
-def split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Overrides as they are, and those that are swept over: key -> values."""
+def split(overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """What is swept over: key -> values. Raises UserError without any, and for a key that is given twice."""
     from hlat.recipe_yaml import parse_yaml
 
-    fixed: list[str] = []
     axes: dict[str, list[Any]] = {}
+    keys: list[str] = []
     for text in overrides:
         key, equals, value_text = text.partition("=")
+        keys.append(key.strip())
         value = parse_yaml(value_text, f"command line: {key}", show_line=False)[0] if equals else None
         if isinstance(value, list):
             if not value:
                 raise UserError("there is nothing in the list", where=key, fix=f"write {key}=[a, b]")
             axes[key.strip()] = value
-        else:
-            fixed.append(text)
     if not axes:
         fix = "give a list, as optim.lr=[1e-3, 3e-3]"
         raise UserError("no key has several values", where="command line", fix=fix)
-    return fixed, axes
+    twice = next((key for key in axes if keys.count(key) > 1), None)
+    if twice is not None:
+        fix = f"give all its values in one list, {twice}=[a, b]"
+        raise UserError(f"{twice} is given twice", where="command line", fix=fix)
+    return axes
 
 
-def result(recipe: str, trial: Trial) -> float | None:
-    """Held-out loss at a run's last step (training loss where nothing is held out); None when it is not
-    finished, or was of another recipe.
-    """
+def _with_value(text: str, choice: dict[str, Any]) -> str:
+    """An override as it is, or with one of the values in its list."""
+    key = text.partition("=")[0].strip()
+    return f"{key}={json.dumps(choice[key])}" if key in choice else text
+
+
+def result(trial: Trial) -> Result | None:
+    """What a run gave; None when it is not finished, or was of another recipe."""
     import yaml
 
-    from hlat.commands.recipe_file import load
     from hlat.observe.jsonl import read_rows
     from hlat.observe.runfolder import RunFolder
+    from hlat.observe.sweep import result_of
     from hlat.recipe import identity_diff
 
-    folder, wanted = RunFolder(trial.folder), load(recipe, trial.overrides)
-    last = wanted.run.stop_at_step or wanted.run.steps
+    folder, wanted = RunFolder(trial.folder), trial.recipe.to_dict()
+    last = trial.recipe.run.stop_at_step or trial.recipe.run.steps
     try:
         saved = yaml.safe_load(folder.resolved.read_text())
-        if identity_diff(saved, wanted.to_dict()):
+        if identity_diff(saved, wanted):
             return None
-        rows = [row for row in read_rows(folder.metrics) if row.get("step") == last]
+        found = result_of(read_rows(folder.metrics), last)
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return None
-    losses = {row.get("kind"): row.get("loss") for row in rows}
-    loss = losses.get("eval", losses.get("train"))
-    finished = (trial.folder / "checkpoints" / f"step-{last:08d}").is_dir()
-    return float(loss) if finished and isinstance(loss, float) else None
+    if found.stopped:  # nothing would be different the next time, unless the guard is
+        return found if saved.get("guard") == wanted["guard"] else None
+    finished = (folder.checkpoints / f"step-{last:08d}").is_dir()
+    return found if finished or (folder.nxd_checkpoints / f"step-{last:09d}" / "done").exists() else None
 
 
-def gather(recipe: str, trials: Sequence[Trial]) -> list[Cell]:
+def gather(trials: Sequence[Trial]) -> list[Cell]:
     """Results by combination."""
     from hlat.observe.sweep import Cell
 
     cells: dict[str, Cell] = {}
     for trial in trials:
         cell = cells.setdefault(json.dumps(trial.choice), Cell(trial.choice))
-        cell.losses.append(result(recipe, trial))
+        cell.results.append(result(trial))
     return list(cells.values())
 
 
-def _train(command: Sequence[str], trial: Trial) -> int:
-    """Exit code of a run; its output goes to a log beside its folder."""
-    log = _log(trial)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the run has the signal too: it saves and stops
-            process.wait()
-            return _INTERRUPTED
+def reason(code: int, said: str) -> str:
+    """Why a run failed, from its exit status and what it printed: its own error line, if there is one."""
+    from hlat.supervise.classify import Evidence, classify
+
+    lines = [line for line in said.splitlines() if line.startswith("hlat: error: ")]
+    if lines:
+        return lines[-1].removeprefix("hlat: error: ")
+    return classify(Evidence({0: code}, said)).reason
 
 
 def _write(out: Path, title: str, cells: Sequence[Cell]) -> None:
@@ -189,28 +227,19 @@ def _write(out: Path, title: str, cells: Sequence[Cell]) -> None:
     from rich.table import Table
 
     from hlat.observe.jsonl import replace_file
-    from hlat.observe.sweep import draw_png, render, table
+    from hlat.observe.sweep import LEFT_OUT, draw_png, render, table
 
     head, lines = table(cells)
     shown = Table(title=title)
     for name in head:
-        shown.add_column(name, no_wrap=True)
+        shown.add_column(name, no_wrap=name != LEFT_OUT)
     for line in lines:
         shown.add_row(*line)
-    Console().print(shown)
+    Console(width=None if sys.stdout.isatty() else 1000).print(shown)  # in a file nothing is cut off
     replace_file(out / "sweep.html", render(title, cells).encode())
     drawn = draw_png(out / "sweep.png", title, cells)
     files = ["sweep.html", "sweep.png"] if drawn else ["sweep.html"]
     print(" and ".join(str(out / name) for name in files))
-
-
-def _log(trial: Trial) -> Path:
-    return trial.folder.with_name(f"{trial.folder.name}.log")
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
 
 
 def _name(choice: dict[str, Any], seed: int) -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hlat.model.decoder import Decoder
 
 
+class Diverged(UserError):
+    """Weights that give no finite logits."""
+
+
 def sample(
     logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
@@ -50,7 +54,9 @@ def generate(
         seed: of the draws; the same seed gives the same text.
         stop: end-of-text ids.
 
-    Raises UserError for a prompt that is empty or longer than the model's max_seq_len.
+    Raises:
+        UserError: a prompt that is empty or longer than the model's max_seq_len.
+        Diverged: weights that give no finite logits.
     """
     room = model.config.max_seq_len - len(prompt)
     if not prompt:
@@ -68,7 +74,10 @@ def generate(
     for _ in range(count):
         hidden = model.hidden(ids, positions, None, cache)[:, -1]
         assert model.head is not None
-        chosen = sample(model.head(hidden)[0], generator, temperature, top_k, top_p)
+        logits = model.head(hidden)[0]
+        if not logits.max().isfinite():  # NaN, if there is one
+            raise Diverged("the model's logits are not finite", fix="take a checkpoint before it diverged")
+        chosen = sample(logits, generator, temperature, top_k, top_p)
         token = int(chosen)
         if token in stop:
             return

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,11 +98,10 @@ class Plan:
 
     def check_recipe(self, recipe: Recipe, environ: Mapping[str, str] = os.environ) -> None:
         """Raise UserError when a recipe cannot run on these nodes."""
-        recipe.accumulate(self.nodes * self.processes)
-        if recipe.backend != "nxd" or find_spec("torch_xla"):  # a login node may have no Neuron packages
-            from hlat.train.run import refuse_unsupported
+        from hlat.train.run import refuse_unsupported
 
-            refuse_unsupported(recipe)
+        recipe.accumulate(self.nodes * self.processes)
+        refuse_unsupported(recipe, here=False)
         if recipe.backend == "nxd":
             from hlat.backend.neuron.profile import conflicts, preview, profile
 

@@ -17,13 +17,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 FOLDER = "HLAT_HEARTBEATS"  # variable that names the folder; set by the supervisor
 INTERVAL = 0.5
+PARENT = "HLAT_PARENT"  # variable that names the process with which a run ends; set by a sweep
 STACKS_SIGNAL = signal.SIGUSR2
 FIRST_STEP, STEP = "first step", "training"  # phases of the loop; the first may compile
 _PR_SET_PDEATHSIG = 1
@@ -160,12 +161,17 @@ def supervised(environ: Mapping[str, str] = os.environ) -> Path | None:
     return Path(environ[FOLDER]) if environ.get(FOLDER) else None
 
 
-def prepare(environ: Mapping[str, str] = os.environ) -> None:
+def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """Call first in a rank that a launcher started: it dies with its launcher, whose workers live in sessions
-    of their own; and a supervisor can ask for its stacks, even when Python itself hangs.
+    of their own; and a supervisor can ask for its stacks, even when Python itself hangs. A run of a sweep
+    saves and stops when the sweep is gone.
     """
     if environ.get("TORCHELASTIC_RUN_ID"):
         die_with_parent(signal.SIGKILL)
+    if parent := environ.pop(PARENT, None):
+        die_with_parent(signal.SIGTERM)
+        if parent != str(os.getppid()):  # gone before this process could ask for its signal
+            os.kill(os.getpid(), signal.SIGTERM)
     folder = supervised(environ)
     if folder is not None:
         with contextlib.suppress(OSError, ValueError):

@@ -4,16 +4,81 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from hlat.observe.jsonl import Row
 from hlat.observe.page import page
-from hlat.observe.text import fixed
+from hlat.observe.text import fixed, percent
 
 LOW, HIGH = (0x4F, 0xD1, 0xA1), (0xD9, 0x48, 0x0F)  # colours of the lowest and the highest loss
+
+LEFT_OUT = "left out"  # the column that says which runs are not in the mean
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave.
+
+    Attributes:
+        loss: nats a token; not finite where the run diverged, or was stopped.
+        kind: "held-out" or "training".
+        skipped: share of its steps whose update the guard skipped.
+        stopped: the guard gave up before the last step.
+    """
+
+    loss: float
+    kind: str = "held-out"
+    skipped: float = 0.0
+    stopped: bool = False
+
+    @property
+    def fault(self) -> str:
+        """Why the loss says nothing of the combination; empty for a sound run."""
+        if self.stopped:
+            return "stopped by its guard"
+        if not math.isfinite(self.loss):
+            return "diverged"
+        return "skipped most steps" if self.skipped > 0.5 else ""
+
+
+def result_of(rows: Iterable[Row], last: int) -> Result:
+    """What a run's metrics say: the held-out loss after its last step; without one the mean training loss of
+    the last tenth of its steps, as a single batch says little.
+
+    Args:
+        rows: of metrics.jsonl, in order.
+        last: the step at which the run ends.
+    """
+    losses: list[float] = []
+    held_out: float | None = None
+    skips, stopped, seen = 0, False, 0
+    for row in rows:
+        step = row.get("step", 0)
+        if row.get("kind") == "train" and step <= last:
+            seen, skipped = step, bool(row.get("skipped"))
+            skips += skipped
+            if step > last - max(1, last // 10) and not skipped:
+                losses.append(_number(row.get("loss")))
+        elif row.get("kind") == "eval" and step == last:
+            held_out = _number(row.get("loss"))
+        elif row.get("kind") == "anomaly" and row.get("policy") == "stop":
+            stopped = True
+    share = skips / max(1, seen)
+    if stopped:
+        return Result(math.nan, skipped=share, stopped=True)
+    if held_out is not None:
+        return Result(held_out, "held-out", share)
+    return Result(statistics.fmean(losses) if losses else math.nan, "training", share)
+
+
+def _number(loss: Any) -> float:
+    """A loss as metrics hold it, where one that is not finite is null."""
+    return float(loss) if isinstance(loss, int | float) else math.nan
 
 
 @dataclass
@@ -21,16 +86,26 @@ class Cell:
     """One combination of values, `choice` (key -> value), and what its seeds gave (None: not finished)."""
 
     choice: dict[str, Any]
-    losses: list[float | None] = field(default_factory=list)
+    results: list[Result | None] = field(default_factory=list)
 
     @property
     def done(self) -> list[float]:
-        """The losses there are."""
-        return [loss for loss in self.losses if loss is not None and math.isfinite(loss)]
+        """Losses of the sound runs."""
+        return [result.loss for result in self.results if result is not None and not result.fault]
+
+    @property
+    def faults(self) -> Counter[str]:
+        """How many runs are not sound, by what is wrong with them."""
+        return Counter(result.fault for result in self.results if result is not None and result.fault)
+
+    @property
+    def skipped(self) -> float:
+        """Share of steps whose update was skipped, over all seeds."""
+        return statistics.fmean([result.skipped for result in self.results if result is not None] or [0.0])
 
     @property
     def mean(self) -> float | None:
-        """Mean over the seeds that finished; None before the first."""
+        """Mean over the seeds that are sound; None before the first."""
         return statistics.fmean(self.done) if self.done else None
 
     @property
@@ -56,21 +131,45 @@ def plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def kinds(cells: Sequence[Cell]) -> list[str]:
+    """The kinds of loss among the results, sorted."""
+    return sorted({r.kind for cell in cells for r in cell.results if r is not None and not r.fault})
+
+
+def name_of_loss(cells: Sequence[Cell]) -> str:
+    """`held-out loss` or `training loss`; `loss` where there are both, or none yet."""
+    known = kinds(cells)
+    return f"{known[0]} loss" if len(known) == 1 else "loss"
+
+
 def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines, best mean first; unfinished combinations last."""
-    keys = list(cells[0].choice)
-    order = sorted(cells, key=lambda cell: math.inf if cell.mean is None else cell.mean)
-    lines = [
-        [
-            *(plain(cell.choice[key]) for key in keys),
-            fixed(cell.mean),
-            "-" if cell.spread is None else fixed(cell.spread),
-            fixed(max(cell.done, default=None)),
-            f"{len(cell.done)}/{len(cell.losses)}",
-        ]
-        for cell in order
-    ]
-    return [*keys, "held-out loss", "± over seeds", "worst seed", "seeds"], lines
+    """Head and lines, best mean first; after them combinations with a run that is not sound, as the mean of
+    the others flatters them, then those without any result. Columns that say nothing are left out.
+    """
+
+    def rank(cell: Cell) -> tuple[bool, bool, float]:
+        return cell.mean is None, bool(cell.faults), cell.mean or 0.0
+
+    order = sorted(cells, key=rank)
+    columns: dict[str, list[str]] = {
+        key: [plain(cell.choice[key]) for cell in order] for key in cells[0].choice
+    }
+    columns[name_of_loss(cells)] = [fixed(cell.mean) for cell in order]
+    columns["± over seeds"] = [fixed(cell.spread) for cell in order]
+    columns["worst seed"] = [fixed(max(cell.done, default=None)) for cell in order]
+    columns["seeds"] = [f"{len(cell.done)}/{len(cell.results)}" for cell in order]
+    if len(kinds(cells)) > 1:
+        columns["loss is"] = [" and ".join(kinds([cell])) for cell in order]
+    if any(cell.skipped for cell in cells):
+        columns["skipped steps"] = [percent(cell.skipped) for cell in order]
+    if any(cell.faults for cell in cells):
+        columns[LEFT_OUT] = [_count(cell.faults) for cell in order]
+    return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
+
+
+def _count(faults: Counter[str]) -> str:
+    """`2 diverged, 1 skipped most steps`."""
+    return ", ".join(f"{number} {what}" for what, number in faults.items())
 
 
 def heat_maps(cells: Sequence[Cell]) -> list[Map]:
@@ -116,14 +215,14 @@ def render(title: str, cells: Sequence[Cell]) -> str:
     low, high = min(means, default=0.0), max(means, default=0.0)
     body = [
         f"<header><h1>{escape(title)}</h1><p>{len(cells)} combinations</p></header>",
-        *(_map_html(item, low, high) for item in heat_maps(cells)),
+        *(_map_html(item, name_of_loss(cells), low, high) for item in heat_maps(cells)),
         "<h2>All combinations, best first</h2>",
         _sheet([head], lines),
     ]
     return page(title, "\n".join(body), {})
 
 
-def _map_html(item: Map, low: float, high: float) -> str:
+def _map_html(item: Map, what: str, low: float, high: float) -> str:
     lines = []
     for value, losses in zip(item.rows, item.losses, strict=True):
         cells = "".join(
@@ -135,7 +234,7 @@ def _map_html(item: Map, low: float, high: float) -> str:
         lines.append(f"<tr><th>{escape(plain(value))}</th>{cells}</tr>")
     corner = item.column_key if item.row_key == item.column_key else f"{item.row_key} \\ {item.column_key}"
     names = "".join(f"<th>{escape(plain(value))}</th>" for value in item.columns)
-    heading = f"<h2>Mean held-out loss{': ' + escape(item.title) if item.title else ''}</h2>"
+    heading = f"<h2>Mean {what}{': ' + escape(item.title) if item.title else ''}</h2>"
     return (
         f'{heading}<div class="sheet"><table><thead><tr><th>{escape(corner)}</th>{names}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -169,10 +268,11 @@ def draw_png(path: Path, title: str, cells: Sequence[Cell]) -> bool:
         axis.set_yticks(range(len(item.rows)), [plain(v) for v in item.rows])
         axis.set_xlabel(item.column_key)
         axis.set_ylabel(item.row_key if item.row_key != item.column_key else "")
-        axis.set_title(item.title or title, fontsize=9)
+        axis.set_title(item.title, fontsize=9)
         for i, line in enumerate(item.losses):
             for j, loss in enumerate(line):
                 axis.text(j, i, fixed(loss, 3), ha="center", va="center", fontsize=8)
+    figure.suptitle(f"{title}: mean {name_of_loss(cells)}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hlat.backend.native import has_native_bf16
+from hlat.evaluate.generate import Diverged
 from hlat.mesh import Layout
 from hlat.model.init import parameter_shapes
 from hlat.observe.text import printable
@@ -160,10 +161,18 @@ def summary(
             others = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             lines.append(("", f"{others} bits per byte on the same {len(text):,} bytes"))
     if sum(_sizes(run).values()) <= _SAMPLE_UP_TO and not (held_out and "accuracy" in held_out):
-        text = printable(sample(run, folder, _SAMPLE_TOKENS)).strip("\n")
-        lines += [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
+        lines += _sample_lines(run, folder)
     lines.append(("run folder", str(folder)))
     return lines
+
+
+def _sample_lines(run: Run, folder: Path) -> list[str | tuple[str, str]]:
+    """Text that the model writes; of one that has diverged, a word about that."""
+    try:
+        text = printable(sample(run, folder, _SAMPLE_TOKENS)).strip("\n")
+    except Diverged as error:
+        text = f"none: {error.what}"
+    return [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
 
 
 def _accuracy_lines(run: Run, held_out: dict[str, Any]) -> list[str | tuple[str, str]]:

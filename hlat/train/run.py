@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from hlat.train.nxd import NxdAssembly
 from hlat.train.nxd_pipeline import NxdPipelineEngine
 from hlat.train.pipeline_engine import PipelineEngine
 from hlat.train.tasks import refuse_tasks
-from hlat.train.update import needs_backward, schedule_of
+from hlat.train.update import check_optimizer, needs_backward, schedule_of
 from hlat.train.weights import Initial, initial_values
 
 if TYPE_CHECKING:
@@ -229,9 +230,14 @@ def build_run(
     return run
 
 
-def refuse_unsupported(recipe: Recipe) -> None:
-    """Raise UserError for what cannot be done here, rather than ignore it."""
-    _ASSEMBLIES[recipe.backend].check(recipe)
+def refuse_unsupported(recipe: Recipe, *, here: bool = True) -> None:
+    """Raise UserError for what cannot be done, rather than ignore it.
+
+    Args:
+        here: whether it is to run on this machine; else Neuron packages may be missing (a login node).
+    """
+    if here or recipe.backend != "nxd" or find_spec("torch_xla"):
+        _ASSEMBLIES[recipe.backend].check(recipe)
     getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
     getattr(lookup("guard", recipe.guard.name), "refuse", lambda recipe: None)(recipe)
     refuse_tasks(recipe)
@@ -249,6 +255,8 @@ def refuse_unsupported(recipe: Recipe) -> None:
             where="parallel.tp",
             fix="write parallel.tp=1 (dp, pp and zero1 keep them whole), or take an elementwise optimizer",
         )
+    if needs_backward(recipe):
+        check_optimizer(recipe)
 
 
 def _needs(recipe: Recipe) -> str:

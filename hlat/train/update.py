@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from hlat.errors import UserError
 from hlat.optim.schedule import Schedule, make_schedule
 from hlat.parallel.buckets import Bucket
 from hlat.recipe import Recipe
+from hlat.recipe_sections import OptimSection
 from hlat.registry import lookup
 
 
@@ -45,14 +47,26 @@ def optimizer_of(recipe: Recipe, buckets: Sequence[Bucket], backend: Backend) ->
     ]
     # Nothing of what a pipeline rank holds may be trained, and torch's optimizers want a parameter.
     nothing = [{"params": [nn.Parameter(torch.zeros(0, device=backend.device))]}]
-    make = lookup("optim", section.name)
-    try:
-        optimizer: torch.optim.Optimizer = make(groups or nothing, **section.options)
-    except ValueError as error:
-        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
+    optimizer = _make(section, groups or nothing)
     if hasattr(optimizer, "all_reduce"):
         optimizer.all_reduce = backend.all_reduce
     return optimizer
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raise UserError for options that the recipe's optimizer refuses: it is made for a parameter of its
+    own.
+    """
+    group = {"params": [nn.Parameter(torch.zeros(1))], "lr": torch.zeros(()), "weight_decay": 0.0}
+    _make(recipe.optim, [group])
+
+
+def _make(section: OptimSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    try:
+        made: torch.optim.Optimizer = lookup("optim", section.name)(groups, **section.options)
+    except ValueError as error:
+        raise UserError(str(error), where="optim", fix=f"see the options of {section.name!r}") from error
+    return made
 
 
 def schedule_of(recipe: Recipe) -> Schedule:

@@ -14,7 +14,7 @@ from hlat.commands import generate as generate_command
 from hlat.data.batch import Batch
 from hlat.data.tokenizer import load_tokenizer
 from hlat.errors import UserError
-from hlat.evaluate.generate import generate, sample, stream_text
+from hlat.evaluate.generate import Diverged, generate, sample, stream_text
 from hlat.evaluate.perplexity import Score, bits_per_byte
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
@@ -50,6 +50,17 @@ def without_cache(model: Decoder, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_has_diverged_writes_nothing(temperature: float, value: float) -> None:
+    made = Decoder(CONFIG)
+    made.init_weights(3)
+    with torch.no_grad():
+        next(made.parameters()).fill_(value)
+    with pytest.raises(Diverged, match="the model's logits are not finite"):
+        next(generate(made, [5], temperature=temperature))
 
 
 def test_greedy_is_the_argmax_of_full_forwards(model: Decoder) -> None:

@@ -1,0 +1,76 @@
+"""Runs one command at a time, and passes on to it what asks this process to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from hlat.observe.heartbeat import PARENT
+from hlat.observe.stopping import HANDLED
+
+
+class Children:
+    """Runs `python -m ...` commands one after another.
+
+    Attributes:
+        received: the first signal that asked to stop; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def forwarding(self) -> Iterator[Children]:
+        """Inside, the signals that stop a run go to the command; the former handlers are put back after."""
+        former = {number: signal.signal(number, self._forward) for number in HANDLED}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def run(self, words: Sequence[str], log: Path) -> tuple[int, str]:
+        """Wait for a command, whose output is added to a log.
+
+        It is in a session of its own, so that Ctrl-C reaches it once, from here, and it is told to stop when
+        this process is gone (see `hlat.observe.heartbeat.prepare`).
+
+        Returns:
+            Its exit status, negative for a signal, as `subprocess` has it; 0 without a start after a signal.
+            What was written to the log meanwhile.
+        """
+        if self.received is not None:
+            return 0, ""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            start = file.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, PARENT: str(os.getpid())},
+                start_new_session=True,
+            )
+            if self.received is not None:  # it came while the process started
+                self._process.send_signal(self.received)
+            code = self._process.wait()
+            self._process = None
+        with open(log, "rb") as file:
+            file.seek(start)
+            return code, file.read().decode(errors="replace")
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        """Pass on the first of them, and every Ctrl-C: the second one interrupts a run that saves."""
+        if self.received is not None and number != signal.SIGINT:
+            return
+        self.received = self.received or number
+        if self._process is not None:
+            self._process.send_signal(number)
