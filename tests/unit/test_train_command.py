@@ -168,6 +168,10 @@ def test_micro_batch_may_change_on_resume(place: Path) -> None:
     assert train("run.dir=b", "precision.compute=fp32") == 0
     for x, y in zip(rows("a"), rows("b"), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=2e-6)
+    held_out = zip(rows("a", "eval"), rows("b", "eval"), strict=True)  # the same rows, before and after
+    for x, y in held_out:
+        assert x["held_out_tokens"] == y["held_out_tokens"] and x["step"] == y["step"]
+        assert x["loss"] == pytest.approx(y["loss"], abs=2e-6)
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(place: Path, capsys) -> None:
