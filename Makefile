@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   the Python to use (3.11 or newer)
 #   TORCH=2.11.0        install exactly this torch (default: keep the one that is there, else the tested release)
 #   WORKERS=2           test processes
-#   ARGS="run.steps=50" more arguments for hlat train or pytest
+#   ARGS="run.name=short run.steps=50" more arguments for hlat train or pytest
 
 PYTHON ?= python3
 TORCH ?=

@@ -43,6 +43,9 @@ _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|deleted|replaced)-(?P<p
 _writing: set[Path] = set()  # partial folders this very process is filling
 
 
+NOT_COMPLETE = f"it is not complete: {MARKER} is missing"
+
+
 class Broken(Exception):
     """A checkpoint that is not complete or not intact; the text says why."""
 
@@ -74,7 +77,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     try:
         marker = unseal((folder / MARKER).read_bytes())
     except FileNotFoundError:
-        raise Broken(f"it is not complete: {MARKER} is missing") from None
+        raise Broken(NOT_COMPLETE) from None
     except (OSError, ValueError) as error:
         raise Broken(f"{MARKER} cannot be read: {error}") from error
     if marker.get("format") != FORMAT:

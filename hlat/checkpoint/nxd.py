@@ -67,6 +67,13 @@ def newest_nxd(folder: Path) -> NxdFolder | None:
     return open_nxd(max(done, key=lambda path: int(path.name.removeprefix("step-")))) if done else None
 
 
+def unfinished_nxd(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder of them that are not marked as complete, sorted."""
+    return sorted(
+        path.name for path in folder.glob("step-*") if path.is_dir() and not (path / "done").exists()
+    )
+
+
 def file_bytes(file: Path) -> Tensor:
     """A file as a tensor, uint8 (bytes,)."""
     return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)

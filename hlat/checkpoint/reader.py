@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,10 @@ def newest_in(
         before: look only at steps below this one.
     """
     order = sorted(folders.entries(root), key=lambda entry: entry.sequence, reverse=True)
-    unreadable = folders.step_folders(root).keys() - {entry.step for entry in order}
+    known = {entry.step for entry in order}
+    unreadable = {s: _marker_problem(p) for s, p in folders.step_folders(root).items() if s not in known}
     order = [entry for entry in order if before is None or entry.step < before]
-    steps, reasons = peers.from_first(
-        ([entry.step for entry in order], {step: _marker_problem(root, step) for step in sorted(unreadable)})
-    )
+    steps, reasons = peers.from_first(([entry.step for entry in order], unreadable))
     skipped: dict[int, str] = {}
     for step in steps:
         checkpoint, problem = None, None
@@ -252,16 +252,53 @@ def newest_in(
     return None, skipped | reasons
 
 
-def _marker_problem(root: Path, step: int) -> str:
+def _marker_problem(folder: Path) -> str:
     try:
-        folders.read_marker(folders.step_folder(root, step))
+        folders.read_marker(folder)
     except Broken as broken:
         return str(broken)
     return "it appeared while the folder was being read"
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def skipped_lines(
+    root: Path, skipped: Mapping[int, str], used: Checkpoint | None, before: int | None = None
+) -> list[str]:
+    """A line about each checkpoint that `newest_in` passed over, newest first."""
+    below = "" if before is None else f" below step {before}"
+    instead = f"using step {used.step} instead" if used else f"no other one here{below} can be used"
+    return [
+        f"skipped checkpoint {folders.step_folder(root, step)}: {reason}; {instead}"
+        for step, reason in sorted(skipped.items(), reverse=True)
+    ]
+
+
+def lost(root: Path, skipped: Mapping[int, str], nxd: Path, unfinished: Sequence[str]) -> UserError | None:
+    """The error for a run whose checkpoints are there and cannot be used: to begin at step 0 would write over
+    them. None where there are none, or only the one folder that a process killed in its very first save
+    leaves.
+
+    Args:
+        root, skipped: the checkpoints folder, and what `newest_in` says when it finds none in it.
+        nxd, unfinished: the folder of NxD's files, and the names in it that are not marked as complete.
+    """
+    reasons = [*skipped.values(), *(folders.NOT_COMPLETE for _ in unfinished)]
+    if not reasons or reasons == [folders.NOT_COMPLETE]:
+        return None
+    known = [f"step {step}: {reason}" for step, reason in sorted(skipped.items())]
+    known += [f"{name}: it is not marked as done" for name in sorted(unfinished)]
+    return UserError(
+        f"there are checkpoints and none can be used ({'; '.join(known)})",
+        where=str(root if skipped else nxd),
+        fix="restore one of them; to start anew move this folder away or choose another run.dir",
+    )
+
+
+def open_checkpoint(path: Path | str, warn: Callable[[str], None] | None = None) -> Checkpoint:
     """Open a step folder, or the newest complete checkpoint of a checkpoints folder or a run folder.
+
+    Args:
+        path: the folder.
+        warn: called with one line about each newer checkpoint that was skipped; the log by default.
 
     Raises:
         UserError: nothing there, or what is there is incomplete or damaged.
@@ -280,7 +317,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             raise UserError(str(broken), where=f"checkpoint {path}", fix=EARLIER) from broken
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     checkpoint, skipped = newest_in(root, verify=False, peers=Peers())
-    if checkpoint is None:
+    if checkpoint is not None:
+        for line in skipped_lines(root, skipped, checkpoint):
+            (warn or logging.getLogger(__name__).warning)(line)
+    else:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(skipped.items()))
         what = f"no complete checkpoint here{f' ({reasons})' if reasons else ''}"
         fix = "give a run folder or one of its checkpoints/step-* folders"

@@ -33,7 +33,7 @@ from hlat.checkpoint import folder as folders
 from hlat.checkpoint.codec import rng_from_json, rng_to_json
 from hlat.checkpoint.layout import Index, Snapshot, Writer
 from hlat.checkpoint.peers import Peers
-from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint
+from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint, skipped_lines
 from hlat.checkpoint.retention import expired, is_permanent
 from hlat.checkpoint.stream import write_weights
 from hlat.errors import SaveFailed, UserError
@@ -92,7 +92,8 @@ class CheckpointStore:
         self.after_sequence = 0
         """The next checkpoint counts as newer than one of this number that is kept elsewhere."""
         self._buffers: dict[MetadataIndex, Tensor] = {}
-        self._unusable: set[int] = set()
+        self.skipped: dict[int, str] = {}
+        """Step -> why the last `newest` did not take its checkpoint; the same on every process."""
         self._remarks: list[str] = []  # from the background thread, passed on by the next call
         if self._peers.rank == 0:
             folders.clean(self.root, self._warn)
@@ -169,12 +170,10 @@ class CheckpointStore:
             before: look only at steps below this one.
         """
         self.wait()
-        checkpoint, skipped = newest_in(self.root, verify, self._peers, before)
-        self._unusable = set(skipped)
+        checkpoint, self.skipped = newest_in(self.root, verify, self._peers, before)
         if self._peers.rank == 0:
-            instead = f"using step {checkpoint.step} instead" if checkpoint else "there is no other"
-            for step, reason in sorted(skipped.items(), reverse=True):
-                self._warn(f"skipped checkpoint {folders.step_folder(self.root, step)}: {reason}; {instead}")
+            for line in skipped_lines(self.root, self.skipped, checkpoint, before):
+                self._warn(line)
         return checkpoint
 
     def steps(self) -> list[int]:
@@ -212,7 +211,7 @@ class CheckpointStore:
             }
             folders.seal_folder(partial, sorted(index.headers), index.to_json(), meta, tokenizer, marker)
             folders.commit(partial, final)
-            self._unusable.discard(step)
+            self.skipped.pop(step, None)
             self._delete_expired()
 
         try:
@@ -246,7 +245,7 @@ class CheckpointStore:
         return answer
 
     def _delete_expired(self) -> None:
-        entries = [replace(e, usable=e.step not in self._unusable) for e in folders.entries(self.root)]
+        entries = [replace(e, usable=e.step not in self.skipped) for e in folders.entries(self.root)]
         for entry in expired(entries, self.keep):
             if self.keep_back(entry.step):
                 continue
@@ -256,7 +255,7 @@ class CheckpointStore:
                 self._remarks.append(f"could not delete the old checkpoint of step {entry.step}: {error}")
 
     def _failure(self, error: OSError, step: int, snapshot: Snapshot) -> SaveFailed:
-        usable = [entry for entry in folders.entries(self.root) if entry.step not in self._unusable]
+        usable = [entry for entry in folders.entries(self.root) if entry.step not in self.skipped]
         newest = max(usable, key=lambda entry: entry.sequence, default=None)
         last = f"the one of step {newest.step} is untouched" if newest else "there is no earlier one"
         reason, remedy = folders.explain(error, self.root, snapshot.bytes())

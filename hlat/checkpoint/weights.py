@@ -3,6 +3,7 @@ file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,9 +45,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def open_weights(path: str | Path) -> WeightSource:
+def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) -> WeightSource:
     """Opens a run folder (its newest complete checkpoint), a step folder, or a folder in Hugging Face's
-    layout.
+    layout. `warn` (the log by default) gets a line about each newer checkpoint that cannot be used.
 
     Raises UserError for a path that is none of these.
     """
@@ -67,7 +68,7 @@ def open_weights(path: str | Path) -> WeightSource:
         return HFFolder(path)
     from hlat.checkpoint.store import open_checkpoint
 
-    return open_checkpoint(path)
+    return open_checkpoint(path, warn)
 
 
 def model_config(source: WeightSource) -> ModelConfig:

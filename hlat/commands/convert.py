@@ -36,9 +36,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Convert; warnings go to stderr. Raises UserError for a source that cannot be converted."""
     from hlat.checkpoint.hf import from_hf, parse_size, to_hf
+    from hlat.checkpoint.weights import open_weights
 
+    origin = ""
     if args.way == "to-hf":
-        warnings = to_hf(args.source, args.out, args.dtype, parse_size(args.shard_size))
+        skipped: list[str] = []
+        source, size = open_weights(args.source, skipped.append), parse_size(args.shard_size)
+        warnings = skipped + to_hf(source, args.out, args.dtype, size)
+        if (step := getattr(source, "step", None)) is not None:
+            origin = f" from step {step:,} ({source.path})"
     elif args.way == "from-hf":
         warnings = from_hf(args.source, args.out, args.dtype)
     elif args.way == "from-nxd":
@@ -52,5 +58,6 @@ def main(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     files = [path for path in Path(args.out).rglob("*") if path.is_file()]
-    print(f"wrote {args.out}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
+    size_mb = sum(path.stat().st_size for path in files) / 1e6
+    print(f"wrote {args.out}{origin}: {len(files)} files, {size_mb:,.1f} MB")
     return 0

@@ -203,9 +203,9 @@ def _work(
 
 def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console) -> None:
     """Refuse, before anything is written, to continue a run that this recipe does not continue."""
-    from hlat.checkpoint.nxd import newest_nxd
+    from hlat.checkpoint.nxd import newest_nxd, unfinished_nxd
     from hlat.checkpoint.peers import Peers
-    from hlat.checkpoint.reader import newest_in
+    from hlat.checkpoint.reader import lost, newest_in
     from hlat.train import state
     from hlat.train.remote import newest_meta
 
@@ -227,10 +227,15 @@ def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console
         return
     if remote is not None:
         state.check_same_run(recipe, data.fingerprint, remote, str(recipe.checkpoint.remote))
-    newest, _ = newest_in(folder.checkpoints, False, Peers())
-    for found in (newest, newest_nxd(folder.nxd_checkpoints)):
+    newest, skipped = newest_in(folder.checkpoints, False, Peers())
+    files = newest_nxd(folder.nxd_checkpoints)
+    for found in (newest, files):
         if found is not None:
             state.check_same_run(recipe, data.fingerprint, found.meta, str(folder.path))
+    if newest is None and files is None and remote is None:
+        unfinished = unfinished_nxd(folder.nxd_checkpoints)
+        if (error := lost(folder.checkpoints, skipped, folder.nxd_checkpoints, unfinished)) is not None:
+            raise error
 
 
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
@@ -249,7 +254,11 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     warn = _warn(cluster) if console is None else console.warn
     backend, compiled, reason = _backend(recipe, cluster, warn)
     saves = _saves(recipe, data, folder, cluster, warn)
-    saved = saves.find()
+    try:
+        saved = saves.find()
+    except UserError:
+        folder.undo()
+        raise
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
     run = build_run(recipe, data, backend, compiled=compiled, initial=initial)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hlat.data.apart import check_apart
 from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
 from hlat.data.examples import Examples, open_examples
@@ -311,9 +312,10 @@ def open_data(
     Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
     `tokenizer` is the one of `init.from`, for recipes whose `data.tokenizer` is `init`.
 
-    Raises UserError: missing or empty source, tokenizer and model or shards that do not fit, truncated shard,
-    full disk.
+    Raises UserError: missing or empty source, one that holds the run folder, tokenizer and model or shards
+    that do not fit, truncated shard, full disk.
     """
+    check_apart(recipe)
     data = recipe.data
     spec: str | Tokenizer = str(data.tokenizer)
     if spec == "init":

@@ -37,6 +37,7 @@ class RunFolder:
         self.nxd_checkpoints = self.path / "nxd-checkpoints"
         self._lock: Lock | None = None
         self._created: list[Path] = []
+        self._former: dict[Path, bytes | None] = {}  # what `start` has replaced; None: there was no such file
 
     def check(self) -> None:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
@@ -68,8 +69,12 @@ class RunFolder:
             for name in _FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
             starts = self.starts()
-            _replace_text(self.recipe, recipe_text, self.logs, len(starts))
-            _replace_text(self.resolved, resolved_text, self.logs, len(starts))
+            texts = ((self.recipe, recipe_text), (self.resolved, resolved_text))
+            archived = [_archived(path, self.logs, len(starts)) for path, _ in texts]
+            files = (self.recipe, self.resolved, self.environment, *archived)
+            self._former = {path: path.read_bytes() if path.exists() else None for path in files}
+            for (path, text), old in zip(texts, archived, strict=True):
+                _replace_text(path, text, old)
             starts.append(dict(description) if description is not None else environment.describe())
             replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
         except OSError as error:
@@ -100,6 +105,16 @@ class RunFolder:
             starts[-1]["stopped"] = facts
             with contextlib.suppress(OSError):
                 replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
+
+    def undo(self) -> None:
+        """Take back what `start` wrote, while the folder is held: the run cannot continue as it is."""
+        if self._lock is None:
+            return
+        for path, data in self._former.items():
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                replace_file(path, data)
 
     def close(self) -> None:
         """Give the folder back; calling it again does nothing."""
@@ -147,10 +162,14 @@ class RunFolder:
         )
 
 
-def _replace_text(path: Path, text: str, archive: Path, start: int) -> None:
+def _archived(path: Path, archive: Path, start: int) -> Path:
+    return archive / f"{path.stem}-until-start-{start}{path.suffix}"
+
+
+def _replace_text(path: Path, text: str, archived: Path) -> None:
     if path.exists():
         old = path.read_bytes()
         if old == text.encode():
             return
-        replace_file(archive / f"{path.stem}-until-start-{start}{path.suffix}", old)
+        replace_file(archived, old)
     replace_file(path, text.encode())

@@ -76,11 +76,25 @@ def banner(
         lines.append(("init", began))
     if saved is not None:
         lines.append(("resume", f"step {run.step} of {saved.path}"))
+        if ended := _ended_text(run):
+            lines.append(("", ended))
         former = saved.meta.get("layout", str(Layout()))
         if former != str(layout):
             lines.append(("layout", f"saved as {former}; continues as {layout}"))
     lines.append(("run folder", str(folder)))
     return lines
+
+
+def _ended_text(run: Run) -> str:
+    """That nothing is left to train, and how to train on; empty when something is."""
+    section = run.recipe.run
+    if run.step >= section.steps:
+        on = f"run.steps=MORE schedule.horizon_steps={run.recipe.horizon_steps}"
+        return f"all {section.steps:,} steps are done, nothing is left to train; to train on: {on}"
+    if section.stop_at_step is not None and run.step >= section.stop_at_step:
+        stop = f"run.stop_at_step={section.stop_at_step}"
+        return f"{stop} is reached, nothing is left to train; to train on, leave it out or raise it"
+    return ""
 
 
 def _sizes(run: Run) -> dict[str, int]:

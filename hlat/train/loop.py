@@ -301,9 +301,11 @@ class Loop:
             self._beat_save(patient=True)
         if self._saved != run.step or (wait and not self.saves.wait()):
             self._saved = run.step
-            self._save_began = time.monotonic()
             # Rows first: a checkpoint never covers a step whose row a crash could lose.
             with self.metrics.paused():
+                self.saves.wait()  # for the save before this one, which is told before the next begins
+                self._note_saved()
+                self._save_began = time.monotonic()
                 self.saves.save(run, wait, self.metrics.trouble, lambda: self._beat_save(wait))
         self._note_saved()
 

@@ -14,7 +14,7 @@ from hlat.checkpoint import folder as folders
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.mirror import Mirror, newer
 from hlat.checkpoint.uploader import Uploader
-from hlat.errors import SaveFailed
+from hlat.errors import SaveFailed, UserError
 from hlat.storage.journal import Journal
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
@@ -107,6 +107,15 @@ class RemoteSaves:
             self.journal.note(f"checkpoint of step {copy.entry.step:,} fetched from {self.mirror.remote.url}")
             return copy.entry.step
         return None
+
+    def lost(self) -> UserError:
+        """The error for a store whose copies are all damaged."""
+        names = ", ".join(sorted(self.mirror.unusable))
+        return UserError(
+            f"there are checkpoints in the store and none can be used (damaged: {names})",
+            where=f"{WHERE}: {self.mirror.remote.url}",
+            fix="restore one of them; to start anew choose another run.name",
+        )
 
     def start(self, path: Path | None) -> None:
         """Begin to upload, with the checkpoint at `path`, if the store does not have it."""

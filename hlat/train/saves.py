@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hlat.checkpoint.nxd import NxdFolder, newest_nxd
+from hlat.checkpoint.nxd import NxdFolder, newest_nxd, unfinished_nxd
+from hlat.checkpoint.reader import lost
 from hlat.checkpoint.store import CheckpointStore
 from hlat.errors import SaveFailed, UserError
 from hlat.storage.journal import Journal
@@ -79,7 +80,8 @@ class Saves:
         """The newest state there is, of a step below `before` if that is given; None where there is none. The
         first time also `checkpoint.remote` is searched: what is newer there is fetched, and uploading begins.
 
-        Raises SaveFailed when the store does not answer for `checkpoint.patience`.
+        Raises SaveFailed when the store does not answer for `checkpoint.patience`; without `before` UserError
+        when there are checkpoints and none can be used.
         """
         checkpoint, files = self.store.newest(before=before), newest_nxd(self.nxd_folder)
         if not self._remote_searched:
@@ -89,7 +91,19 @@ class Saves:
             files = None
         if files is not None and (checkpoint is None or files.step > checkpoint.step):
             return files
+        if checkpoint is None and before is None:
+            self._refuse_to_start_over()
         return checkpoint
+
+    def _refuse_to_start_over(self) -> None:
+        """Raise UserError where there are checkpoints, here or in the store, and none can be used."""
+        error = lost(self.store.root, self.store.skipped, self.nxd_folder, unfinished_nxd(self.nxd_folder))
+        if error is None and self._remote is not None and self._remote.mirror.unusable:
+            error = self._remote.lost()
+        words = None if error is None else (error.what, error.where, error.fix)
+        if (words := self._exchange(words)[0]) is not None:  # as the first rank sees it
+            what, where, fix = words
+            raise UserError(what, where=where, fix=fix)
 
     def _newest_of_both(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         while True:

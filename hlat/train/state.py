@@ -133,6 +133,12 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
     if changes:
         key, old, new = changes[0]
         more = f" (and {len(changes) - 1} more changed keys)" if len(changes) > 1 else ""
+        if key == "schedule.horizon_steps" and recipe.schedule.horizon_steps is None:
+            # The user set run.steps, which the schedule follows; a run may be longer when that is fixed.
+            what = f"run.steps is {new} now and the schedule ends with it; in the saved run it ended at {old}"
+            fix = f"add schedule.horizon_steps={old} to train on with the schedule as it was"
+            fix += ", or start a new run with another run.name or run.dir"
+            raise UserError(f"{what}{more}", where=where, fix=fix)
         raise UserError(
             f"{key} was {old!r} in the saved run and is {new!r} now{more}", where=where, fix=fresh
         )

@@ -212,6 +212,22 @@ def test_two_ranks_lose_their_disk_and_continue_from_the_store(place: Path) -> N
     assert place.newest == 6
 
 
+def test_two_ranks_without_one_good_checkpoint_do_not_start_over(place: Path) -> None:
+    assert place.torchrun(2, NEVER, "run.stop_at_step=4").codes == [0]
+    checkpoints = place.path / "runs" / "small" / "checkpoints"
+    for name in ("step-00000002", "step-00000004"):
+        file = checkpoints / name / "data-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    before = {path: path.read_bytes() for path in checkpoints.parent.rglob("*") if path.is_file()}
+    ended = place.torchrun(2, NEVER, resume=True)
+    assert ended.codes == [1] and len(ended.lines) == 1 and ended.seconds < SECONDS, ended.texts[0]
+    assert "none can be used (step 2: data-00001.safetensors is damaged" in ended.lines[0]
+    assert ended.texts[0].count("exitcode  : 2") == 2, ended.texts[0]
+    assert {path: path.read_bytes() for path in checkpoints.parent.rglob("*") if path.is_file()} == before
+
+
 def test_a_store_that_does_not_answer_at_the_start(place: Path) -> None:
     ended = place.torchrun(2, NEVER, "checkpoint.remote=file:///proc/no/store", "checkpoint.patience=1")
     assert ended.codes == [1] and len(ended.lines) == 1 and ended.seconds < SECONDS, ended.texts[0]
