@@ -18,13 +18,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="recipes that ship with HLAT")
     show = actions.add_parser("show", help="a recipe with every value resolved; the output is a recipe")
     show.add_argument("recipe", help="file or name")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as for hlat train")
+    show.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes, as for hlat train"
+    )
     show.add_argument("--changed", action="store_true", help="only values that differ from the defaults")
     compare = actions.add_parser("diff", help="every resolved value in which two recipes differ")
     compare.add_argument("a", help="file or name")
     compare.add_argument("b", help="file or name")
     check = actions.add_parser("check", help="validate recipes; exit code 2 at the first bad one")
-    check.add_argument("recipes", nargs="*", metavar="recipe", help="default: all that ship")
+    check.add_argument("recipes", nargs="*", default=[], metavar="recipe", help="default: all that ship")
     schema = actions.add_parser("schema", help="write the JSON schema that editors complete recipes with")
     schema.add_argument("--out", metavar="FILE", help="where to (default: standard output)")
 

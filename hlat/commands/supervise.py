@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hlat supervise`."""
     parser.add_argument("recipe", help="a recipe file, or the name of one that ships with HLAT")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="recipe values to change"
+    )
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines; run this on each")
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="this machine, from 0")

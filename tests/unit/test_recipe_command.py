@@ -77,6 +77,5 @@ def test_overrides_may_stand_behind_options(capsys) -> None:
     shown = capsys.readouterr().out
     assert "steps: 70" in shown and "lr: 0.0005" in shown
     for words in (["recipes", "show", "tiny", "--unknown", "optim.lr=1"], ["recipes", "list", "optim.lr=1"]):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(words)
-        assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+        assert cli.main(words) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
