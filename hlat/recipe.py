@@ -161,7 +161,7 @@ class Recipe(Section):
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
         if warmup > horizon:
             own = self.schedule.horizon_steps is not None
-            what = f"warmup_steps {{a}} exceeds {'horizon_steps {b}' if own else "the schedule's {b} steps"}"
+            what = "warmup_steps {a} exceeds " + ("horizon_steps {b}" if own else "the schedule's {b} steps")
             higher = "schedule.horizon_steps" if own else "run.steps"
             fix = f"take warmup_steps {max(1, horizon // 20)}, or raise {higher}"
             raise problem(what, "schedule.warmup_steps", fix, a=warmup, b=horizon)
