@@ -225,8 +225,10 @@ class Recipe(Section):
         if dp != "auto" and dp * share == world:
             return dp
         layout = f"tp {self.parallel.tp} x pp {self.parallel.pp}" + ("" if dp == "auto" else f" x dp {dp}")
-        need = f"a multiple of {share}" if dp == "auto" else f"{dp * share}"
-        fix = f"start {need} processes, or change the layout"
+        least = share if dp == "auto" else dp * share
+        fix = f"start {'a multiple of ' * (dp == 'auto')}{least} processes"
+        fix += f" (torchrun --nproc-per-node {least} -m hlat train ...)" * (world == 1)
+        fix += ", or change the layout"
         processes = f"{world} process{'es' * (world != 1)}"
         raise UserError(f"{layout} does not fit {processes}", where="parallel", fix=fix)
 

@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
     _check(args)
     from hlat.commands.recipe_file import load
+    from hlat.observe.runfolder import RunFolder
     from hlat.supervise.node import node_findings
     from hlat.supervise.supervisor import Budget, Supervisor
     from hlat.supervise.watch import Limits
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = load(args.recipe, args.overrides)
     recipe.accumulate(args.nproc_per_node * args.nnodes)  # a layout that does not fit starts nothing
     run, place = Path(recipe.run.dir), _place(args)
+    RunFolder(run).check()  # the restart log lies in it, too
     again = ["run.resume=auto"] if recipe.run.resume == "never" else []
     supervisor = Supervisor(
         ["hlat", "train", args.recipe, *args.overrides],
