@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 return
             name = word.partition("=")[0]
-            option = name.startswith("--") and " " not in name
+            option = name.startswith("--") and " " not in word  # with a space it is a text, as for argparse
             if option and not any(known.startswith(name) for known in self._option_string_actions):
                 self._unknown(word, words)
 

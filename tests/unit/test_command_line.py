@@ -50,3 +50,10 @@ def test_help_is_a_verb_too(words: list[str], usage: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {usage}")
+
+
+def test_texts_and_overrides_may_look_like_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "nowhere", "--prompt", "--x=a b"]) == 2
+    assert "nowhere: no such checkpoint" in capsys.readouterr().err
+    assert cli.main(["recipes", "show", "tiny", "--changed", "--", "run.steps=70"]) == 0
+    assert "steps: 70" in capsys.readouterr().out
