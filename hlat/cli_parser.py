@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         inner, own = self._chosen(words)
         inner._refuse_unknown(own)
         args, rest = self.parse_known_args(words)
+        rest = [word for word in rest if word != "--"]
         wrong = next((word for word in rest if word.startswith("-") or not hasattr(args, "overrides")), None)
         if wrong is not None:
             inner._unknown(wrong, own)
