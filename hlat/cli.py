@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import hlat
+from hlat.cli_parser import Parser
 from hlat.errors import UserError
 
 VERBS = {
@@ -31,8 +31,10 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, or 2 for wrong input (one line on stderr)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     verb = next((a for a in arguments if not a.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="hlat", description="Trainium-first LLM pretraining.")
+    parser = Parser(prog="hlat", description="Trainium-first LLM pretraining.")
     parser.add_argument("--version", action="version", version=f"hlat {hlat.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():
@@ -45,11 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        args, rest = parser.parse_known_args(arguments)
-        if rest and (any(a.startswith("-") for a in rest) or not hasattr(args, "overrides")):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if rest:  # argparse takes positional arguments from one place only: the others stand behind an option
-            args.overrides = [*args.overrides, *rest]
+        args = parser.read(arguments)
         return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hlat.section import near_multiple, problem
+from hlat.section import near_multiple, nearest_divisor, problem
 
 if TYPE_CHECKING:
     from hlat.model.config import ModelConfig
@@ -114,7 +114,7 @@ def check_micro_batches(parallel: ParallelSection, micro_batches: int) -> None:
 def _check_tensor(model: ModelConfig, tp: int) -> None:
     heads, kv, ffn = model.heads, model.kv_heads, model.ffn
     if heads % tp:
-        fix = f"take tp {_nearest_divisor(heads, tp)}"
+        fix = f"take tp {nearest_divisor(heads, tp)}"
         raise problem("tp {a} does not divide heads {b}", "parallel.tp", fix, a=tp, b=heads)
     if kv % tp and tp % kv:
         near = min(
@@ -143,8 +143,3 @@ def _check_cuts(model: ModelConfig, parallel: ParallelSection) -> None:
     if sorted({n for n in numbers if 0 < n < model.layers}) != numbers:
         fix = f"name layers in order, from layers.1 to layers.{model.layers - 1}"
         raise problem("cuts {a} are not ascending layers", "parallel.cuts", fix, a=", ".join(cuts))
-
-
-def _nearest_divisor(total: int, wanted: int) -> int:
-    divisors = (n for n in range(1, total + 1) if total % n == 0)
-    return min(divisors, key=lambda n: (abs(n - wanted), n))

@@ -160,8 +160,10 @@ class Recipe(Section):
             self._accumulate(self.parallel.dp)
         warmup, horizon = self.schedule.warmup_steps, self.horizon_steps
         if warmup > horizon:
-            what = "warmup_steps {a} exceeds the schedule's {b} steps"
-            fix = f"take warmup_steps {max(1, horizon // 20)}, or raise run.steps"
+            own = self.schedule.horizon_steps is not None
+            what = "warmup_steps {a} exceeds " + ("horizon_steps {b}" if own else "the schedule's {b} steps")
+            higher = "schedule.horizon_steps" if own else "run.steps"
+            fix = f"take warmup_steps {max(1, horizon // 20)}, or raise {higher}"
             raise problem(what, "schedule.warmup_steps", fix, a=warmup, b=horizon)
         if self.checkpoint.format == "nxd" and self.backend != "nxd":
             what = f"backend {self.backend} cannot write NxD's files"
@@ -223,8 +225,10 @@ class Recipe(Section):
         if dp != "auto" and dp * share == world:
             return dp
         layout = f"tp {self.parallel.tp} x pp {self.parallel.pp}" + ("" if dp == "auto" else f" x dp {dp}")
-        need = f"a multiple of {share}" if dp == "auto" else f"{dp * share}"
-        fix = f"start {need} processes, or change the layout"
+        least = share if dp == "auto" else dp * share
+        fix = f"start {'a multiple of ' * (dp == 'auto')}{least} processes"
+        fix += f" (torchrun --nproc-per-node {least} -m hlat train ...)" * (world == 1)
+        fix += ", or change the layout"
         processes = f"{world} process{'es' * (world != 1)}"
         raise UserError(f"{layout} does not fit {processes}", where="parallel", fix=fix)
 
@@ -263,7 +267,9 @@ class Recipe(Section):
         from hlat.recipe_check import build
         from hlat.recipe_errors import in_brackets
 
-        return build(values, lambda key: ": ".join(part for part in (where, in_brackets(key)) if part))
+        return build(
+            values, lambda key, about="": ": ".join(part for part in (where, in_brackets(key)) if part)
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over what must not change across a resume: see `identity`."""

@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from hlat.errors import UserError
 from hlat.section import Section
 
-Where = Callable[[str], str]
-"""Dotted key -> "file:line: key" ("" -> the file), for error messages."""
+Where = Callable[..., str]
+"""(dotted key, about="") -> "file:line: key" ("" -> the file), for error messages. `about`: what is said of
+several keys that do not fit together; if it names one that the command line has changed, the place is that.
+"""
 _LIMITS = {
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -41,7 +43,7 @@ def user_error(error: ValidationError, where: Where) -> UserError:
     (key, first), more = next(iter(found.items())), len(found) - 1
     what, fix = _explain(first, key)
     what += f" (and {more} more error{'s' * (more > 1)})" if more else ""
-    return UserError(what, where=where(key), fix=fix)
+    return UserError(what, where=where(key, what if first["type"] == "recipe" else ""), fix=fix)
 
 
 def expected(error: Any, hint: Any, value: Any) -> tuple[str, str]:

@@ -15,6 +15,7 @@ other one:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     if isinstance(run, dict):
         run.setdefault("name", _safe_name(file.stem))
 
-    def where(key: str) -> str:
+    def where(key: str, about: str = "") -> str:
+        given = [k for k, at in origins.items() if at == COMMAND_LINE]
+        if about and not any(key == k or key.startswith(f"{k}.") for k in given):
+            named = set(re.findall(r"\w+", about))
+            key = next((k for k in given if k.rpartition(".")[2] in named), key)
         parts = key.split(".")
         prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         place = next((origins[prefix] for prefix in prefixes if prefix in origins), "")

@@ -196,7 +196,7 @@ class DataSection(Section):
         for number, (first, last) in enumerate(self.skip):
             if first > last:
                 what = "the stretch ends at step {b}, before it begins at {a}"
-                raise problem(what, f"skip[{number}]", "write [first, last]", a=first, b=last)
+                raise problem(what, f"skip.{number}", "write [first, last]", a=first, b=last)
         return self
 
     @model_validator(mode="after")

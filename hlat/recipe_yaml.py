@@ -89,7 +89,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a file and the line of each dotted key. Raises UserError."""
     try:
         if path.is_dir():
-            raise UserError("is a folder, not a recipe file", where=str(path))
+            of_run = path / "resolved.yaml"
+            fix = f"write {of_run}" if of_run.is_file() else ""
+            raise UserError("is a folder, not a recipe file", where=str(path), fix=fix)
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a recipe", where=str(path))
         text = path.read_bytes().decode("utf-8-sig")

@@ -80,3 +80,9 @@ def problem(what: str, key: str, fix: str, **values: Any) -> PydanticCustomError
 def near_multiple(value: int, factor: int) -> int:
     """The positive multiple of `factor` nearest to `value`."""
     return max(factor, round(value / factor) * factor)
+
+
+def nearest_divisor(total: int, wanted: int) -> int:
+    """The divisor of `total` nearest to `wanted`."""
+    divisors = (n for n in range(1, total + 1) if total % n == 0)
+    return min(divisors, key=lambda n: (abs(n - wanted), n))

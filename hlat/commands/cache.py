@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         if name != "list":
             action.add_argument("recipe", nargs="?", help="a recipe file or name: only its graphs")
             action.add_argument(
-                "overrides", nargs="*", metavar="key=value", help="changes, as for hlat train"
+                "overrides", nargs="*", default=[], metavar="key=value", help="changes, as for hlat train"
             )
             action.add_argument("--cache", type=Path, metavar="DIR", help="default: where Neuron keeps it")
         action.add_argument(

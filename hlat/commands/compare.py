@@ -7,6 +7,7 @@ from typing import Any
 
 from hlat.commands.eval import add_selection, evaluation, selection
 from hlat.errors import UserError
+from hlat.observe.output import check_output
 
 EXPLANATION = (
     "± is the standard error. p: paired over the questions (McNemar's exact test where scores are 0 or 1, "
@@ -29,6 +30,8 @@ def main(args: argparse.Namespace) -> int:
     """Evaluate each and print the table. Raises UserError for bad input."""
     if len(args.targets) < 2:
         raise UserError("one model has nothing to be compared with", where="TARGET", fix="name two or more")
+    for option in ("markdown", "html", "json"):
+        check_output(getattr(args, option), f"--{option}")
     with evaluation(args) as job:
         from hlat.evaluate.compare import comparison
         from hlat.evaluate.target import open_target

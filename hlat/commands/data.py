@@ -163,7 +163,10 @@ def _locate(args: argparse.Namespace) -> int:
     if number < 1:
         flag = "--data-step" if args.step is None else "--step"
         raise UserError(f"there is no step {number}", where=flag, fix="steps are counted from 1")
-    data, skips = _data_of_run(args.folder)
+    data, skips, steps = _data_of_run(args.folder)
+    if args.step is not None and args.step > steps:
+        fix = f"give a step up to {steps}, or --data-step {skips.position(args.step)} to look further on"
+        raise UserError(f"the run has {steps} steps, not {args.step}", where="--step", fix=fix)
     step = args.data_step or skips.position(args.step)
     found = [entry for entry in data.locate(step) if args.row in (None, entry["row"])]
     read = f"step {args.step} reads data step {step}" if args.step else f"data step {step}"
@@ -181,9 +184,10 @@ def _locate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_of_run(run: Path) -> tuple[Data | Examples, Skips]:
-    """The data of a run, and what the run leaves out of it. Raises UserError for a folder that is no run, or
-    data that is no longer what the run was trained on.
+def _data_of_run(run: Path) -> tuple[Data | Examples, Skips, int]:
+    """The data of a run, what the run leaves out of it, and its number of steps.
+
+    Raises UserError for a folder that is no run, or data that is no longer what the run was trained on.
     """
     from hlat.checkpoint.peers import Peers
     from hlat.checkpoint.reader import newest_in
@@ -209,7 +213,7 @@ def _data_of_run(run: Path) -> tuple[Data | Examples, Skips]:
         )
     rows = read_rows(folder.metrics) if folder.metrics.is_file() else ()
     found = (row["skipped_data"] for row in rows if row.get("kind") == "anomaly" and "skipped_data" in row)
-    return data, Skips(recipe.data.skip, tuple((first, last) for first, last in found))
+    return data, Skips(recipe.data.skip, tuple((first, last) for first, last in found)), recipe.run.steps
 
 
 def _print_counts(folder: TokenFolder) -> None:
@@ -232,7 +236,8 @@ def _print_counts(folder: TokenFolder) -> None:
         for reason, count in source["skipped"].items():
             print(f"    skipped: {count:,} x {reason}")
     for reason, entry in manifest["dropped"].items():
-        print(f"  dropped: {entry['count']:,} documents: {reason} (such as {', '.join(entry['examples'])})")
+        documents = f"{entry['count']:,} document{'s' * (entry['count'] != 1)}"
+        print(f"  dropped: {documents}: {reason} (such as {', '.join(entry['examples'])})")
 
 
 def _print_for_recipe(folder: TokenFolder, tokenizer: Tokenizer, path: str) -> None:

@@ -23,7 +23,9 @@ _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hlat doctor`."""
     parser.add_argument("recipe", nargs="?", help="check for this run: its backend, layout and run folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as for hlat train")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes, as for hlat train"
+    )
     parser.add_argument(
         "--for",
         dest="platform",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
+from hlat.observe.output import check_output
 
 if TYPE_CHECKING:
     from hlat.evaluate.running import Selection
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
     """Evaluate and print a table. Raises UserError for bad input."""
     if args.html and not args.all_checkpoints:
         raise UserError("draws curves over tokens", where="--html", fix="add --all-checkpoints")
+    check_output(args.html, "--html")
+    check_output(args.json, "--json")
     with evaluation(args) as job:
         from hlat.evaluate.target import all_checkpoints, open_target
 

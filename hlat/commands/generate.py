@@ -35,10 +35,12 @@ def main(args: argparse.Namespace) -> int:
 
     from hlat.checkpoint.hf_config import DTYPES
     from hlat.checkpoint.hf_tokenizer import generation_stops, prompt_ids
-    from hlat.checkpoint.weights import load_model, open_weights, source_tokenizer
-    from hlat.evaluate.generate import generate, stream_text
+    from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
+    from hlat.evaluate.generate import check_prompt, generate, stream_text
+    from hlat.evaluate.target import parse_device
     from hlat.observe.text import printable
 
+    device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_weights(args.checkpoint)
     tokenizer = source_tokenizer(source)
     if tokenizer is None:
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         prompt = prompt_ids(source.tokenizer, args.prompt)
     else:
         prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_prompt(prompt, model_config(source).max_seq_len)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
         model,

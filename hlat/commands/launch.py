@@ -53,7 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of one that ships with HLAT")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="recipe values to change"
+    )
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="machines")
     parser.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="processes on each (default on trn1: 32, one a core)"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +21,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="recipes that ship with HLAT")
     show = actions.add_parser("show", help="a recipe with every value resolved; the output is a recipe")
-    show.add_argument("recipe", help="file or name")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as for hlat train")
+    show.add_argument("recipe", help="file, name or run folder")
+    show.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes, as for hlat train"
+    )
     show.add_argument("--changed", action="store_true", help="only values that differ from the defaults")
     compare = actions.add_parser("diff", help="every resolved value in which two recipes differ")
-    compare.add_argument("a", help="file or name")
-    compare.add_argument("b", help="file or name")
+    compare.add_argument("a", help="file, name or run folder")
+    compare.add_argument("b", help="file, name or run folder")
     check = actions.add_parser("check", help="validate recipes; exit code 2 at the first bad one")
-    check.add_argument("recipes", nargs="*", metavar="recipe", help="default: all that ship")
+    check.add_argument(
+        "recipes",
+        nargs="*",
+        default=[],
+        metavar="recipe",
+        help="default: all that ship; key=value changes each, as for hlat train",
+    )
     schema = actions.add_parser("schema", help="write the JSON schema that editors complete recipes with")
     schema.add_argument("--out", metavar="FILE", help="where to (default: standard output)")
 
@@ -67,10 +79,9 @@ def _list(args: argparse.Namespace, console: Console) -> int:
 
 
 def _show(args: argparse.Namespace, console: Console) -> int:
-    from hlat.commands.recipe_file import load
     from hlat.recipe_io import dump_yaml
 
-    recipe = load(args.recipe, args.overrides)
+    recipe = _load(args.recipe, args.overrides)
     text = "".join(f"# {line}\n" for line in summary(recipe))
     text += dump_yaml(_without_defaults(recipe)) if args.changed else recipe.to_yaml()
     if console.is_terminal:
@@ -81,10 +92,9 @@ def _show(args: argparse.Namespace, console: Console) -> int:
 
 
 def _diff(args: argparse.Namespace, console: Console) -> int:
-    from hlat.commands.recipe_file import load
     from hlat.recipe import diff
 
-    rows = diff(load(args.a), load(args.b))
+    rows = diff(_load(args.a), _load(args.b))
     if not rows:
         _print(console, Text("the same recipe"))
     width = max((len(key) for key, _, _ in rows), default=0)
@@ -95,11 +105,11 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    from hlat.commands.recipe_file import load
     from hlat.recipe_io import shipped_recipes
 
-    for name in args.recipes or shipped_recipes():
-        recipe = load(name)
+    overrides = [word for word in args.recipes if "=" in word and not Path(word).exists()]
+    for name in [word for word in args.recipes if word not in overrides] or shipped_recipes():
+        recipe = _load(name, overrides)
         what = f"{recipe.model.parameter_count():,} parameters, {recipe.tokens_per_step:,} tokens a step"
         _print(console, Text.assemble(("ok", "bold green"), f"  {name}: {what}"))
     return 0
@@ -117,6 +127,14 @@ def _schema(args: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=args.out) from None
     return 0
+
+
+def _load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by its file or name, or that of a run by its folder."""
+    from hlat.commands.recipe_file import load
+
+    resolved = Path(name) / "resolved.yaml"
+    return load(resolved if resolved.is_file() else name, overrides)
 
 
 def _without_defaults(recipe: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from hlat.errors import UserError
+from hlat.observe.output import check_output
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +33,9 @@ def main(args: argparse.Namespace) -> int:
     from hlat.observe.runs import load_runs
     from hlat.observe.text import byte_size
 
+    check_output(args.out, "--out")
     runs = load_runs(args.runs)
     content = render(runs, x=args.x).encode()
-    if args.out.is_dir():
-        raise UserError(
-            "is a folder", where=f"--out {args.out}", fix="give the name of a file, as report.html"
-        )
     try:
         replace_file(args.out, content)
     except OSError as error:

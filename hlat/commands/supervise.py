@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hlat supervise`."""
     parser.add_argument("recipe", help="a recipe file, or the name of one that ships with HLAT")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="recipe values to change"
+    )
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines; run this on each")
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="this machine, from 0")
@@ -65,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
     _check(args)
     from hlat.commands.recipe_file import load
+    from hlat.observe.runfolder import RunFolder
     from hlat.supervise.node import node_findings
     from hlat.supervise.supervisor import Budget, Supervisor
     from hlat.supervise.watch import Limits
@@ -72,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = load(args.recipe, args.overrides)
     recipe.accumulate(args.nproc_per_node * args.nnodes)  # a layout that does not fit starts nothing
     run, place = Path(recipe.run.dir), _place(args)
+    RunFolder(run).check()  # the restart log lies in it, too
     again = ["run.resume=auto"] if recipe.run.resume == "never" else []
     supervisor = Supervisor(
         ["hlat", "train", args.recipe, *args.overrides],

@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="recipe values; a list, key=[a, b], is swept over (a value that is itself a list: [[a, b]])",
     )

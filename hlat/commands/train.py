@@ -29,7 +29,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "recipe", help="a recipe file, or the name of one that ships with HLAT (see `hlat recipes list`)"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe values to change, e.g. optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="recipe values to change, e.g. optim.lr=1e-3",
     )
     parser.add_argument(
         "--precompile", action="store_true", help="trn1: compile every graph of the run ahead, then stop"

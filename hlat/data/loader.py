@@ -185,14 +185,14 @@ class Data:
         lines = []
         for source in self.report()["sources"]:
             lines.append(
-                f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+                f"{source['source']}: {_documents(source['documents'])}, {source['tokens']:,} tokens"
                 f" in {source['shards']} shards ({source['bytes'] / 1e6:,.1f} MB of text),"
-                f" held out {source['holdout_documents']:,} documents, {source['holdout_tokens']:,} tokens;"
+                f" held out {_documents(source['holdout_documents'])}, {source['holdout_tokens']:,} tokens;"
                 f" this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
                 f" ({source['share']:.1%} of the mixture)"
             )
             lines += [
-                f"  dropped: {count:,} documents: {reason}"
+                f"  dropped: {_documents(count)}: {reason}"
                 for reason, count in source["documents_dropped"].items()
             ]
             lines += [f"  skipped: {count:,} x {reason}" for reason, count in source["files_skipped"].items()]
@@ -202,6 +202,10 @@ class Data:
                     " others in every epoch"
                 )
         return lines
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'s' * (count != 1)}"
 
 
 def _merged(counts: Sequence[dict[str, int]]) -> dict[str, int]:

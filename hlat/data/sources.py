@@ -8,7 +8,10 @@ of workers), so the shards built from a source are the same on every machine.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -101,6 +104,7 @@ def resolve_source(
     if dataset == STDLIB:
         source = _stdlib()
     elif dataset is not None:
+        _refuse_near_builtin(dataset, where)
         source = _huggingface(dataset, where)
     else:
         source = _from_path(Path(str(path)).expanduser(), where)
@@ -265,6 +269,33 @@ def _stdlib() -> Source:
     return _from_folder(Path(sysconfig.get_path("stdlib")), STDLIB, python_only=True)
 
 
+def _refuse_near_builtin(dataset: str, where: str) -> None:
+    """A misspelt built-in name is not asked for on the hub, where data sets are called owner/name, or have
+    short names that are no more like ours than `stdlib`.
+    """
+    from hlat.data.stdlib import BUILTIN  # it reads a source itself
+
+    if dataset in BUILTIN:
+        fix = f"write data.examples: {{dataset: {dataset}}}"
+        raise UserError(f"'{dataset}' is a set of examples, not a text", where=where, fix=fix)
+    name = dataset.partition("@")[0].partition(":")[0].lower()
+    near = difflib.get_close_matches(name, [STDLIB, *BUILTIN], 1, cutoff=0.5 if "stdlib" in name else 0.75)
+    if near and "/" not in name:
+        raise UserError(f"no data set '{dataset}'", where=where, fix=f"did you mean '{near[0]}'?")
+
+
+@contextlib.contextmanager
+def _without_retries_told() -> Iterator[None]:
+    """The hub's library tells of each attempt to reach it; the error at the end says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    former = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
+
+
 def _huggingface(dataset: str, where: str) -> Source:
     try:
         import datasets
@@ -273,15 +304,14 @@ def _huggingface(dataset: str, where: str) -> Source:
     name, _, split = dataset.partition("@")
     name, _, config = name.partition(":")
     try:
-        loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
+        with _without_retries_told():
+            loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
     except (
         Exception
     ) as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
-        raise UserError(
-            f"data set '{dataset}' cannot be loaded ({error})",
-            where=where,
-            fix="check name, config and @split",
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fix = "check name, config and @split, and that this machine reaches the hub"
+        raise UserError(f"data set '{dataset}' cannot be loaded ({reason})", where=where, fix=fix) from error
     files = []
     for entry in loaded.cache_files:
         path = entry["filename"]

@@ -30,6 +30,15 @@ def sample(
     return draw(logits_V[None], Sampling(temperature, top_k, top_p, generator))
 
 
+def check_prompt(prompt: Sequence[int], longest: int) -> None:
+    """Raise UserError for a prompt without tokens, or with more than the model takes."""
+    if not prompt:
+        raise UserError("the prompt has no tokens", where="--prompt", fix="write some text")
+    if len(prompt) > longest:
+        what = f"the prompt has {len(prompt):,} tokens, the model takes {longest:,}"
+        raise UserError(what, where="--prompt", fix="shorten it")
+
+
 @torch.no_grad()
 def generate(
     model: Decoder,
@@ -58,12 +67,8 @@ def generate(
         UserError: a prompt that is empty or longer than the model's max_seq_len.
         Diverged: weights that give no finite logits.
     """
+    check_prompt(prompt, model.config.max_seq_len)
     room = model.config.max_seq_len - len(prompt)
-    if not prompt:
-        raise UserError("the prompt has no tokens", where="--prompt", fix="write some text")
-    if room < 0:
-        what = f"the prompt has {len(prompt)} tokens, the model takes {model.config.max_seq_len}"
-        raise UserError(what, where="--prompt", fix="shorten it")
     # The last position that is fed is the one before the last token made.
     count = min(max_new_tokens, room)
     device = next(model.parameters()).device

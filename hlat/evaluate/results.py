@@ -81,10 +81,9 @@ def write_json(results: Any, path: str | Path) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a file, with its folder. Raises UserError when the disk refuses."""
+    """Write a file. Raises UserError when the disk refuses."""
     target = Path(path).expanduser()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, text.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from error

@@ -35,6 +35,7 @@ class Selection:
     include: folder of more task files.
     allow_code: whether tasks may run code that the model wrote.
     holdout: fraction of the documents that HLAT's own tasks ask about.
+    where: the option or recipe key that names the tasks, for error messages.
     """
 
     tasks: tuple[str, ...]
@@ -44,6 +45,7 @@ class Selection:
     allow_code: bool = False
     holdout: float | None = None
     batch_size: int = BATCH_SIZE
+    where: str = "--tasks"
 
     @property
     def local(self) -> bool:
@@ -86,11 +88,11 @@ def load_tasks(selection: Selection) -> Loaded:
         if not all(_known(manager, name) or name.startswith(OWN) for name in selection.tasks):
             manager = TaskManager(include_path=folders, **options)
         for name in selection.tasks:
-            _check_name(manager, name)
+            _check_name(manager, name, selection.where)
         _check_safety(manager, selection)
         if selection.allow_code:
             os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
-        objects = [item for name in selection.tasks for item in _load(manager, name)]
+        objects = [item for name in selection.tasks for item in _load(manager, name, selection.where)]
     return Loaded(selection, objects, manager)
 
 
@@ -188,13 +190,13 @@ def _known(manager: Any, name: str) -> bool:
     return name in manager.task_index or Path(name).expanduser().is_file()
 
 
-def _check_name(manager: Any, name: str) -> None:
+def _check_name(manager: Any, name: str, where: str) -> None:
     if _known(manager, name):
         return
     near = difflib.get_close_matches(name, manager.all_tasks, 1)
     raise UserError(
         f"unknown task '{name}'",
-        where="--tasks",
+        where=where,
         fix=f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists the harness's tasks",
     )
 
@@ -207,15 +209,19 @@ def _check_safety(manager: Any, selection: Selection) -> None:
     if unsafe and not selection.allow_code:
         raise UserError(
             f"task '{unsafe}' runs code that the model writes",
-            where="--tasks",
-            fix=f"add {ALLOW_CODE} (in a container you can lose), or leave the task out",
+            where=selection.where,
+            fix=f"add {ALLOW_CODE} (in a container you can lose), or leave the task out"
+            if selection.where == "--tasks"
+            else f"leave it out: a run never does so, hlat eval does with {ALLOW_CODE}",
         )
     if int(datasets.__version__.partition(".")[0]) >= 4:
         return  # it can no longer run a data set's own code
     for name, config in _members(manager, selection.tasks):
         if (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
             what = f"task '{name}' wants to run code from the hub to read its data set"
-            raise UserError(what, where="--tasks", fix="run: pip install 'datasets>=4', which needs none")
+            raise UserError(
+                what, where=selection.where, fix="run: pip install 'datasets>=4', which needs none"
+            )
 
 
 def _members(manager: Any, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -239,7 +245,7 @@ def _members(manager: Any, names: Sequence[str]) -> Iterator[tuple[str, dict[str
             waiting += sorted(entry.tags)
 
 
-def _load(manager: Any, name: str) -> list[Any]:
+def _load(manager: Any, name: str, where: str) -> list[Any]:
     """The harness's objects for one name: a group, a task, or the tasks of a tag."""
     try:
         found = manager.load([name])
@@ -249,12 +255,12 @@ def _load(manager: Any, name: str) -> list[Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the questions of task '{name}' cannot be read ({reason})",
-            where="--tasks",
+            where=where,
             fix="check its file, or the network for data sets that lie on a hub",
         ) from error
     for task in found["tasks"].values():
         if not len(task.eval_docs):
-            raise UserError(f"task '{task.task_name}' has no question: its file is empty", where="--tasks")
+            raise UserError(f"task '{task.task_name}' has no question: its file is empty", where=where)
     groups = found.get("groups", {})
     return [groups[name]] if name in groups else list(found["tasks"].values())
 

@@ -151,5 +151,8 @@ def parse_device(name: str | None) -> torch.device | None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason})", where="device") from None
+        if reason.startswith("Expected one of"):  # a dozen words that are no device here
+            reason = "there is no such kind of device"
+        fix = "write cpu, or cuda where there is a GPU"
+        raise UserError(f"device {name!r} cannot be used ({reason})", where="device", fix=fix) from None
     return device

@@ -8,7 +8,15 @@ from pydantic import model_validator
 
 from hlat.model.presets import PRESETS
 from hlat.registry import did_you_mean
-from hlat.section import NonNegative, Positive, PositiveFloat, Section, near_multiple, problem
+from hlat.section import (
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    near_multiple,
+    nearest_divisor,
+    problem,
+)
 
 SHAPE = ("layers", "hidden", "heads", "ffn", "vocab", "max_seq_len")
 
@@ -78,12 +86,14 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
         if self.hidden % self.heads:
-            near = near_multiple(self.hidden, self.heads)
+            near = near_multiple(self.hidden, 2 * self.heads)  # rotary positions need an even head size
             what = "hidden {a} is not a multiple of heads {b}"
-            raise problem(what, "hidden", f"take hidden {near}", a=self.hidden, b=self.heads)
+            fix = f"take hidden {near}"
+            if self.hidden % 2 == 0:
+                fix += f", or heads {nearest_divisor(self.hidden // 2, self.heads)}"
+            raise problem(what, "hidden", fix, a=self.hidden, b=self.heads)
         if self.heads % self.kv_heads:
-            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            near = min(divisors, key=lambda n: (abs(n - self.kv_heads), n))
+            near = nearest_divisor(self.heads, self.kv_heads)
             what = "heads {a} is not a multiple of kv_heads {b}"
             raise problem(what, "kv_heads", f"take kv_heads {near}", a=self.heads, b=self.kv_heads)
         if self.head_dim % 2:

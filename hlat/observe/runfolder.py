@@ -1,6 +1,6 @@
 """The run folder: everything a run leaves behind, in one place that may be moved, copied and resumed.
 
-`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/, profile/}`, and
+`{recipe.yaml, resolved.yaml, environment.json, metrics.jsonl, logs/, checkpoints/}`, and
 nxd-checkpoints/ where NxD's own files are written; see docs/run-folder.md.
 """
 
@@ -21,7 +21,7 @@ from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import Lock
 from hlat.observe.sinks import METRICS_FILE
 
-_FOLDERS = ("logs", "checkpoints", "profile")
+_FOLDERS = ("logs", "checkpoints")
 
 
 class RunFolder:
@@ -33,7 +33,7 @@ class RunFolder:
         self.resolved = self.path / "resolved.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / METRICS_FILE
-        self.logs, self.checkpoints, self.profile = (self.path / name for name in _FOLDERS)
+        self.logs, self.checkpoints = (self.path / name for name in _FOLDERS)
         self.nxd_checkpoints = self.path / "nxd-checkpoints"
         self._lock: Lock | None = None
         self._created: list[Path] = []

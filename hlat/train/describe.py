@@ -46,7 +46,8 @@ def banner(
     if precision.compute == "bf16" and not has_native_bf16(run.backend.device):
         note = "; this CPU has no bf16 arithmetic, precision.compute=fp32 will be faster"
     device = run.backend.device.type
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device == "cpu" else ""
     lines: list[str | tuple[str, str]] = [
         f"hlat train · {recipe.run.name}",
         ("model", _model_text(run)),

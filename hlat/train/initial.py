@@ -49,6 +49,8 @@ def source_for(recipe: Recipe) -> tuple[WeightSource, ModelConfig]:
         if own != other:
             what = f"model.{name} is {own} in the recipe and {other} in these weights"
             fix = "leave the model section out: it is read from there"
+            if recipe.model.preset is not None:  # perhaps of a base, where it cannot be left out
+                fix = "write model.preset=null: the model section is then read from there"
             raise UserError(what, where=f"{WHERE}: {source.path}", fix=fix)
     return source, config
 

@@ -56,7 +56,10 @@ class TaskEvaluation:
         self._loaded: Loaded | None = None
         if self.team.first:
             selection = Selection(
-                recipe.eval.tasks, limit=recipe.eval.limit, holdout=recipe.data.holdout or None
+                recipe.eval.tasks,
+                limit=recipe.eval.limit,
+                holdout=recipe.data.holdout or None,
+                where="eval.tasks",
             )
             self._loaded = load_tasks(selection)
 

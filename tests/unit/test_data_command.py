@@ -133,7 +133,7 @@ def test_report_accounts_for_everything(text):
         assert source["tokens_dropped_per_epoch"] == rest
         assert source["epochs"] == source["rows"] / windows
     lines = "\n".join(data.report_lines())
-    assert "dropped: 1 documents: not UTF-8" in lines and "60 rows" in lines and "75.0%" in lines
+    assert "dropped: 1 document: not UTF-8" in lines and "60 rows" in lines and "75.0%" in lines
 
 
 def test_tokenized_folder_as_source_and_tokenizer(text, capsys):

@@ -349,9 +349,15 @@ def test_text_is_no_record(examples, tmp_path) -> None:
             ["data.examples.prompt={q}"],
             'expected a text, got {"q": null}; put a text that begins with { in quotes',
         ),
-        (["data.examples.dataset=x"], "data.examples: examples have both path and dataset; give exactly one"),
+        (
+            ["data.examples.dataset=x"],
+            "command line: data.examples.dataset: examples have both path and dataset; give exactly one",
+        ),
         (["data.examples.eval_dataset=x", "data.examples.eval_path=y"], "both eval_path and eval_dataset"),
-        (["data.examples.label_field=n"], "data.examples.labels: label_field needs at least two labels"),
+        (
+            ["data.examples.label_field=n"],
+            "command line: data.examples.label_field: label_field needs at least two labels",
+        ),
         (LABELLED[1:], "data.examples.completion: the completion of a labelled example is its label's word"),
         (['data.examples.labels={"0": a, "1": b}'], "there are labels but no label_field"),
         ([*LABELLED[:2], 'data.examples.labels={"0": a, "1": a}'], "two labels have the same word"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hlat.cli import main
 from hlat.data import open_data
 from hlat.data.skips import Skips, merged
 from hlat.errors import UserError
@@ -97,6 +98,18 @@ data: {examples: {path: pairs.jsonl}, tokenizer: bytes, micro_batch: 2, global_b
             assert text.startswith("question ") and " answer " in text
             assert data.tokenizer.decode(ids[: entry["tokens"] - 1].tolist()) == text
             assert entry["epoch"] == ((step - 1) * 8 + entry["row"]) // data.train.documents
+
+
+def test_the_command_knows_how_many_steps_the_run_has(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "resolved.yaml").write_text(load("test.yaml", ["data.skip=[[3, 4]]"]).to_yaml())
+    assert main(["data", "locate", "run", "--step", "10"]) == 0
+    assert capsys.readouterr().out.startswith("step 10 reads data step 12: ")
+    assert main(["data", "locate", "run", "--step", "11"]) == 2
+    error = "--step: the run has 10 steps, not 11; give a step up to 10, or --data-step 13 to look further on"
+    assert capsys.readouterr().err == f"hlat: error: {error}\n"
 
 
 def test_steps_are_counted_from_one(place: Path) -> None:

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import logging
 import sys
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -180,6 +182,39 @@ def test_missing_and_empty_sources_are_one_line(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_source(path=make(tmp_path), where="data.sources[0]")
     assert caught.value.line().startswith("data.sources[0]: ") and "\n" not in caught.value.line()
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("python-stdlb", "did you mean 'python-stdlib'?"),
+        ("Python_stdlib", "did you mean 'python-stdlib'?"),
+        ("stdlib", "did you mean 'python-stdlib'?"),
+        ("stdlib-package@train", "did you mean 'stdlib-packages'?"),
+        ("stdlib-packages", "write data.examples: {dataset: stdlib-packages}"),
+    ],
+)
+def test_a_name_near_a_built_in_one_asks_no_hub(monkeypatch, name, fix):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError) as caught:
+        resolve_source(dataset=name, where="data.sources[0]")
+    assert caught.value.fix == fix
+
+
+def test_a_hub_that_does_not_answer_is_told_once(monkeypatch, caplog):
+    asked = []
+
+    def load(name, *rest, **options):
+        asked.append(name)
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("no answer\nfrom the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    names = ["openai/gsm8k", "python/stdlib", "squad", "glue:mrpc", "imdb", "wikitext", "the_pile"]
+    for name in names:
+        with pytest.raises(UserError, match=r"cannot be loaded \(no answer\); check name.*reaches the hub"):
+            resolve_source(dataset=name)
+    assert asked == [name.partition(":")[0] for name in names] and caplog.text == ""
 
 
 def test_a_source_needs_one_place():

@@ -82,10 +82,10 @@ def test_results_have_the_schema_of_the_harness(place: Path, capsys: pytest.Capt
     write_task(place / "tasks", QUESTIONS)
     write_task(place / "tasks", QUESTIONS, "more")
     common = ["--tasks", "mine,more", "--include-path", "tasks"]
-    assert main(["eval", "model", *common, "--limit", "4", "--json", "out/r.json", "--samples"]) == 0
+    assert main(["eval", "model", *common, "--limit", "4", "--json", "r.json", "--samples"]) == 0
     text = capsys.readouterr().out
     assert "mine" in text and "acc_norm" in text and "chance" in text
-    found = json.loads(Path("out/r.json").read_text())
+    found = json.loads(Path("r.json").read_text())
     values = found["results"]["mine"]
     answers = [sample["acc"] for sample in found["samples"]["mine"]]
     assert values["acc,none"] == sum(answers) / 4 and values["acc_stderr,none"] >= 0
@@ -162,6 +162,21 @@ def test_errors(place: Path, capsys: pytest.CaptureFixture, arguments: list[str]
     metric = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     write_task(place / "tasks", QUESTIONS, "unknown-option", metric_list=metric, **options)
     assert part in refused(capsys, "eval", *arguments)
+
+
+@pytest.mark.parametrize(
+    "words", ["eval nothing", "compare nothing neither --markdown m.md", "compare nothing neither"]
+)
+def test_where_to_write_is_checked_before_anything_is_read(
+    place: Path, capsys: pytest.CaptureFixture, words: str
+) -> None:
+    command = [*words.split(), "--tasks", "hlat-cloze"]
+    assert "--json none/r.json: there is no folder none;" in refused(
+        capsys, *command, "--json", "none/r.json"
+    )
+    assert f"--json {place}: is a folder" in refused(capsys, *command, "--json", str(place))
+    if words.startswith("compare"):
+        assert "--html none/r.html: there is" in refused(capsys, *command, "--html", "none/r.html")
 
 
 def test_a_tokenizer_of_another_model(place: Path, capsys: pytest.CaptureFixture) -> None:

@@ -99,7 +99,9 @@ def test_a_run_that_is_not_done_is_evaluated_from_its_last_checkpoint(
 
 def test_an_unknown_task_is_refused_before_training(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "small.yaml", "run.dir=run", "eval.tasks=[hlat-functoin]"]) == 2
-    assert "unknown task 'hlat-functoin'; did you mean 'hlat-function'?" in capsys.readouterr().err
+    assert (
+        "eval.tasks: unknown task 'hlat-functoin'; did you mean 'hlat-function'?" in capsys.readouterr().err
+    )
     assert not list(Path("run").glob("checkpoints/step-*"))
 
 

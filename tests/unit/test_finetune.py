@@ -194,6 +194,14 @@ def test_pretraining_may_go_on_from_weights(finetune, pretrained) -> None:
     assert all(torch.equal(weights(folder)[n], v) for n, v in weights(pretrained / "pre").items())
 
 
+def test_the_preset_of_a_base_gives_way_to_the_weights(finetune) -> None:
+    text = Path("fine.yaml").read_text() + "model: {preset: tiny}\n"
+    Path("fine.yaml").write_text(text)
+    code, _, folder = finetune("model.preset=null", "run.steps=1", "eval.every=9")
+    assert code == 0
+    assert weights(folder)["model/embed.weight"].shape[1] == 32
+
+
 def wrong_sources(tmp_path: Path, pretrained: Path) -> dict[str, tuple[str, list[str], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
@@ -215,11 +223,16 @@ def wrong_sources(tmp_path: Path, pretrained: Path) -> dict[str, tuple[str, list
             ["model.hidden=64"],
             "model.hidden is 64 in the recipe and 32 in these weights; leave the model section out",
         ),
+        "preset": (
+            str(pretrained / "pre"),
+            ["model.preset=tiny"],
+            "in these weights; write model.preset=null: the model section is then read from there",
+        ),
         "heads": (str(pretrained / "pre"), ["model.kv_heads=4"], "model.kv_heads is 4 in the recipe and 2"),
     }
 
 
-@pytest.mark.parametrize("case", ["gone", "empty", "gguf", "mute", "partial", "narrower", "heads"])
+@pytest.mark.parametrize("case", ["gone", "empty", "gguf", "mute", "partial", "narrower", "preset", "heads"])
 def test_wrong_sources_are_one_line(finetune, pretrained, tmp_path, case: str) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     source, overrides, wanted = wrong_sources(tmp_path, pretrained)[case]

@@ -155,6 +155,15 @@ def test_command_refuses_options(run: Path, options: list[str], place: str) -> N
     assert caught.value.where == place
 
 
+def test_command_refuses_before_it_prints(run: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match="49 tokens, the model takes 48"):
+        command(run, "--prompt", "a" * 49)
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+            command(run, "--prompt", "a", "--device", device)
+    assert capsys.readouterr().out == ""
+
+
 def test_command_refuses_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
         command(tmp_path / "nothing", "--prompt", "a")

@@ -88,8 +88,12 @@ def test_key_value_heads_may_be_shared_by_ranks(tiny_recipe) -> None:
 
 
 def test_a_world_that_does_not_fit_is_refused(tiny_recipe) -> None:
-    with pytest.raises(UserError, match="tp 2 x pp 1 does not fit 3 processes; start a multiple of 2"):
+    with pytest.raises(
+        UserError, match="tp 2 x pp 1 does not fit 3 processes; start a multiple of 2 processes, or"
+    ):
         tiny_recipe("parallel.tp=2").layout(3)
+    with pytest.raises(UserError, match="multiple of 2 processes .torchrun --nproc-per-node 2 -m hlat train"):
+        tiny_recipe("parallel.tp=2").layout()
 
 
 @pytest.mark.parametrize("tie", [False, True])

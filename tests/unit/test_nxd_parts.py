@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hlat.backend.nxd import start
 from hlat.backend.nxd.flash import unusable
 from hlat.backend.nxd.graphs import Counts, GraphGuard
 from hlat.backend.nxd.precompile import commands, scratch
@@ -144,3 +145,9 @@ def test_the_short_run_has_a_folder_that_all_nodes_see(tmp_path: Path) -> None:
 def test_formats_that_cannot_be(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load("tiny", words)
+
+
+def test_without_nxd_the_way_to_train_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "missing", lambda: "torch_xla cannot be imported")
+    with pytest.raises(UserError, match="torch_xla cannot be imported; write backend=native for GPUs"):
+        start.process_group()

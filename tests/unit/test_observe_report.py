@@ -248,7 +248,7 @@ def test_a_run_that_cannot_be_reported_is_a_user_error(tmp_path, prepare, messag
 
 def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path):
     run = make_run(tmp_path / "a")
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match="there is no folder .*none; create it"):
         invoke(run, "--out", tmp_path / "none" / "r.html")
     with pytest.raises(UserError, match="is a folder"):
         invoke(run, "--out", tmp_path)

@@ -34,7 +34,6 @@ def test_start_writes_everything_and_keeps_the_recipe_verbatim(tmp_path):
         "environment.json",
         "logs",
         "checkpoints",
-        "profile",
         ".lock",
     }
     folder.close()

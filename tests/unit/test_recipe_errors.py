@@ -82,7 +82,15 @@ def line(file, *overrides):
         ("checkpoint.every=0", "checkpoint.every: must be at least 1, got 0"),
         ("model.preset=tny", "model.preset: unknown preset 'tny'; did you mean 'tiny'?"),
         ("model.preset=3", "model.preset: expected the name of a preset, got 3"),
-        ("model.hidden=255", "model.hidden: hidden 255 is not a multiple of heads 4; take hidden 256"),
+        (
+            "model.hidden=255",
+            "model.hidden: hidden 255 is not a multiple of heads 4; take hidden 256",
+        ),
+        (
+            "model.heads=3",
+            "command line: model.heads: hidden 256 is not a multiple of heads 3; take hidden 258, or heads 2",
+        ),
+        ("data.skip=[[5, 3]]", "command line: data.skip[0]: the stretch ends at step 3"),
         ("model.kv_heads=3", "model.kv_heads: heads 4 is not a multiple of kv_heads 3; take kv_heads 2"),
         (
             "model.hidden=260",
@@ -91,7 +99,7 @@ def line(file, *overrides):
         ("data.global_batch=30", "global_batch 30 is not a multiple of micro_batch 8; take global_batch 32"),
         (
             "parallel.dp=3",
-            "short.yaml:2: data.global_batch: global_batch 32 is not a multiple of micro_batch 8 x dp 3;",
+            "command line: parallel.dp: global_batch 32 is not a multiple of micro_batch 8 x dp 3;",
         ),
         ("data.seq_len=512", "seq_len 512 exceeds the model's max_seq_len 256; take seq_len 256, or raise"),
         ("run.stop_at_step=2000", "stop_at_step 2000 is beyond steps 1000; take stop_at_step 1000 or less"),
@@ -113,6 +121,16 @@ def line(file, *overrides):
 )
 def test_one_clear_line(file, override, message):
     assert message in line(file, override)
+
+
+def test_the_place_is_the_value_that_the_command_line_has_changed(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{SHORT}schedule: {{warmup_steps: 40}}\n")
+    said = "warmup_steps 40 exceeds the schedule's 20 steps; take warmup_steps 1, or raise run.steps"
+    assert line(file, "run.steps=20") == f"command line: run.steps: {said}"
+    assert line(file, "schedule.horizon_steps=20").startswith("command line: schedule.horizon_steps: warmup")
+    file.write_text(f"{SHORT}schedule: {{warmup_steps: 40}}\nrun: {{steps: 20}}\n")
+    assert line(file, "model.vocab=300") == f"r.yaml:4: schedule.warmup_steps: {said}"
 
 
 @pytest.mark.parametrize(

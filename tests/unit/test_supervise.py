@@ -306,10 +306,14 @@ def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None
         (["tiny", "--nnodes", "2"], "--master-addr: several machines need it"),
         (["tiny", "--node-rank", "1"], "--node-rank: 1 is not below --nnodes 1"),
         (["tiny", "--nproc-per-node", "3", "parallel.tp=2"], "parallel"),
+        (
+            ["tiny", "run.dir=/dev/null/run"],
+            "/dev/null/run: cannot use the run folder: /dev/null is not a folder",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], line: str, tmp_path: Path, capsys: Any) -> None:
-    status = main(["supervise", *arguments, f"run.dir={tmp_path / 'run'}"])
+    status = main(["supervise", "tiny", f"run.dir={tmp_path / 'run'}", *arguments[1:]])
     error = capsys.readouterr().err
     assert status == 2 and line in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

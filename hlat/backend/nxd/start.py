@@ -14,7 +14,10 @@ from hlat.errors import UserError
 from hlat.mesh import Layout, Place
 
 Mesh = list[list[int]]  # ranks of every group of one kind; each rank is in exactly one
-_FIX = "install AWS's packages: https://pip.repos.neuron.amazonaws.com, not PyPI, has them"
+_FIX = (
+    "write backend=native for GPUs, CPUs and trn2; for trn1 install AWS's packages, which"
+    " https://pip.repos.neuron.amazonaws.com has, not PyPI"
+)
 
 
 def missing() -> str:
