@@ -42,6 +42,18 @@ def exit_status(cause: int) -> int:
     return 128 + int(_AS_SIGNAL.get(cause, cause))
 
 
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that stop a run inside; put the former handlers back after."""
+    former = {number: signal.signal(number, handler) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, old in former.items():
+            if signal.getsignal(number) == handler:  # else a rank that leaves ignores it by now
+                signal.signal(number, old)
+
+
 class Signals:
     """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a request that the training loop reads after a step.
 
@@ -84,13 +96,8 @@ class Signals:
     @contextmanager
     def watch(self) -> Iterator[Signals]:
         """Handle the signals inside; put the former handlers back after."""
-        former = {number: signal.signal(number, self._handle) for number in HANDLED}
-        try:
+        with handling(self._handle):
             yield self
-        finally:
-            for number, handler in former.items():
-                if signal.getsignal(number) == self._handle:  # else a rank that leaves ignores it by now
-                    signal.signal(number, handler)
 
 
 class Deadline:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from hlat.observe.heartbeat import PARENT
-from hlat.observe.stopping import HANDLED
+from hlat.observe.stopping import handling
 
 
 class Children:
@@ -29,12 +29,8 @@ class Children:
     @contextmanager
     def forwarding(self) -> Iterator[Children]:
         """Inside, the signals that stop a run go to the command; the former handlers are put back after."""
-        former = {number: signal.signal(number, self._forward) for number in HANDLED}
-        try:
+        with handling(self._forward):
             yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     def run(self, words: Sequence[str], log: Path) -> tuple[int, str]:
         """Wait for a command, whose output is added to a log.
