@@ -17,6 +17,7 @@ from pydantic import ValidationError, model_validator
 from hlat.errors import UserError
 from hlat.mesh import Layout, check_layout, check_micro_batches
 from hlat.model.config import ModelConfig
+from hlat.recipe_precision import PrecisionSection
 from hlat.recipe_sections import (
     CheckpointSection,
     DataSection,
@@ -28,7 +29,6 @@ from hlat.recipe_sections import (
     ObjectiveSection,
     OptimSection,
     ParallelSection,
-    PrecisionSection,
     ReduceSection,
     RunSection,
     ScheduleSection,
@@ -169,7 +169,8 @@ class Recipe(Section):
             what = f"backend {self.backend} cannot write NxD's files"
             raise problem(what, "checkpoint.format", "write format: hlat, or backend: nxd")
         precision = self.precision
-        if precision.rounding == "stochastic" and precision.compute == precision.states == "fp32":
+        wide = precision.compute == precision.states == precision.accumulate == "fp32"
+        if precision.rounding == "stochastic" and wide:
             fix = "set precision.compute to bf16, or rounding to nearest"
             raise problem("stochastic rounding has nothing to round: all is fp32", "precision.rounding", fix)
         return self

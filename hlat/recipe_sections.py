@@ -25,8 +25,6 @@ from hlat.section import (
 )
 from hlat.storage.remote import check_url
 
-Dtype = Literal["fp32", "bf16"]
-
 
 class RunSection(Section):
     """What this run is called, how long it lasts and where it writes."""
@@ -244,23 +242,6 @@ class ParallelSection(Section):
     """The same until the first step is done: reading data and compiling take longer."""
     verify_every: NonNegative = 0
     """Compare the weights of the replicas every so many steps, and stop if they differ; 0: never."""
-
-
-class PrecisionSection(Section):
-    """Which number format each part of a step uses."""
-
-    compute: Dtype = "bf16"
-    """Forward and backward matrix products."""
-    master: Literal["fp32", "none"] = "fp32"
-    """Master copy of the weights; none: the compute weights are updated themselves."""
-    states: Dtype = "fp32"
-    """Optimizer moments."""
-    accumulate: Dtype = "fp32"
-    """Gradient accumulation over micro-batches."""
-    reduce: Dtype = "fp32"
-    """Gradient reduction over ranks."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How fp32 results become bf16 weights and moments."""
 
 
 class GroupSection(Section):

@@ -21,7 +21,8 @@ def hash_bits(count: int, *, seed: int, step: Tensor, offset: int, device: torch
     multipliers are below 2^31).
     """
     x = torch.arange(count, dtype=torch.int64, device=device) + offset
-    key = (step.to(torch.int64) * 0x2545F491 + seed * 0x3C6EF372) & _MASK32
+    salt = seed * 0x3C6EF372 & _MASK32  # in Python: a seed of 63 bits times this is no int64
+    key = (step.to(torch.int64) * 0x2545F491 + salt) & _MASK32
     x = (x ^ key) & _MASK32
     for _ in range(2):
         x = x ^ (x >> 16)

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.optim.base import Decay, Elementwise
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 
@@ -48,6 +49,11 @@ class AdamW(Elementwise):
         denominator = (scale * group["unbias"][1]).sqrt() + group["eps"]
         p = p * (1 - lr * group["weight_decay"]) - lr * (m * group["unbias"][0]) / denominator
         return p, {"exp_avg": m, **moments}
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        beta1, beta2 = self.param_groups[0]["betas"]
+        return {"exp_avg": Average(beta1), "exp_avg_sq": Average(beta2, power=2)}
 
     def second_moment(
         self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.optim.base import Decay, Elementwise
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 
@@ -42,6 +43,12 @@ class Adan(Elementwise):
         weight_decay: float = 0.02,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        beta1, beta2, beta3 = self.param_groups[0]["betas"]
+        moments = {"exp_avg": Average(beta1), "exp_avg_diff": Average(beta2)}
+        return {**moments, "exp_avg_sq": Average(beta3, power=2)}
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor

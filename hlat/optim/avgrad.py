@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hlat.optim.adamw import AdamW
 from hlat.optim.base import Decay
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 
@@ -40,6 +41,10 @@ class AVGrad(AdamW):
         weight_decay: float = 0.1,
     ) -> None:
         super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        return {**super().averages(), "mean_sq": Average(None, power=2)}
 
     def second_moment(
         self, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: Tensor

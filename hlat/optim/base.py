@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hlat.backend.precision import round_to
 from hlat.model.dtype import at_least_fp32
+from hlat.optim.rounding import Average
 
 Decay = Annotated[float, Field(ge=0, lt=1)]  # checked when it comes from a recipe
 
@@ -53,12 +54,13 @@ class Elementwise(torch.optim.Optimizer):
         self.state_dtype, self.rounding, self.seed = torch.float32, "nearest", 0
         self._compiled: Callable[..., None] | None = None
 
-    def set_precision(self, state_dtype: torch.dtype, rounding: str = "nearest", seed: int = 0) -> None:
+    def set_precision(self, state_dtype: torch.dtype, rounding: str = "stochastic", seed: int = 0) -> None:
         """How results are stored; call it before the first step.
 
         Args:
             state_dtype: dtype of the slots; those of an fp64 parameter are fp64.
-            rounding: "nearest" or "stochastic", for parameters and slots stored in bf16.
+            rounding: "nearest" or "stochastic", for parameters and slots stored in bf16. To nearest a slot
+                loses every change below 1/512 of its value (see `hlat.optim.rounding`).
             seed: seed of stochastic rounding.
         """
         self.state_dtype, self.rounding, self.seed = state_dtype, rounding, seed
@@ -68,6 +70,10 @@ class Elementwise(torch.optim.Optimizer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """New parameter and slots; fp32 (or fp64) in and out, nothing in place. `step` () counts from 1."""
         raise NotImplementedError
+
+    def averages(self) -> dict[str, Average]:
+        """The slots that are running averages, by name, with the decay of the first group's options."""
+        return {}
 
     def compile(self) -> None:
         """Fuse the update of large tensors into one kernel (any size of tensor shares one graph)."""

@@ -41,29 +41,66 @@ def assign_groups(
     weight_decay: float,
     decay: str = "matrices",
     overrides: Sequence[Override] = (),
+    untrained: Sequence[str] = (),
 ) -> dict[str, Group]:
-    """Group of each parameter, by name. Raises UserError for an override that matches no parameter."""
+    """Group of each parameter, by name.
+
+    Args:
+        shapes: name and shape of each trained parameter.
+        lr, weight_decay: of a parameter that no override matches.
+        decay: "matrices" or "all": what is decayed at all.
+        overrides: exceptions by name; the first that matches wins.
+        untrained: names that exist beside them: frozen parameters, and the second name of a tied one. An
+            override that matches only these has nothing to do (see `idle_overrides`).
+
+    Raises:
+        UserError: an override that matches no parameter.
+    """
     groups: dict[str, Group] = {}
-    used: set[int] = set()
     names = []
     for name, shape in shapes:
         names.append(name)
         own_decay = weight_decay if decay == "all" or len(shape) >= 2 else 0.0
         group = Group(lr, own_decay)
-        for i, override in enumerate(overrides):
+        for override in overrides:
             if fnmatch.fnmatchcase(name, override.match):
-                used.add(i)
                 group = Group(
                     lr if override.lr is None else override.lr,
                     own_decay if override.weight_decay is None else override.weight_decay,
                 )
                 break
         groups[name] = group
+    known = [*names, *untrained]
     for i, override in enumerate(overrides):
-        if i not in used and not any(fnmatch.fnmatchcase(name, override.match) for name in names):
+        if not any(fnmatch.fnmatchcase(name, override.match) for name in known):
             raise UserError(
                 f"pattern {override.match!r} matches no parameter",
                 where=f"optim.groups[{i}].match",
-                fix=f"names look like {names[0]!r} and {names[-2]!r}; wildcards are * and ?",
+                fix=f"names look like {examples(known)}; wildcards are * and ?",
             )
     return groups
+
+
+def idle_overrides(names: Iterable[str], overrides: Sequence[Override]) -> list[tuple[int, str]]:
+    """Overrides that no trained parameter takes its options from: the index of each, and why."""
+    winners, reachable = set(), set()
+    for name in names:
+        matching = [i for i, override in enumerate(overrides) if fnmatch.fnmatchcase(name, override.match)]
+        winners.update(matching[:1])
+        reachable.update(matching)
+    return [
+        (
+            i,
+            "earlier groups match all of its parameters"
+            if i in reachable
+            else "none of its parameters is trained",
+        )
+        for i in range(len(overrides))
+        if i not in winners
+    ]
+
+
+def examples(names: Sequence[str]) -> str:
+    """Two names of a list, or the only one, in quotes, to show what names look like."""
+    shown = dict.fromkeys([names[0], names[len(names) // 2]])
+    return " and ".join(map(repr, shown))

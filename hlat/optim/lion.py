@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hlat.optim.base import Decay, Elementwise
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 
@@ -37,6 +38,10 @@ class Lion(Elementwise):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        return {"exp_avg": Average(self.param_groups[0]["betas"][1])}
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor

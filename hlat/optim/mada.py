@@ -19,7 +19,16 @@ from torch import Tensor
 from hlat.model.dtype import at_least_fp32
 from hlat.optim.base import CHUNK, COMPILE_FROM, Elementwise
 from hlat.optim.mada_options import LIMITS, Name, PerName, Share, check_coefficients, hyper_options
-from hlat.optim.mada_step import COEFFICIENTS, Terms, advance, at_step, direction, sensitivities
+from hlat.optim.mada_step import (
+    COEFFICIENTS,
+    LION_BETA2,
+    Terms,
+    advance,
+    at_step,
+    direction,
+    sensitivities,
+)
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "mean": "mean_sq", "n": "exp_avg_diff", "lion": "lion_avg"}
@@ -205,6 +214,18 @@ class MADA(Elementwise):
         slots = {_SLOTS[kind]: kept[kind] for kind in self._kinds}
         slots.update(grad=g, grad_prev=state["grad"] if self.learn else g)
         return p * (1 - lr * group["weight_decay"]) - lr * move, slots
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`; a coefficient that is learned counts with the largest value it can take."""
+        most = {n: LIMITS[n][1] if n in self.learn else self._start[n] for n in COEFFICIENTS}
+        by_kind = {
+            "m": Average(most["beta1"]),
+            "v": Average(most["beta2"], power=2),
+            "mean": Average(None, power=2),
+            "n": Average(most["beta3"]),
+            "lion": Average(LION_BETA2),
+        }
+        return {_SLOTS[kind]: by_kind[kind] for kind in self._kinds}
 
     def _note_missing(self, before: dict[str, Any]) -> None:
         """A parameter without a gradient (an expert nobody chose) keeps its last step back for longer, while

@@ -15,6 +15,7 @@ from hlat.backend.precision import round_to
 from hlat.model.dtype import at_least_fp32
 from hlat.optim.adamw import AdamW
 from hlat.optim.base import Decay, Elementwise
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # a x + b x³ + c x⁵: steepest at 0 while it keeps (0, 1] near 1
@@ -72,6 +73,10 @@ class Muon(Elementwise):
 
     def _kinds_of_state(self) -> list[set[str]]:
         return [{"step", "momentum_buffer"}, *super()._kinds_of_state()]
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        return {"momentum_buffer": Average(self.param_groups[0]["momentum"]), **AdamW.averages(self)}  # type: ignore[arg-type]
 
     update = AdamW.update
     second_moment = AdamW.second_moment

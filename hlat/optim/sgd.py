@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hlat.optim.base import Decay, Elementwise
+from hlat.optim.rounding import Average
 from hlat.registry import register
 
 
@@ -55,6 +56,11 @@ class SGD(Elementwise):
             if slot not in state:
                 state[slot] = self._zeros(p)
         return state
+
+    def averages(self) -> dict[str, Average]:
+        """See `Elementwise`."""
+        decay = self.param_groups[0]["momentum"]
+        return {"momentum_buffer": Average(decay)} if self.slots else {}
 
     def update(
         self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], lr: Tensor, step: Tensor

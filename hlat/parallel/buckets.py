@@ -34,6 +34,7 @@ from hlat.parallel.plan import Part
 
 PAD = 1024
 MAX_ELEMENTS = 1 << 27  # a bucket is closed here
+SUM_AT_ONCE = 1 << 22  # elements whose fp32 sum and random bits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Bucket:
     parameters: those of the specs, where they are not views of the weights.
     own_master: whether the weights are their own masters: the two share memory.
     on_ready: told once a step, when the last gradient of the step has arrived, often while backward goes on.
+    round_sum: rounds a 1-D fp32 sum of gradients into the dtype of `grad`, given its first element's place in
+        the bucket and how many gradients of the step are still to come; None: to nearest.
     """
 
     group: Group
@@ -86,6 +89,7 @@ class Bucket:
     on_ready: Callable[[Bucket], None] | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     own_master: bool = False
+    round_sum: Callable[[Tensor, int, int], Tensor] | None = None
     _fresh: set[str] = field(default_factory=set)
     _awaited: int = 0
 
@@ -134,12 +138,24 @@ class Bucket:
         if spec.path in self._fresh:
             self._fresh.discard(spec.path)
             view.copy_(parameter.grad)
-        else:
+        elif self.round_sum is None:
             view.add_(parameter.grad)
+        else:
+            self._add(spec, parameter.grad)
         parameter.grad = None
         self._awaited -= 1
         if self._awaited == 0 and self.on_ready is not None:
             self.on_ready(self)
+
+    def _add(self, spec: ParamSpec, gradient: Tensor) -> None:
+        """Add a gradient in fp32 and round the sum by `round_sum`, a stretch at a time to save memory."""
+        assert self.round_sum is not None
+        own, new = spec.view(self.grad).view(-1), gradient.detach().reshape(-1)
+        size = own.numel() if own.device.type == "xla" else SUM_AT_ONCE
+        for start in range(0, own.numel(), size):
+            part = own[start : start + size]
+            total = part.float() + new[start : start + size].float()
+            part.copy_(self.round_sum(total, spec.offset + start, self._awaited))
 
     def finish(self) -> None:
         """End of the last backward: a parameter that took no part in any has gradient zero."""

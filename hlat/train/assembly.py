@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 _PUBLISH_SALT = 104_729  # keeps the rounding of weights apart from that of moments
+_SUM_SALT = 1_299_709  # and from that of sums of gradients
 
 
 class Assembly:
@@ -88,6 +89,26 @@ class Assembly:
             rounding = backend.rounding(recipe.precision.rounding)
             optimizer.set_precision(DTYPES[recipe.precision.states], rounding, recipe.run.seed)
         return optimizer
+
+    def round_sums(self, buckets: Sequence[Bucket], updates: Tensor) -> None:
+        """Let sums of gradients that are kept in bf16 be rounded as the recipe says.
+
+        Args:
+            buckets: whose sums.
+            updates: int64 (), the updates done so far: each has random bits of its own.
+        """
+        rounding, dtype = self.backend.rounding(self.recipe.precision.rounding), DTYPES["bf16"]
+        if rounding == "nearest" or self.recipe.precision.accumulate != "bf16":
+            return
+        for i, bucket in enumerate(buckets):
+            # Ranks see other gradients of the same elements: their errors must not be the same.
+            seed = self.recipe.run.seed + _SUM_SALT + 7919 * (i * self.backend.world + self.backend.rank)
+
+            def round_sum(total: Tensor, offset: int, turn: int, seed: int = seed) -> Tensor:
+                salted = seed + 15_485_863 * turn
+                return round_to(total, dtype, rounding, seed=salted, step=updates, offset=offset)
+
+            bucket.round_sum = round_sum
 
     def reducer(self) -> Reducer:
         """The recipe's reducer over the replicas."""

@@ -14,9 +14,11 @@ from hlat.evaluate.generate import Diverged
 from hlat.mesh import Layout
 from hlat.model.init import parameter_shapes
 from hlat.observe.text import printable
+from hlat.optim.groups import idle_overrides
 from hlat.train.evaluate import compressors, sample
-from hlat.train.run import trained_groups
-from hlat.train.update import needs_backward
+from hlat.train.rounding import rounding_lines
+from hlat.train.run import overrides_of, trained_groups
+from hlat.train.update import needs_backward, same_rates_if_longer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +63,7 @@ def banner(
             f"compute {precision.compute}, masters {precision.master}, moments {precision.states}, "
             f"rounding {precision.rounding}{note}",
         ),
+        *(("", line) for line in rounding_lines(run)),
         *_update_lines(run),
         ("device", f"{device}{threads}"),
         ("compile", compiled),
@@ -90,7 +93,9 @@ def _ended_text(run: Run) -> str:
     """That nothing is left to train, and how to train on; empty when something is."""
     section = run.recipe.run
     if run.step >= section.steps:
-        on = f"run.steps=MORE schedule.horizon_steps={run.recipe.horizon_steps}"
+        on = "run.steps=MORE"
+        if not same_rates_if_longer(run.recipe, run.step):
+            on += f" schedule.horizon_steps={run.recipe.horizon_steps}"
         return f"all {section.steps:,} steps are done, nothing is left to train; to train on: {on}"
     if section.stop_at_step is not None and run.step >= section.stop_at_step:
         stop = f"run.stop_at_step={section.stop_at_step}"
@@ -113,7 +118,14 @@ def _model_text(run: Run) -> str:
 def _update_lines(run: Run) -> list[str | tuple[str, str]]:
     """What moves the parameters."""
     if needs_backward(run.recipe):
-        return [("optimizer", _groups_text(run))]
+        idle = idle_overrides(trained_groups(run.recipe), overrides := overrides_of(run.recipe))
+        return [
+            ("optimizer", _groups_text(run)),
+            *(
+                ("", f"note: optim.groups[{i}] {overrides[i].match!r} has nothing to do: {why}")
+                for i, why in idle
+            ),
+        ]
     name = run.recipe.method.name
     return [
         ("method", f"{name}: {run.method.describe()}"),

@@ -17,7 +17,7 @@ from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
 from hlat.optim.base import guarded_step
-from hlat.optim.groups import Group, Override, assign_groups
+from hlat.optim.groups import Group, Override, assign_groups, examples
 from hlat.optim.schedule import Schedule
 from hlat.parallel.buckets import Bucket, squared_norm
 from hlat.parallel.pipeline import rank_parts
@@ -206,6 +206,8 @@ def build_run(
         compile_parts(model, objective, optimizer)
     reducer = assembly.reducer()
     reducer.prepare(buckets if needs_backward(recipe) else [])
+    updates = torch.zeros((), dtype=torch.int64, device=backend.device)
+    assembly.round_sums(buckets, updates)
     for bucket in buckets:
         bucket.on_ready = reducer.start
     run = Run(
@@ -221,7 +223,7 @@ def build_run(
         schedule=schedule_of(recipe),
         guard=lookup("guard", recipe.guard.name)(**recipe.guard.options).to(backend.device),
         method=method,
-        updates=torch.zeros((), dtype=torch.int64, device=backend.device),
+        updates=updates,
         frozen=frozen,
         assembly=assembly,
         skips=Skips(recipe.data.skip),
@@ -249,6 +251,13 @@ def refuse_unsupported(recipe: Recipe, *, here: bool = True) -> None:
                 where="precision.master",
                 fix="write precision.master=fp32, or take one of HLAT's own optimizers",
             )
+    narrow = recipe.precision.states == "bf16" and needs_backward(recipe)
+    if narrow and not hasattr(lookup("optim", recipe.optim.name), "set_precision"):
+        raise UserError(
+            f"optimizer {recipe.optim.name!r} keeps its moments in the dtype of its parameters",
+            where="precision.states",
+            fix="write precision.states=fp32, or take one of HLAT's own optimizers",
+        )
     if recipe.parallel.tp > 1 and _needs(recipe) == "matrix":
         raise UserError(
             f"optimizer {recipe.optim.name!r} needs whole matrices, and tensor parallelism cuts every matrix",
@@ -264,6 +273,11 @@ def _needs(recipe: Recipe) -> str:
     return str(getattr(lookup("optim", recipe.optim.name), "needs", "elementwise"))
 
 
+def overrides_of(recipe: Recipe) -> list[Override]:
+    """The entries of `optim.groups`."""
+    return [Override(group.match, group.lr, group.weight_decay) for group in recipe.optim.groups]
+
+
 def trained_groups(recipe: Recipe) -> dict[str, Group]:
     """Optimizer group of each parameter of the whole model that is trained, by global name."""
     shapes = list(parameter_shapes(recipe.model).items())
@@ -275,15 +289,19 @@ def trained_groups(recipe: Recipe) -> dict[str, Group]:
             raise UserError(
                 f"pattern {pattern!r} matches no parameter",
                 where=f"train_only[{i}]",
-                fix=f"names look like {shapes[0][0]!r} and {shapes[1][0]!r}; wildcards are * and ?",
+                fix=f"names look like {examples([name for name, _ in shapes])}; wildcards are * and ?",
             )
     trained = [
         s for s in shapes if not patterns or any(fnmatch.fnmatchcase(s[0], pattern) for pattern in patterns)
     ]
     optim = recipe.optim
-    overrides = [Override(g.match, g.lr, g.weight_decay) for g in optim.groups]
     groups = assign_groups(
-        trained, lr=optim.lr, weight_decay=optim.weight_decay, decay=optim.decay, overrides=overrides
+        trained,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        decay=optim.decay,
+        overrides=overrides_of(recipe),
+        untrained=["head.weight", *(name for name, _ in shapes)],  # a tied head is the embedding
     )
     if _needs(recipe) != "matrix":
         return groups

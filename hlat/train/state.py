@@ -14,6 +14,7 @@ from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.optim.base import create_state
 from hlat.recipe import identity_diff
+from hlat.train.update import first_other_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,13 +130,21 @@ def meta(run: Run) -> dict[str, Any]:
 def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any], where: str) -> None:
     """Raise UserError if continuing the saved run with this recipe or data would not be a continuation."""
     fresh = "set it back, or start a new run with another run.dir"
-    changes = identity_diff(saved.get("recipe", {}), recipe.to_dict())
+    former = saved.get("recipe", {})
+    changes = identity_diff(former, recipe.to_dict())
+    other = None
+    if any(key.startswith("schedule.") for key, _, _ in changes):
+        # What counts is which rates the steps so far had, not what the schedule is called or where it ends.
+        other = first_other_rate(former, recipe, int(saved["step"]))
+        if other is None:
+            changes = [change for change in changes if not change[0].startswith("schedule.")]
     if changes:
         key, old, new = changes[0]
         more = f" (and {len(changes) - 1} more changed keys)" if len(changes) > 1 else ""
         if key == "schedule.horizon_steps" and recipe.schedule.horizon_steps is None:
             # The user set run.steps, which the schedule follows; a run may be longer when that is fixed.
             what = f"run.steps is {new} now and the schedule ends with it; in the saved run it ended at {old}"
+            what += f", so that step {other} and later ones had other rates"
             fix = f"add schedule.horizon_steps={old} to train on with the schedule as it was"
             fix += ", or start a new run with another run.name or run.dir"
             raise UserError(f"{what}{more}", where=where, fix=fix)
@@ -148,13 +157,13 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
             where=where,
             fix="restore the data, or start a new run with another run.dir",
         )
-    found, given = _found(saved), saved.get("recipe", {}).get("data", {}).get("skip", ())
-    former, now = Skips(tuple(map(tuple, given)), found), Skips(recipe.data.skip, found)
-    read = former.position(int(saved["step"]))
-    if former.until(read) != now.until(read):
+    found, given = _found(saved), former.get("data", {}).get("skip", ())
+    then, now = Skips(tuple(map(tuple, given)), found), Skips(recipe.data.skip, found)
+    read = then.position(int(saved["step"]))
+    if then.until(read) != now.until(read):
         raise UserError(
             f"the saved run has read the data up to step {read}, and up to there left out "
-            f"{former.until(read)}, not {now.until(read)}",
+            f"{then.until(read)}, not {now.until(read)}",
             where=f"{where}: data.skip",
             fix="leave out only what comes later, or continue from an earlier checkpoint",
         )

@@ -13,7 +13,7 @@ from hlat.errors import UserError
 from hlat.optim.schedule import Schedule, make_schedule
 from hlat.parallel.buckets import Bucket
 from hlat.recipe import Recipe
-from hlat.recipe_sections import OptimSection
+from hlat.recipe_sections import OptimSection, ScheduleSection
 from hlat.registry import lookup
 
 
@@ -71,11 +71,41 @@ def _make(section: OptimSection, groups: list[dict[str, Any]]) -> torch.optim.Op
 
 def schedule_of(recipe: Recipe) -> Schedule:
     """The recipe's schedule."""
-    section = recipe.schedule
+    return make_schedule_of(recipe.schedule, recipe.horizon_steps)
+
+
+def make_schedule_of(section: ScheduleSection, horizon_steps: int) -> Schedule:
+    """The schedule that a section describes, ending at `horizon_steps`."""
     return make_schedule(
         section.name,
         warmup_steps=section.warmup_steps,
-        horizon_steps=section.horizon_steps or recipe.run.steps,
+        horizon_steps=horizon_steps,
         floor=section.floor,
         **section.options,
     )
+
+
+def first_other_rate(saved: dict[str, Any], recipe: Recipe, steps: int) -> int | None:
+    """The first of so many steps, from 1, that had another learning rate in a saved run than it has by this
+    recipe's schedule; None where they are all the same.
+
+    Args:
+        saved: the resolved recipe of that run.
+        recipe: what it is to go on with.
+        steps: done so far.
+    """
+    section = saved.get("schedule", {})
+    try:
+        former = ScheduleSection.model_validate(section)
+        horizon = former.horizon_steps or int(saved.get("run", {})["steps"])
+        before, now = make_schedule_of(former, horizon), schedule_of(recipe)
+    except (KeyError, TypeError, ValueError, UserError):  # of a plug-in that is no longer there
+        return 1
+    return next((step + 1 for step in range(steps) if before(step) != now(step)), None)
+
+
+def same_rates_if_longer(recipe: Recipe, steps: int) -> bool:
+    """Whether the rates of the first steps would have been the same with twice as many steps in the run."""
+    longer = make_schedule_of(recipe.schedule, recipe.schedule.horizon_steps or 2 * recipe.run.steps)
+    now = schedule_of(recipe)
+    return all(now(step) == longer(step) for step in range(steps))

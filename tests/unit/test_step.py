@@ -8,6 +8,7 @@ from hlat.backend.native import NativeBackend, compile_trouble
 from hlat.errors import UserError
 from hlat.model.blocked_attention import blocked_attention
 from hlat.parallel.buckets import PAD, squared_norm
+from hlat.train.describe import _update_lines
 
 
 def parameters(run) -> dict[str, torch.Tensor]:
@@ -76,6 +77,32 @@ def test_train_only_moves_nothing_else(tiny_run, train_steps) -> None:
     assert moved == {"norm.weight", *(f"layers.1.mlp.{part}.weight" for part in ("gate", "up", "down"))}
     with pytest.raises(UserError, match=r"train_only\[0\]: pattern 'layer.*' matches no parameter"):
         tiny_run("train_only=[layer.9]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match", "why"),
+    [
+        (("train_only=[layers.0.*]",), "embed.weight", "none of its parameters is trained"),
+        (("train_only=[norm.weight]",), "layers.*", "none of its parameters is trained"),
+        (("model.tie_embeddings=true",), "head.weight", "none of its parameters is trained"),
+        ((), "layers.*, {match: norm.*}", ""),
+        ((), "layers.*, {match: layers.0.*, lr: 1}", "earlier groups match all of its parameters"),
+    ],
+)
+def test_groups_with_nothing_to_do_are_said_and_change_nothing(tiny_run, overrides, match, why) -> None:
+    entries = f"[{{match: {match.replace(', {', '}, {')}" + ("]" if "{" in match else "}]")
+    run = tiny_run(*overrides, f"optim.groups={entries}")
+    notes = [line for _, line in _update_lines(run) if line.startswith("note: optim.groups")]
+    assert len(notes) == bool(why) and all(note.endswith(f"has nothing to do: {why}") for note in notes)
+    if "{" not in match:
+        assert [b.group for b in run.buckets] == [b.group for b in tiny_run(*overrides).buckets]
+
+
+def test_a_misspelt_group_is_one_line_whatever_is_trained(tiny_run) -> None:
+    message = r"optim.groups\[0\].match: pattern 'nrom.*' matches no parameter; names look like '"
+    for trained in ("train_only=[norm.weight]", "train_only=[]"):
+        with pytest.raises(UserError, match=message):
+            tiny_run(trained, "optim.groups=[{match: 'nrom*', lr: 1e-3}]")
 
 
 def test_a_bad_batch_is_skipped_bitwise(tiny_run, train_steps) -> None:

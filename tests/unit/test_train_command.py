@@ -118,7 +118,7 @@ def test_a_finished_run_continues_with_more_steps_when_the_horizon_stays(place: 
 
 
 def test_a_changed_recipe_or_text_is_refused_and_nothing_is_touched(place: Path, capsys) -> None:
-    assert train("run.stop_at_step=2") == 0
+    assert train("run.stop_at_step=4") == 0
     before = {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
     for override, word in (
         ("run.seed=4", "run.seed was 3 in the saved run and is 4 now"),

@@ -172,6 +172,41 @@ def test_a_longer_run_is_told_what_to_write(place: Path, capsys) -> None:
     assert "schedule.horizon_steps was 6 in the saved run and is 9 now" in capsys.readouterr().err
 
 
+def rates() -> list[float]:
+    return [row["lr"] for row in small.rows("runs/small")]
+
+
+def test_a_run_in_its_stable_phase_can_be_made_longer(place: Path, capsys) -> None:
+    """What was trained so far had the same rates: the run is the one that was meant to be longer at first."""
+    wsd = ("schedule.name=wsd", "schedule.decay_fraction=0.5", "schedule.warmup_steps=1")
+    assert train("run.name=whole", "run.steps=12", *wsd) == 0
+    assert train(*wsd, "run.stop_at_step=3") == 0
+    assert train(*wsd, "run.steps=12", "run.stop_at_step=5") == 0
+    assert train(*wsd, "run.steps=12") == 0
+    whole = [row["lr"] for row in small.rows("runs/whole")]
+    assert rates() == whole and len(set(whole)) > 3
+    assert [row["loss"] for row in small.rows("runs/small")] == [
+        row["loss"] for row in small.rows("runs/whole")
+    ]
+    capsys.readouterr()
+    assert train(*wsd, "run.steps=24") == 2  # it has begun to decay
+    error = capsys.readouterr().err
+    assert "in the saved run it ended at 12, so that step 8 and later ones had other rates" in error
+
+
+def test_a_constant_run_goes_on_and_may_begin_to_decay(place: Path, capsys) -> None:
+    assert train("schedule.name=constant") == 0
+    capsys.readouterr()
+    assert train("schedule.name=constant") == 0
+    assert "to train on: run.steps=MORE" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "schedule.horizon_steps" not in said
+    assert train("schedule.name=constant", "run.steps=8") == 0
+    assert train("schedule.name=wsd", "run.steps=12") == 0  # the last fifth of 12 steps lies ahead
+    assert len(set(rates()[2:9])) == 1 and rates()[-1] < rates()[2] and steps_done() == list(range(1, 13))
+    assert train("schedule.name=constant", "run.steps=14") == 2
+    assert "schedule.name was 'wsd' in the saved run and is 'constant' now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place_of_run", ["run.dir=text/runs/small", "run.dir=text"])
 def test_data_that_holds_the_run_folder_is_refused(place: Path, capsys, place_of_run: str) -> None:
     assert train(place_of_run) == 2
