@@ -1,7 +1,7 @@
 """TensorBoard's event files of a run: each step's numbers once, whatever happens to the run or to the files.
 
-Records and messages are those of the package `tensorboard`; which file they go to is decided here, because its
-own writer keeps what a run that starts over has already written, and ends when its file is taken away.
+Records and messages are those of the package `tensorboard`; which file they go to is decided here, because
+its own writer keeps what a run that starts over has already written, and ends when its file is taken away.
 A reader goes through the files of a folder in the order of their names and never back, and it does not look
 again at bytes it has read. So points that a run takes back are cut out of the files, for who reads them
 later, and a record that says so begins a new file, whose name comes after all others, for who has read them.
@@ -38,8 +38,8 @@ class EventFiles:
         folder: made when it is missing; nothing else writes there.
         after_step: points after it are cut out first.
 
-    Rows wait in memory until `flush`. A file that cannot be written, or is not the one it was (deleted, replaced,
-    cut), is left for a new one; rows wait for that, the oldest are lost when too many do.
+    Rows wait in memory until `flush`, and longer while nothing can be written; when too many wait, the oldest
+    are lost. A file that is not as it was left (deleted, replaced, cut) gets a successor.
 
     Raises UserError when the extra `track` is not installed.
     """
@@ -169,8 +169,9 @@ class EventFiles:
         return buffer.getvalue()
 
     def _cut(self, path: Path, step: int) -> None:
-        """Remove the points after `step` and a torn end: in place where they are all at the end, else by a new
-        file under the old name. The file stays even without a point: a reader would stop where it is missed.
+        """Remove the points after `step` and a torn end: in place where they are all at the end, else by a
+        new file under the old name. The file stays even without a point: a reader would stop where it is
+        missed.
         """
         keep: list[tuple[int, int]] = [(0, 0)]  # from, to: what stays, in as few runs as there are
         with path.open("rb") as file:

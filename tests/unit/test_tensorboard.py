@@ -162,9 +162,7 @@ def test_files_taken_away_neither_end_nor_silence_the_run(harm: str, tmp_path: P
     assert len(files(tmp_path)) == (2 if harm in ("replace", "cut") else 1)
 
 
-def test_a_full_disk_is_told_once_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_once_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Trained(tmp_path)
     run.train(2)
     write, room = os.write, 25
