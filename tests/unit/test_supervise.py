@@ -292,6 +292,9 @@ def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) ->
     assert [e["exit"] for e in ends] == [None, None, 1] and "no further than step 9" in ends[-1]["why"]
     spent = decide(supervisor(tmp_path, budget=Budget(restarts=4)), killed, number=5)
     assert spent["exit"] == 1 and "--max-restarts" in spent["why"]
+    patient = supervisor(tmp_path, budget=Budget(10**6, 10**6))
+    patient._best, patient._fruitless = (9, 0), 5000
+    assert decide(patient, killed, number=5001)["pause"] == 300.0
 
 
 def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None:
