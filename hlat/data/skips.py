@@ -54,6 +54,10 @@ class Skips:
         """Also without these data steps."""
         return replace(self, found=(*self.found, (first, last)))
 
+    def near(self, first: int, last: int, within: int) -> list[Stretch]:
+        """What was found no further than `within` data steps before or after these."""
+        return [(a, b) for a, b in self.found if a - last <= within and first - b <= within]
+
     def until(self, position: int) -> list[Stretch]:
         """What is left out up to a data step."""
         return [(first, min(last, position)) for first, last in self._all if first <= position]

@@ -26,7 +26,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
-    """Progress of one run; a metric sink (`row`, `close`) that also takes events.
+    """Progress of one run; a metric sink (`row`, `flush`, `close`) that also takes events.
 
     Args:
         total_steps: the step at which the run ends.
@@ -78,8 +78,7 @@ class Console:
         self._start_live()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Take a metric row. Held-out results are printed at once; steps, on a plain stream, now and then."""
-        now = self._clock()
+        """Take a metric row. Held-out results are printed at once; steps wait for `flush`."""
         if row.get("kind") == "eval":
             self.progress.evaluated(row)
             self._event(_eval_text(row))
@@ -88,11 +87,17 @@ class Console:
         elif row.get("kind") == "anomaly":
             self.warn(anomaly_text(row))
         elif row.get("kind") == "train":
-            self.progress.train(row, now)
-            if self.is_live:
-                self._start_live()
-            elif self._printed is None or now - self._printed >= self._interval:
-                self._print_step(now)
+            self.progress.train(row)
+
+    def flush(self) -> None:
+        """A window of rows is complete. On a plain stream its last step is printed now and then."""
+        now = self._clock()
+        if not self.progress.arrived(now):
+            return
+        if self.is_live:
+            self._start_live()
+        elif self._printed is None or now - self._printed >= self._interval:
+            self._print_step(now)
 
     def rewind(self, step: int) -> None:
         """The run goes back to the end of `step`."""

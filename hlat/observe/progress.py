@@ -58,6 +58,42 @@ class Trace:
         return self._means + ([self._sum / self._count] if self._count else [])
 
 
+class Arrivals:
+    """When which step was done, over a run of any length in constant memory: the last `recent` times, and as
+    many evenly over all of them.
+    """
+
+    def __init__(self, recent: int = 256) -> None:
+        self._limit = 2 * (recent // 2)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._recent: deque[tuple[float, int]] = deque(maxlen=self._limit)
+        self._thinned: list[tuple[float, int]] = []
+        self._count, self._stride = 0, 1
+
+    def add(self, now: float, step: int) -> None:
+        """All steps up to `step` are done, at time `now` (seconds)."""
+        self._recent.append((now, step))
+        if self._count % self._stride == 0:
+            self._thinned.append((now, step))
+        self._count += 1
+        if len(self._thinned) == self._limit:
+            self._thinned, self._stride = self._thinned[::2], 2 * self._stride
+
+    def seconds_a_step(self) -> float | None:
+        """Mean over the last `recent` arrivals, or over the last quarter of the time where that is longer:
+        what comes once in many steps (an evaluation, a save) then has its share. None before there are two.
+        """
+        if self._count < 2:
+            return None
+        (first, _), (last, last_step) = self._thinned[0], self._recent[-1]
+        before = [entry for entry in self._thinned if entry[0] <= last - (last - first) / 4]
+        then, step = min(before[-1], self._recent[0])
+        return (last - then) / (last_step - step) if last_step > step else None
+
+
 def sparkline(values: list[float], width: int) -> str:
     """Values as at most `width` block characters, drawn on a logarithmic scale when all are positive.
 
@@ -97,23 +133,31 @@ class Progress:
     skipped: int = 0
     held_out: tuple[int, Mapping[str, Any]] | None = None
     checkpoint: tuple[int, float] | None = None
-    _ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
+    _arrivals: Arrivals = field(default_factory=Arrivals)
+    _is_new: bool = False
 
-    def train(self, row: Mapping[str, Any], now: float) -> None:
-        """Take a row of kind `train` that arrived at time `now` (seconds)."""
+    def train(self, row: Mapping[str, Any]) -> None:
+        """Take a row of kind `train`."""
         self.step, self.last = int(row["step"]), row
         self.skipped += bool(row.get("skipped"))
         for name, smooth in (("loss", self.loss), ("tokens_per_second", self.per_second), ("mfu", self.mfu)):
             smooth.add(row.get(name))
         self.trace.add(row.get("loss"))
-        if self._ends and self._ends[-1][0] == now:
-            self._ends.pop()  # rows of one window arrive together; only the last says when
-        self._ends.append((now, self.step))
+        self._is_new = True
+
+    def arrived(self, now: float) -> bool:
+        """The rows since the last call came together, at time `now` (seconds): the newest of them says which
+        step was done by then. Returns whether there were any.
+        """
+        is_new, self._is_new = self._is_new, False
+        if is_new:
+            self._arrivals.add(now, self.step)
+        return is_new
 
     def rewind(self, step: int) -> None:
         """The run goes back to the end of an earlier step."""
-        self.step = step
-        self._ends.clear()
+        self.step, self._is_new = step, False
+        self._arrivals.clear()
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Take a row of kind `eval`."""
@@ -126,9 +170,5 @@ class Progress:
         """
         if self.step >= self.total:
             return 0.0
-        if len(self._ends) < 2:
-            return None
-        (first, first_step), (last, last_step) = self._ends[0], self._ends[-1]
-        if last_step <= first_step:
-            return None
-        return (self.total - self.step) * (last - first) / (last_step - first_step)
+        pace = self._arrivals.seconds_a_step()
+        return None if pace is None else (self.total - self.step) * pace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def load_run(path: Path) -> Run:
     if not folder.metrics.is_file():
         fix = "give the folder that holds it (run.dir of a training run)"
         raise UserError("not a run folder: it has no metrics.jsonl", where=str(path), fix=fix)
-    rows: dict[str, dict[float, Row]] = {"train": {}, "eval": {}, "tasks": {}}
+    tables = {"train": Table("step", "loss", "tokens"), "eval": Table("step"), "tasks": Table("step")}
     anomalies = []
     storage: list[Row] = []
     try:
@@ -73,22 +74,23 @@ def load_run(path: Path) -> Run:
                 storage.append(row)
             if kind == "anomaly":
                 anomalies.append(row)
-            if kind in rows and isinstance(step, (int, float)):
-                rows[kind][step] = row  # a step that was repeated counts as it went the last time
+            if kind in tables and isinstance(step, (int, float)):
+                tables[kind].add(step, row)
     except OSError as error:
         raise UserError(f"cannot read it ({error.strerror})", where=str(folder.metrics)) from error
-    if not rows["train"]:
+    columns = {kind: table.columns() for kind, table in tables.items()}
+    if not len(columns["train"]["step"]):
         raise UserError(
             "no training step in it yet", where=str(folder.metrics), fix="report a run that has trained"
         )
     return Run(
         name=folder.path.name,
         path=folder.path,
-        train=_columns(rows["train"], ("step", "loss", "tokens")),
-        held_out=_columns(rows["eval"], ("step",)),
+        train=columns["train"],
+        held_out=columns["eval"],
         recipe=_flat_recipe(folder.resolved),
         starts=folder.starts(),
-        tasks=_columns(rows["tasks"], ("step",)),
+        tasks=columns["tasks"],
         storage=storage,
         anomalies=anomalies,
         supervised=_finishes(folder.logs / "supervisor" / "events.jsonl"),
@@ -135,10 +137,30 @@ def differences(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values[1:])}
 
 
-def _columns(rows: Mapping[float, Row], needed: Iterable[str]) -> dict[str, Array]:
-    ordered = [rows[step] for step in sorted(rows)]
-    names = dict.fromkeys([*needed, *(name for row in ordered for name in row if name != "kind")])
-    return {name: np.array([_number(row.get(name)) for row in ordered], dtype=np.float64) for name in names}
+class Table:
+    """Rows as they come, one for each step: eight bytes a value, as a run may have millions of them. A step
+    that was repeated counts as it went the last time.
+
+    Args:
+        needed: fields that are columns even where no row has them.
+    """
+
+    def __init__(self, *needed: str) -> None:
+        self._places: dict[float, int] = {}
+        self._values = {name: array("d") for name in needed}
+
+    def add(self, step: float, row: Row) -> None:
+        """Take a row."""
+        for name in [name for name in row if name not in self._values and name != "kind"]:
+            self._values[name] = array("d", (math.nan,)) * len(self._places)
+        place = self._places.setdefault(step, len(self._places))
+        for name, column in self._values.items():
+            column[place : place + 1] = array("d", (_number(row.get(name)),))
+
+    def columns(self) -> dict[str, Array]:
+        """Each field as an array in the order of steps, NaN where a row has none."""
+        order = np.argsort(np.fromiter(self._places, np.float64, len(self._places)), kind="stable")
+        return {name: np.asarray(column, dtype=np.float64)[order] for name, column in self._values.items()}
 
 
 def _number(value: Any) -> float:

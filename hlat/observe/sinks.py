@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hlat.errors import missing_extra
 from hlat.observe.jsonl import MetricsFile, truncate_after
+from hlat.observe.tensorboard import EventFiles
 from hlat.registry import lookup, register
 
 METRICS_FILE = "metrics.jsonl"
@@ -52,28 +52,28 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path, after_step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing_extra("tensorboard", "track", "log.tensorboard") from error
-        self._make: Any = SummaryWriter
-        self._folder = str(folder / "logs" / "tensorboard")
-        self._writer = self._make(self._folder, purge_step=after_step + 1 if after_step else None)
+        self._files = EventFiles(folder / "logs" / "tensorboard", after_step)
 
     def rewind(self, step: int) -> None:
-        """Let what was written after `step` not be shown."""
-        self._writer.close()
-        self._writer = self._make(self._folder, purge_step=step + 1)
+        """Take back what was written after `step`."""
+        self._files.rewind(step)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Add the row's numbers; values that are None are left out."""
-        for name, value in row.items():
-            if name not in ("kind", "step") and isinstance(value, (bool, int, float)):
-                self._writer.add_scalar(f"{row['kind']}/{name}", float(value), row["step"])
+        """Queue the row's numbers; values that are None are left out."""
+        values = {
+            f"{row['kind']}/{name}": float(value)
+            for name, value in row.items()
+            if name not in ("kind", "step") and isinstance(value, (bool, int, float))
+        }
+        self._files.add(row["step"], values)
+
+    def flush(self) -> None:
+        """Write the queued numbers, or keep them until that is possible."""
+        self._files.flush()
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        self._files.close()
 
 
 def open_sinks(names: Sequence[str], folder: Path, after_step: int = 0) -> list[Sink]:

@@ -19,7 +19,7 @@ WALLTIME, SPOT = 65, 66  # above every signal's number
 _AS_SIGNAL = {WALLTIME: signal.SIGUSR1, SPOT: signal.SIGTERM}  # what would have come a little later
 _TEXT = {WALLTIME: "the end of its time", SPOT: "a spot interruption notice"}
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_RECENT = 50  # steps whose longest is what the next one may take
+_RECENT, _SAVES = 50, 5  # steps, and saves, whose longest is what the next one may take
 _SLACK = 5.0  # seconds, for what is not measured: the last rows, the processes' end
 
 
@@ -112,12 +112,30 @@ class Deadline:
     def __init__(
         self, ends: float | None, save_seconds: float, clock: Callable[[], float] = time.time
     ) -> None:
-        self.ends, self.save_seconds, self.clock = ends, save_seconds, clock
+        self.ends, self.clock = ends, clock
         self._steps: dict[bool, deque[float]] = {}
+        self._before = save_seconds
+        self._saves: deque[float] = deque(maxlen=_SAVES)
+        self.window(1)
+
+    def window(self, steps: int) -> None:
+        """How many steps may be queued before one waits for them all (`log.every`): one that waited is always
+        among the recent ones. Call it before the first step.
+        """
+        self._recent = max(_RECENT, 2 * steps)
+
+    def save(self, seconds: float) -> None:
+        """Take what a save took."""
+        self._saves.append(seconds)
+
+    @property
+    def save_seconds(self) -> float:
+        """The longest of the recent saves."""
+        return max(self._saves, default=self._before)
 
     def step(self, seconds: float, evaluated: bool) -> None:
         """Take what a step took; those with an evaluation are counted apart."""
-        self._steps.setdefault(evaluated, deque(maxlen=_RECENT)).append(seconds)
+        self._steps.setdefault(evaluated, deque(maxlen=self._recent)).append(seconds)
 
     def longest(self, evaluated: bool = False) -> float:
         """The longest of the recent steps, in seconds; 0 before there is one."""

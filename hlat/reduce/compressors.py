@@ -234,9 +234,11 @@ class LowRank(Compressor):
         return feed.mine(out.view(feed.grad.shape)), Whole(sent.view(feed.grad.shape))
 
     def commit(self, keep: Tensor) -> None:
-        """Start the next step from this one's basis."""
+        """Start the next step from this one's basis. A column of zeros (a gradient that is zero, or of lower
+        rank) would stay zero for ever: there the one before stays.
+        """
         for old, new in zip(self.basis, self._next, strict=True):
-            old.copy_(torch.where(keep, new, old))
+            old.copy_(torch.where(keep & (new != 0).any(0), new, old))
         self._next = []
 
     def state(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ trained again after a restart counts once; the first step of an attempt, which m
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,36 @@ from hlat.supervise.watch import kind_of
 
 DOWN = "down"  # no rank runs, or none has said anything yet
 REPEATED = "repeated"
+
+
+class StepTimes:
+    """Seconds by step, from some step on: eight bytes each, as an attempt may have millions."""
+
+    def __init__(self) -> None:
+        self._first, self._seconds = 0, array("d")
+
+    def add(self, first: int, last: int, seconds: float) -> None:
+        """The steps from `first` to `last` took so long together."""
+        if not self._seconds:
+            self._first = first
+        if first < self._first:
+            self._seconds[:0] = array("d", bytes(8 * (self._first - first)))
+            self._first = first
+        self._seconds.extend(array("d", bytes(8 * max(0, last + 1 - self._first - len(self._seconds)))))
+        for place in range(first - self._first, last + 1 - self._first):
+            self._seconds[place] += seconds / (last + 1 - first)
+
+    def take_after(self, step: int) -> float:
+        """Forget the steps after this one. Returns what they took."""
+        keep = max(0, step + 1 - self._first)
+        taken = sum(self._seconds[keep:])
+        del self._seconds[keep:]
+        return taken
+
+    def total(self, before: int | None = None) -> float:
+        """Seconds of all steps, or of those before one."""
+        count = len(self._seconds) if before is None else max(0, before - self._first)
+        return sum(self._seconds[:count])
 
 
 @dataclass
@@ -25,7 +56,7 @@ class Span:
     start: float
     end: float = 0.0
     first: int = 0
-    steps: dict[int, float] = field(default_factory=dict)
+    steps: StepTimes = field(default_factory=StepTimes)
     other: dict[str, float] = field(default_factory=dict)
 
     def book(self, kind: str, seconds: float) -> None:
@@ -58,8 +89,7 @@ class Timeline:
         reached = last.step if last is not None and last.pid == beat.pid else 0
         if beat.rewinds > (last.rewinds if last is not None and last.pid == beat.pid else 0):
             reached = beat.back_to - 1
-            for step in [step for step in span.steps if step > reached]:
-                span.book(REPEATED, span.steps.pop(step))
+            span.book(REPEATED, span.steps.take_after(reached))
         for phase, seconds in beat.spent.items():
             new = seconds - before.get(phase, 0.0)
             if new <= 0:
@@ -67,16 +97,14 @@ class Timeline:
             if phase != STEP:
                 span.book(kind_of(phase), new)
                 continue
-            begin = min(reached + 1, beat.step) if reached else beat.step
-            for step in range(begin, beat.step + 1):
-                span.steps[step] = span.steps.get(step, 0.0) + new / (beat.step + 1 - begin)
+            span.steps.add(min(reached + 1, beat.step) if reached else beat.step, beat.step, new)
         self._last = beat
 
     def finish(self, now: float) -> None:
         """The attempt has ended."""
         span = self.spans[-1]
         span.end = now
-        booked = sum(span.steps.values()) + sum(span.other.values())
+        booked = span.steps.total() + sum(span.other.values())
         span.book(DOWN, max(0.0, now - span.start - booked))
 
 
@@ -88,8 +116,9 @@ def table(spans: Sequence[Span]) -> dict[str, float]:
     for number, span in enumerate(spans):
         later = [other.first for other in spans[number + 1 :] if other.first]
         again = min(later, default=None)
-        for step, seconds in span.steps.items():
-            total["stepping" if again is None or step < again else REPEATED] += seconds
+        lasted = span.steps.total(again)
+        total["stepping"] += lasted
+        total[REPEATED] += span.steps.total() - lasted
         for kind, seconds in span.other.items():
             total[kind] = total.get(kind, 0.0) + seconds
     pauses = sum(b.start - a.end for a, b in zip(spans, spans[1:], strict=False))

@@ -254,7 +254,7 @@ class Supervisor:
         if self._fruitless >= self.budget.fruitless:
             why = f"{self._fruitless} attempts in a row came no further than step {self._best[0]}"
             return {"exit": FAILED, "why": why}
-        pause = min(_LONGEST_PAUSE, self.budget.pause * 2**self._fruitless)
+        pause = min(_LONGEST_PAUSE, self.budget.pause * 2.0 ** min(self._fruitless, 30))
         return {"exit": None, "pause": pause}
 
     def _exclude(self, host: str) -> None:

@@ -88,7 +88,8 @@ class Loop:
         self.signals = signals or Signals()
         self.deadline = deadline or Deadline(None, run.recipe.checkpoint.grace)
         self.cluster, self.watchdog = cluster or Cluster(), watchdog or Watchdog()
-        self.watchdog.pace.window(run.recipe.log.every)
+        for times in (self.watchdog.pace, self.deadline):
+            times.window(run.recipe.log.every)
         self._persistent = persistent_bytes(run)
         self.last_step = run.recipe.run.stop_at_step or run.recipe.run.steps
         self._saved: int | None = run.step or None
@@ -218,7 +219,7 @@ class Loop:
         first, last = former.position(bad.first) - guard.before, number + guard.after
         facts: dict[str, Any] = {"data_step": number}
         try:
-            near = [stretch for stretch in former.found if stretch[1] + guard.within >= first]
+            near = former.near(first, last, guard.within)
             if len(near) >= guard.rewinds:
                 raise TrainingStopped(
                     f"step {bad.last} is bad, and the run has gone back {len(near)} times for data within "
@@ -327,7 +328,7 @@ class Loop:
                 "checkpoint.grace: after a signal the newest checkpoint may be all that is left"
             )
         self._needed = max(self._needed, seconds + step)
-        self.deadline.save_seconds = seconds
+        self.deadline.save(seconds)
 
 
 @contextmanager
@@ -343,7 +344,7 @@ def manual_collection(every: int = 1000) -> Iterator[Callable[[], None]]:
             gc.freeze()  # what set-up made lives as long as the run
             gc.disable()
         elif count % every == 0:
-            gc.collect(1)
+            gc.collect()  # all generations: what is alive now and becomes garbage later is in the oldest
 
     try:
         yield collector

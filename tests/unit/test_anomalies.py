@@ -242,11 +242,16 @@ def test_stop(place: Path, capsys) -> None:
 
 
 def test_a_stop_and_a_resume_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped by hand right before and right after going back, and continued each time."""
+    """Stopped by hand right before and right after going back, and continued each time. TensorBoard shows
+    each step once.
+    """
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     bad = poison(6, 9)
     for step in (6, 7, 9):
-        assert train(bad, f"run.stop_at_step={step}") == 0
-    assert train(bad, "log.every=1") == 0
+        assert train(bad, f"run.stop_at_step={step}", "log.tensorboard=true") == 0
+    assert train(bad, "log.every=1", "log.tensorboard=true") == 0
+    shown = accumulator.EventAccumulator("runs/small/logs/tensorboard").Reload().Scalars("train/loss")
+    assert [point.step for point in shown] == list(range(1, 13))
     assert [row["skipped_data"] for row in rows("runs/small", "anomaly")] == [[6, 6], [9, 9]]
     assert ends_like("[[6, 6], [9, 9]]", bad)
 

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
 from hlat.observe import text
@@ -39,6 +41,7 @@ def test_plain_output_is_aligned_and_rare():
     for step in range(1, 13):
         clock.now += 1.0
         console.row(train_row(step, loss=math.nan if step == 9 else 2.5, skipped=step == 9))
+        console.flush()
     console.row({"kind": "eval", "step": 12, "loss": 2.75, "bits_per_byte": 1.875})
     console.checkpoint(12)
     console.warn("loss spike")
@@ -71,6 +74,7 @@ def test_a_reader_that_leaves_does_not_end_training():
     console = Console(10, stream=Gone())
     console.event("one")
     console.row(train_row(1))
+    console.flush()
     console.close()
 
 
@@ -90,7 +94,8 @@ def live(width=80):
 def test_live_display_fits_its_width_and_says_everything(width):
     state = Progress(3000)
     for step in range(1, 201):
-        state.train(train_row(step, loss=9 - step / 50, skipped=step == 7), now=step * 0.5)
+        state.train(train_row(step, loss=9 - step / 50, skipped=step == 7))
+        state.arrived(step * 0.5)
     state.evaluated({"kind": "eval", "step": 150, "loss": 2.7, "bits_per_byte": 1.9215})
     state.checkpoint = (100, 60.0)
     _, console = live(width)
@@ -122,6 +127,7 @@ def test_live_display_restores_the_terminal_after_ctrl_c():
     with pytest.raises(KeyboardInterrupt), console:
         console.banner(["go"])
         console.row(train_row(1))
+        console.flush()
         raise KeyboardInterrupt
     output = stream.getvalue()
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # cursor shown after it was hidden
@@ -186,22 +192,69 @@ def test_smooth_starts_without_bias_and_passes_over_gaps():
     assert half.value == pytest.approx(2 / 3)
 
 
+def left(state, *arrivals):
+    """Time left after windows of rows, as (last step, time of arrival)."""
+    for last, now in arrivals:
+        for step in range(state.step + 1, last + 1):
+            state.train(train_row(step))
+        assert state.arrived(now)
+    assert not state.arrived(math.inf)
+    return state.seconds_left()
+
+
 def test_time_left_counts_from_the_end_of_the_first_step():
     state = Progress(100)
     assert state.seconds_left() is None
-    state.train(train_row(1), now=300.0)  # five minutes of compiling
-    assert state.seconds_left() is None
-    state.train(train_row(2), now=301.0)
-    state.train(train_row(3), now=302.0)
-    assert state.seconds_left() == pytest.approx(97.0)
+    assert left(state, (1, 300.0)) is None  # five minutes of compiling
+    assert left(state, (2, 301.0), (3, 302.0)) == pytest.approx(97.0)
 
 
-def test_time_left_with_rows_that_arrive_in_windows():
-    state = Progress(100)
-    for window in (1, 2):
-        for step in range(10 * window - 9, 10 * window + 1):
-            state.train(train_row(step), now=5.0 * window)
-    assert state.seconds_left() == pytest.approx(80 * 0.5)
+@pytest.mark.parametrize("every", [1, 10, 200, 300, 1000])
+def test_time_left_with_windows_of_any_length(every):
+    """Rows of a window arrive one after the other, a little later each; more of them than are remembered."""
+    now = [0.0]
+
+    def clock():
+        now[0] += 1e-5
+        return now[0]
+
+    console = Console(100 * every, stream=io.StringIO(), clock=clock)
+    for window in range(1, 8):
+        now[0] = 0.5 * every * window
+        for step in range(every * (window - 1) + 1, every * window + 1):
+            console.row(train_row(step))
+        console.flush()
+    assert console.progress.seconds_left() == pytest.approx(93 * every * 0.5, rel=1e-3)
+
+
+def test_time_left_counts_evaluations_for_what_they_take():
+    """One in 1,000 steps, as long as all of them together; asked at any moment from the third on."""
+    state, now, total = Progress(40_000), 0.0, 40_000
+    for step in range(1, 20_001):
+        state.train({"step": step})
+        state.arrived(now := now + 0.1 + 100.0 * (step % 1000 == 1))
+        if step > 8_000 and step % 137 == 0:
+            assert state.seconds_left() == pytest.approx(0.2 * (total - step), rel=0.35)
+    assert len(state._arrivals._thinned) < 256
+
+
+def test_time_left_follows_a_change_of_pace():
+    state, now = Progress(30_000), 0.0
+    for step in range(1, 20_001):
+        state.train({"step": step})
+        state.arrived(now := now + (1.0 if step <= 2_000 else 0.1))
+    assert state.seconds_left() == pytest.approx(1_000.0, rel=1e-6)
+
+
+@given(st.lists(st.floats(-5, 5), max_size=400), st.integers(2, 20))
+def test_trace_is_the_mean_of_equal_stretches(values, points):
+    trace = Trace(points)
+    for value in values:
+        trace.add(value)
+    means = trace.values()
+    stretch = next(2**n for n in range(12) if len(values) // 2**n < 2 * (points // 2))
+    pieces = [values[i : i + stretch] for i in range(0, len(values), stretch)]
+    assert means == pytest.approx([sum(piece) / len(piece) for piece in pieces], abs=1e-9)
 
 
 def test_numbers_for_people():

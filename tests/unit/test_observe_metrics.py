@@ -344,6 +344,6 @@ def test_tensorboard_writes_scalars(tmp_path):
 
 
 def test_missing_tensorboard_names_the_install_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(__import__("sys").modules, "tensorboard.compat.proto", None)
     with pytest.raises(UserError, match=r"pip install 'hlat\[track\]'"):
         sinks.open_sinks(["tensorboard"], tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import time
 from datetime import datetime
@@ -12,13 +13,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hlat.commands import report as command
 from hlat.errors import UserError
 from hlat.observe import chart
 from hlat.observe.report import make_charts, render, summary_table
 from hlat.observe.runfolder import RunFolder
-from hlat.observe.runs import differences, flatten, load_runs, smooth
+from hlat.observe.runs import Table, differences, flatten, load_runs, smooth
 
 VOID = {"meta", "line", "rect", "circle", "polyline"}
 
@@ -208,6 +211,25 @@ def test_a_repeated_step_counts_as_it_went_last(tmp_path):
     )
     (run,) = load_runs([path])
     assert run.train["loss"].tolist() == [5.0, 3.0, 2.0]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.dictionaries(st.sampled_from("abc"), st.none() | st.floats(-9, 9))),
+        min_size=1,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_columns_are_the_rows(steps):
+    table, plain = Table("step", "a"), {}
+    for step, values in steps:
+        plain[step] = {"kind": "train", "step": step, **values}
+        table.add(step, plain[step])
+    columns = table.columns()
+    assert set(columns) == {"step", "a"}.union(*(values for _, values in steps))
+    for name, column in columns.items():
+        right = [plain[step].get(name) for step in sorted(plain)]
+        np.testing.assert_array_equal(column, [math.nan if value is None else value for value in right])
 
 
 def test_equal_folder_names_get_their_parents(tmp_path):

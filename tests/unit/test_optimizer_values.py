@@ -36,13 +36,13 @@ def test_all_six_by_default(tiny_run) -> None:
 
 def test_console_shows_them() -> None:
     state = Progress(10)
-    state.train({**ROW, **LEARNED}, 1.0)
+    state.train({**ROW, **LEARNED})
     assert optimizer_values(state.last) == "beta1 0.912  rho 0.500"
     assert "beta1 0.912  rho 0.500" in step_line(state)
     file = io.StringIO()
     RichConsole(file=file, width=100).print(draw(state, 2.0, 100))
     assert "optimizer beta1 0.912  rho 0.500" in file.getvalue()
-    state.train(ROW, 1.0)
+    state.train(ROW)
     assert "beta1" not in step_line(state) and optimizer_values(ROW) == ""
 
 

@@ -107,7 +107,7 @@ def test_the_deadline_leaves_room_for_the_next_steps_and_a_save() -> None:
     assert deadline.due([True])
     now = 1047.0
     assert deadline.due([False])
-    deadline.save_seconds = 5
+    deadline.save(5)
     assert not deadline.due([False])
 
 

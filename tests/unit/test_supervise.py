@@ -22,7 +22,7 @@ from hlat.observe.heartbeat import FIRST_STEP, STEP, Heartbeat, Pace, Pulse, rea
 from hlat.recipe import load
 from hlat.supervise import processes
 from hlat.supervise.attempt import Outcome, Place
-from hlat.supervise.goodput import Span, Timeline, goodput, table
+from hlat.supervise.goodput import Span, StepTimes, Timeline, goodput, table
 from hlat.supervise.logs import LogMirror
 from hlat.supervise.supervisor import Budget, Supervisor
 from hlat.supervise.watch import Limits, name_the_late, overdue, sign
@@ -140,9 +140,15 @@ def test_a_pulse_is_read_back(tmp_path: Path) -> None:
     assert list(read_all(tmp_path)) == [3]
 
 
+def step_times(first: int, last: int) -> StepTimes:
+    times = StepTimes()
+    times.add(first, last, last + 1.0 - first)
+    return times
+
+
 def test_steps_trained_again_count_once() -> None:
-    first = Span(0.0, 10.0, 1, {2: 1.0, 3: 1.0, 4: 1.0}, {"loading": 5.0, "down": 2.0})
-    second = Span(12.0, 20.0, 3, {4: 1.0, 5: 1.0}, {"loading": 4.0, "compiling": 1.0, "down": 1.0})
+    first = Span(0.0, 10.0, 1, step_times(2, 4), {"loading": 5.0, "down": 2.0})
+    second = Span(12.0, 20.0, 3, step_times(4, 5), {"loading": 4.0, "compiling": 1.0, "down": 1.0})
     seconds = table([first, second])
     assert seconds["stepping"] == 3.0 and seconds["repeated"] == 2.0
     assert sum(seconds.values()) == 20.0
@@ -286,6 +292,9 @@ def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) ->
     assert [e["exit"] for e in ends] == [None, None, 1] and "no further than step 9" in ends[-1]["why"]
     spent = decide(supervisor(tmp_path, budget=Budget(restarts=4)), killed, number=5)
     assert spent["exit"] == 1 and "--max-restarts" in spent["why"]
+    patient = supervisor(tmp_path, budget=Budget(10**6, 10**6))
+    patient._best, patient._fruitless = (9, 0), 5000
+    assert decide(patient, killed, number=5001)["pause"] == 300.0
 
 
 def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None:
