@@ -85,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"hlat: stopped by {name_of(stop)}; the same command continues", file=sys.stderr)
         return 128 + stop
     _write(out, f"sweep of {args.recipe}", gather(trials))
+    for line in other_versions(trials):
+        print(f"note: {line}")
     if failed:
         print(
             f"hlat: {failed} of {len(trials)} runs failed; the same command tries them again", file=sys.stderr
@@ -249,7 +251,7 @@ def _others_in_store(trial: Trial) -> list[str]:
     saved = newest_meta(trial.recipe, RunFolder(trial.folder).checkpoints, warn)
     if saved is None:
         return []
-    if "content" not in saved:
+    if not saved.get("content"):
         return ["checkpoint.remote holds a run of its name that does not say what it stands for"]
     assert trial.wanted is not None
     return differences(Fingerprint.from_dict(saved), trial.wanted, trial.last)
@@ -288,8 +290,30 @@ def result(trial: Trial) -> Result | None:
         return None
     if found.stopped:  # nothing would be different the next time
         return found
-    finished = (folder.checkpoints / f"step-{trial.last:08d}").is_dir()
-    return found if finished or (folder.nxd_checkpoints / f"step-{trial.last:09d}" / "done").exists() else None
+    ends = (
+        folder.checkpoints / f"step-{trial.last:08d}",
+        folder.nxd_checkpoints / f"step-{trial.last:09d}" / "done",
+    )
+    return found if any(end.exists() for end in ends) else None
+
+
+def other_versions(trials: Sequence[Trial]) -> list[str]:
+    """A line for each set of versions that made results shown beside those of this one."""
+    from collections import Counter
+
+    from hlat.storage.fingerprint import read_stretches, with_steps
+    from hlat.train.fingerprint import versions
+
+    made: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for trial in trials:
+        stretches = with_steps(read_stretches(trial.folder), trial.last)
+        made.update({tuple(sorted(stretch.fingerprint.versions.items())) for stretch in stretches})
+    made.pop(tuple(sorted(versions().items())), None)
+    return [
+        f"{count} of {len(trials)} runs were made, in part or whole, by "
+        + ", ".join(f"{name} {version}" for name, version in found)
+        for found, count in made.items()
+    ]
 
 
 def gather(trials: Sequence[Trial]) -> list[Cell]:

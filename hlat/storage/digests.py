@@ -2,11 +2,12 @@
 
     $XDG_CACHE_HOME/hlat/digests/<key>    key: hash of a folder's path; the digests of the files in it
 
-A digest is taken from there only where path, inode, size, modification time and change time are those it was
-computed for; the change time cannot be set, so a file edited in place under its old modification time is read
-again. One that changed within the last seconds is not remembered: another change could fall into the same tick
-of the file system's clock. Every entry is replaced as a whole by a rename: of two processes that write at once
-one's digests are lost, and computed again. One that is damaged, or cannot be written, counts as not there.
+A digest is taken from there only where path, inode, size, modification time and change time are those it
+was computed for; the change time cannot be set, so a file edited in place under its old modification time is
+read again. One that changed within the last seconds is not remembered: another change could fall into the
+same tick of the file system's clock. Every entry is replaced as a whole by a rename: of two processes that
+write at once one's digests are lost, and computed again. One that is damaged, or cannot be written, counts as
+not there.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def _load(file: Path) -> dict[str, list[int | str]]:
     try:
         checksum, _, body = file.read_text(encoding="ascii").partition("\n")
         known = json.loads(body) if _checksum(body) == checksum else {}
-    except (OSError, ValueError):
+        return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 5}
+    except (OSError, ValueError, AttributeError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _checksum(body: str) -> str:

@@ -1,9 +1,9 @@
 """The fingerprint of a result: everything that shapes it, and nothing else.
 
 One kind of it for all that is kept and used again: the key of a cached tokenizer or of cached tokens is the
-digest of what they are made of; a run notes in its folder which recipe and which contents its rows stand for, so
-that a sweep or a report does not take them for those of something else. Contents enter by their own digests,
-never by the path they lie at. Versions of HLAT and torch are noted and shown; they are not compared.
+digest of what they are made of; a run notes in its folder which recipe and which contents its rows stand for,
+so that a sweep or a report does not take them for those of something else. Contents enter by their own
+digests, never by the path they lie at. Versions of HLAT and torch are noted and shown; they are not compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fingerprint:
         versions: `hlat` and `torch`.
     """
 
-    recipe: Mapping[str, Any]
+    recipe: dict[str, Any]
     content: Content
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -85,5 +85,3 @@ def stretches_text(stretches: list[Stretch]) -> bytes:
 def with_steps(stretches: list[Stretch], last: int) -> list[Stretch]:
     """The stretches that hold a step up to `last`."""
     return [stretch for stretch in stretches if stretch.after < last]
-
-

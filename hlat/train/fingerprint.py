@@ -2,9 +2,9 @@
 
 Compared: every recipe value that a resume may not change, what is evaluated (`eval.rows`, `eval.tasks`,
 `eval.limit`), the data left out (`data.skip`), and the contents of data, tokenizer, weights to start from and
-tasks, wherever they lie. Not compared: names, paths, limits of time, how often is saved, evaluated and logged,
-and what changes no more than the order of sums (layout, micro-batches, compilation, backend). Where it changes
-more than that it counts: see `_shaping`.
+tasks, wherever they lie. Not compared: names, paths, limits of time, how often is saved, evaluated and
+logged, and what changes no more than the order of sums (layout, micro-batches, compilation, backend). Where
+it changes more than that it counts: see `_shaping`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hlat.data.skips import Skips
 from hlat.errors import SaveFailed, UserError
 from hlat.evaluate.running import OWN, PAPER
 from hlat.observe.jsonl import replace_file
+from hlat.observe.sinks import METRICS_FILE
 from hlat.recipe import Recipe, identity_diff
 from hlat.registry import lookup
 from hlat.storage.digests import file_digest
@@ -159,17 +160,17 @@ def note_start(
 
     Raises UserError (see `Contents`) and SaveFailed.
     """
-    recipe, former = run.recipe, None if saved is None else saved.meta.get("content")
+    recipe, former = run.recipe, None if saved is None else saved.meta.get("content") or None
     content = _begun(run, saved is None) if former is None else dict(former)
     content |= {TASKS: tasks_content(recipe.eval.tasks)}
     content |= {HELD_OUT: run.data.holdout_content() if run.data.holdout.documents else ""}
     content = {key: value for key, value in content.items() if value or key == INIT}
     run.content = content
-    if saved is not None and recipe.init.from_ is not None:
-        if line := _other_weights(recipe.init.from_, content.get(INIT)):
-            warn(line)
-    stretches = read_stretches(folder)
-    if not stretches and saved is not None and former is not None:  # from a store, or a copied checkpoint
+    if saved is not None and (line := _other_weights(recipe.init.from_, content.get(INIT))):
+        warn(line)
+    stretches, rows = read_stretches(folder), folder / METRICS_FILE
+    alone = not stretches and not (rows.exists() and rows.stat().st_size)  # a checkpoint, as from a store
+    if alone and saved is not None and former is not None:
         begun = Fingerprint(saved.meta["recipe"], former, saved.meta.get("versions", {}))
         stretches = [Stretch(0, begun)]
     stretches = noted(stretches, run.step, Fingerprint(recipe.to_dict(), content, versions()))
@@ -192,8 +193,10 @@ def _begun(run: Run, now: bool) -> dict[str, str]:
     return content
 
 
-def _other_weights(path: str, began: str | None) -> str:
+def _other_weights(path: str | None, began: str | None) -> str:
     """What to say of weights that are not those a run began with; empty if they are, or have gone."""
+    if path is None:
+        return ""
     if began == UNKNOWN:
         why = "an older version of HLAT did not note with which weights this run began"
         return f"init.from: {why}; {path} is not read again"
@@ -203,5 +206,5 @@ def _other_weights(path: str, began: str | None) -> str:
         return ""  # a resume needs nothing of them
     if now == began:
         return ""
-    what = "the run began from its seed" if began is None else "these weights are not those the run began with"
-    return f"init.from: {what}; a run that continues does not read {path} again"
+    what = "this run began from its seed" if began is None else "this run began from other weights"
+    return f"init.from: {what}, and one that continues does not read those of {path}"

@@ -47,8 +47,8 @@ class Run:
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
     those not skipped. `assembly` made the parts, and makes weights of masters. `skips`: which data is
-    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run. `content`: what
-    the recipe's paths and names stand for (`hlat.train.fingerprint`), on the first rank.
+    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run. `content`:
+    what the recipe's paths and names stand for (`hlat.train.fingerprint`), on the first rank.
     """
 
     recipe: Recipe
