@@ -56,6 +56,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fingerprint")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("hlat.train.describe.sample", lambda *arguments: "")
         write_text(folder / "text", "brown")
         write_text(folder / "other", "green")
         lines = [json.dumps({"text": f"line {i} " * 9}) for i in range(20)]
@@ -72,6 +73,7 @@ def here(place, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "here"
     shutil.copytree(place, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("hlat.train.describe.sample", lambda *arguments: "")
     return folder
 
 
@@ -264,10 +266,9 @@ def test_a_run_that_continues_says_what_its_weights_were(here, capsys, monkeypat
     train(capsys, *common, moved, "init.from=null", "eval.rows=9")
     assert [s.after for s in read_stretches(Path("tuned"))] == [0, 4]  # a checkpoint alone says what it is
 
-    monkeypatch.setattr(module, "note_start", lambda *arguments: None)  # an older version
-    train(capsys, "run.dir=old", moved, "init.from=b", "data.tokenizer=bytes", "run.stop_at_step=2")
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
+    with monkeypatch.context() as older:
+        older.setattr(module, "note_start", lambda *arguments: None)
+        train(capsys, "run.dir=old", moved, "init.from=b", "data.tokenizer=bytes", "run.stop_at_step=2")
     said = train(capsys, "run.dir=old", moved, "init.from=b", "data.tokenizer=bytes")
     assert "did not note with which weights this run began" in said
     assert standing_notes(load_runs([Path("old")])) == [
@@ -275,23 +276,39 @@ def test_a_run_that_continues_says_what_its_weights_were(here, capsys, monkeypat
     ]
 
 
+def like_a(name: str, old: str, new: str, file: str = "metrics.jsonl") -> None:
+    """A run folder that differs from `a` in one thing."""
+    shutil.copytree("a", name)
+    path = Path(name) / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
-    train(capsys, "run.dir=rows", "eval.rows=2")
-    train(capsys, "run.dir=text2", "data.sources=[{path: other}, {path: more.jsonl, weight: 2}]")
-    train(capsys, "run.dir=same", "optim.lr=1e-2")
     (alone,) = runs = load_runs([Path("a")])
+    content = alone.stretches[0].fingerprint.content
+    amount = int(alone.held_out["held_out_bytes"][-1])
+    like_a("rows", f'"held_out_bytes":{amount}', '"held_out_bytes":12345')
+    like_a("text2", content["held_out"], "f" * 64, FILE)
+    like_a("data2", content["data.sources.0"], "f" * 64, FILE)
+    like_a("same", '"run"', '"run"', FILE)
     assert standing_notes(runs) == []
-    assert "held-out text" in render(runs) and alone.stretches[0].fingerprint.content["held_out"][
-        :12
-    ] in render(runs)
+    assert "held-out text" in render(runs) and content["held_out"][:12] in render(runs)
     assert standing_notes(load_runs([Path("a"), Path("same")])) == []
-    (line,) = standing_notes(load_runs([Path("a"), Path("rows")]))
-    assert line.startswith("the held-out figures are over different text") and "bytes of" in line
-    notes = standing_notes(load_runs([Path("a"), Path("text2")]))
-    assert len(notes) == 2 and notes[1] == "the runs do not have the same content of data.sources[0]"
+    different = "the held-out figures are over different text and cannot be compared"
+    own = f"a: {amount} bytes of {content['held_out'][:12]}"
+    assert standing_notes(load_runs([Path("a"), Path("rows")])) == [
+        f"{different} ({own}; rows: 12,345 bytes of {content['held_out'][:12]})"
+    ]
+    assert standing_notes(load_runs([Path("a"), Path("text2")])) == [
+        f"{different} ({own}; text2: {amount} bytes of ffffffffffff)"
+    ]
+    assert standing_notes(load_runs([Path("a"), Path("data2")])) == [
+        "the runs do not have the same content of data.sources[0]"
+    ]
     (Path("same") / FILE).unlink()
     (line,) = standing_notes(load_runs([Path("a"), Path("same")]))
     assert line.startswith("what the figures of same stand for is not known")
     assert cli.main(["report", "a", "rows", "same", "--out", "report.html"]) == 0
     said = capsys.readouterr().out
-    assert said.count("note: ") == 2 and "over different text" in Path("report.html").read_text()
+    assert said.count("note: ") == 2 and different in Path("report.html").read_text()

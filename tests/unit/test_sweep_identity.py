@@ -49,6 +49,12 @@ def in_this_process(self: Children, words: list[str], log: Path) -> tuple[int, s
     return cli.main(words[1:]), ""
 
 
+def quickly(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what a run and a sweep show at their end, which takes longer than they do."""
+    patch.setattr("hlat.train.describe.sample", lambda *arguments: "")
+    patch.setattr("hlat.observe.sweep.draw_png", lambda *arguments: False)
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
     """Two models, and a finished sweep from the first, in `s`."""
@@ -56,6 +62,7 @@ def swept(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(Children, "run", in_this_process)
+        quickly(patch)
         write_rows(folder / "rows.jsonl", "some")
         write_rows(folder / "others.jsonl", "other")
         (folder / "base.yaml").write_text(BASE)
@@ -71,6 +78,7 @@ def again(swept, tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str,
     """Sweep once more, in a copy of that folder: exit code, what is said, and how many runs there were."""
     shutil.copytree(swept, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
+    quickly(monkeypatch)
     runs: list[str] = []
 
     def run(self: Children, words: list[str], log: Path) -> tuple[int, str]:
@@ -151,6 +159,7 @@ def test_the_same_thing_elsewhere_is_the_same(again) -> None:
     assert (code, runs) == (0, 0) and all(f"{loss:.4f}" in said for loss in first)
 
 
+@pytest.mark.slow
 def test_other_values_of_the_grid_and_a_folder_of_its_own(again) -> None:
     first = losses()
     code, said, runs = again(grid=["optim.lr=[1e-3, 3e-3]"])
@@ -186,6 +195,7 @@ def test_runs_of_an_older_version_are_not_taken_for_the_same(again) -> None:
     assert (code, runs) == (2, 0) and "made by a version of HLAT that did not note what it stands for" in said
 
 
+@pytest.mark.slow
 def test_what_trained_nothing_is_in_nobodys_way(again) -> None:
     (path,) = Path("s").glob("lr-0.001_*/")
     shutil.rmtree(path / "checkpoints")
@@ -194,6 +204,7 @@ def test_what_trained_nothing_is_in_nobodys_way(again) -> None:
     assert again("init.from=b", grid=["optim.lr=[1e-3]"])[::2] == (0, 1)
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_the_sweep_runs(again, monkeypatch) -> None:
     shutil.rmtree("s")
 
@@ -210,6 +221,7 @@ def test_weights_that_change_while_the_sweep_runs(again, monkeypatch) -> None:
     assert len(losses()) == 1  # one began from the old weights, one from the new
 
 
+@pytest.mark.slow
 def test_copies_in_a_store_are_not_gone_on_from(again) -> None:
     remote = f"checkpoint.remote=file://{Path('store').absolute()}"
     grid = ["optim.lr=[1e-3]"]
