@@ -96,7 +96,8 @@ def tasks_content(names: tuple[str, ...]) -> str:
     """Digest of what is on this machine of the tasks: the text that HLAT's own are made of, and task files.
     Empty for tasks that only the harness knows.
     """
-    parts = {name: file_digest(name) for name in names if Path(name).is_file()}
+    files = {name: Path(name).expanduser() for name in names}
+    parts = {name: file_digest(file) for name, file in files.items() if file.is_file()}
     if any(name.startswith(OWN) and name != PAPER for name in names):
         parts["stdlib"] = stdlib_content()
     return digest_of(parts) if parts else ""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat.data import build as build_module
-from hlat.data import cache, lock, packed, pool
+from hlat.data import lock, packed
 from hlat.data import sources as sources_module
 from hlat.data.batch import make_batch
 from hlat.data.build import build
@@ -378,33 +378,3 @@ def test_documents_to_stream_to_rows_and_back(tmp_path_factory, texts, seq_len, 
     for row in rows.values():  # no target crosses a document border
         batch = make_batch(row[None], 256, True)
         assert (batch.targets[batch.ids == 256] == -100).all()
-
-
-def test_a_source_that_changes_while_it_is_tokenized_leaves_nothing(tmp_path, monkeypatch):
-    source, run = write_files(tmp_path / "in", TEXTS), pool.run
-
-    def change_then_run(*arguments):
-        done = run(*arguments)
-        (source / "0000.txt").write_text("something else of its own")
-        return done
-
-    monkeypatch.setattr(pool, "run", change_then_run)
-    with pytest.raises(UserError, match="changed while it was tokenized"):
-        make(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
-    monkeypatch.undo()
-    assert "something else of its own" in documents(make(source, tmp_path / "out", holdout=0).folder, "train")
-
-
-def test_a_source_that_changes_while_a_tokenizer_is_made_of_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source, train = write_files(tmp_path / "in", TEXTS), cache.train_bpe
-
-    def train_then_change(*arguments):
-        train(*arguments)
-        (source / "0000.txt").write_text("something else of its own")
-
-    monkeypatch.setattr(cache, "train_bpe", train_then_change)
-    with pytest.raises(UserError, match="changed while it was read for a tokenizer"):
-        cache.trained_tokenizer([resolve_source(path=source)], 300, 0.1, quiet=True)
-    assert not list((tmp_path / "cache/hlat/tokenizers").iterdir())
