@@ -20,6 +20,7 @@ from hlat.checkpoint.weights import PREFIX
 from hlat.errors import UserError, missing_extra
 from hlat.model.config import ModelConfig
 from hlat.model.init import parameter_shapes
+from hlat.storage.digests import file_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +159,9 @@ class GGUFFile:
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
+
+    def content(self) -> str:
+        return file_digest(self.path)
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[self._names[name]]

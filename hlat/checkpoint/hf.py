@@ -23,6 +23,8 @@ from hlat.checkpoint.safetensors_writer import write_safetensors
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
+from hlat.storage.digests import file_digests
+from hlat.storage.fingerprint import digest_of
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
@@ -111,6 +113,12 @@ class HFFolder:
 
     def read(self, name: str) -> Tensor:
         return self._file(name).get_tensor(self._hf_names[name])
+
+    def content(self) -> str:
+        used = {name: self._files[name] for name in self._hf_names.values() if name in self._files}
+        names = sorted(set(used.values()))
+        digests = dict(zip(names, file_digests(self.path / name for name in names), strict=True))
+        return digest_of({name: digests[file] for name, file in used.items()})
 
 
 def import_weights(source: WeightSource, out: str | Path, dtype: str = "keep") -> list[str]:

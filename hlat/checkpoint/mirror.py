@@ -3,7 +3,8 @@
 ```
 s3://bucket/folder/<run.name>/step-00000300-5f0c2d1a9b3e/
     data-00000.safetensors, index.json, …   as on the disk
-    run/                                    metrics.jsonl, recipe.yaml, resolved.yaml, environment.json
+    run/                                    metrics.jsonl, fingerprint.json, recipe.yaml, resolved.yaml,
+                                            environment.json
     complete.json                           uploaded last: without it there is no checkpoint
 ```
 The second number is the beginning of the checksum in `complete.json`, which covers everything: an upload that
@@ -25,12 +26,13 @@ from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.reader import Checkpoint
 from hlat.checkpoint.retention import Entry, expired
 from hlat.observe.jsonl import read_rows
+from hlat.storage.fingerprint import FILE as FINGERPRINT
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
 
 RUN_FILES = "run"
 METRICS = "metrics.jsonl"
-KEPT_BESIDE = (METRICS, "recipe.yaml", "resolved.yaml", "environment.json")
+KEPT_BESIDE = (METRICS, FINGERPRINT, "recipe.yaml", "resolved.yaml", "environment.json")
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{12})")
 
 
@@ -210,18 +212,29 @@ class Mirror:
                 self.remote.write(f"{name}/{RUN_FILES}/{file}", data[: data.rfind(b"\n") + 1])
 
     def _fetch_beside(self, copy: Copy) -> None:
-        """The metrics so far come back as well, where those on the disk end before this checkpoint."""
-        target = self.root.parent / METRICS
-        if _last_step(target) >= copy.entry.step:
+        """The metrics so far come back as well, and what they stand for, where those on the disk end before
+        this checkpoint.
+        """
+        if _last_step(self.root.parent / METRICS) >= copy.entry.step:
             return
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        if not self._fetch_file(copy, FINGERPRINT):
+            (self.root.parent / FINGERPRINT).unlink(missing_ok=True)  # it is about the rows that go
+        self._fetch_file(copy, METRICS)  # last: where they have come, all has
+
+    def _fetch_file(self, copy: Copy, name: str) -> bool:
+        """Bring back a file of the run folder. Returns whether the copy has it: there may have been none
+        yet.
+        """
+        target = self.root.parent / name
+        partial = target.with_name(f".{name}.{os.getpid()}.tmp")
         try:
-            self.remote.download(f"{copy.name}/{RUN_FILES}/{METRICS}", partial)
+            self.remote.download(f"{copy.name}/{RUN_FILES}/{name}", partial)
             os.replace(partial, target)
         except FileNotFoundError:
-            pass  # saved before there was a metrics file
+            return False
         finally:
             partial.unlink(missing_ok=True)
+        return True
 
 
 def _last_step(metrics: Path) -> int:

@@ -22,6 +22,7 @@ from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.layout import Chunk, Index, Reader, boxes
 from hlat.checkpoint.peers import Peers
 from hlat.errors import UserError
+from hlat.storage.fingerprint import digest_of
 
 EARLIER = "use an earlier checkpoint of the run, or copy this one again"
 
@@ -93,6 +94,19 @@ class Checkpoint:
                 return piece
             whole[box] = piece
         return whole
+
+    def content(self) -> str:
+        """Digest (hex) of the model's weights, from the checksums in the index: nothing is read."""
+        weights = {
+            name: [
+                str(entry.dtype),
+                entry.shape,
+                sorted([c.offset, c.shape, c.record.sha256] for c in entry.chunks),
+            ]
+            for name, entry in self._index.tensors.items()
+            if name.startswith("model/")
+        }
+        return digest_of(weights)
 
     def load_into(self, tensors: Mapping[str, Tensor], partial: bool = False, ignore: str = "") -> None:
         """Fill tensors in place, whatever layout they or the checkpoint have. Collective among the peers.

@@ -44,6 +44,10 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
+    def content(self) -> str:
+        """Digest (hex) of the weights themselves, wherever they lie. Raises UserError."""
+        ...
+
 
 def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) -> WeightSource:
     """Opens a run folder (its newest complete checkpoint), a step folder, or a folder in Hugging Face's

@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
     from hlat.observe.jsonl import replace_file
     from hlat.observe.report import render
     from hlat.observe.runs import load_runs
+    from hlat.observe.standing import standing_notes
     from hlat.observe.text import byte_size
 
     check_output(args.out, "--out")
@@ -40,5 +41,7 @@ def main(args: argparse.Namespace) -> int:
         replace_file(args.out, content)
     except OSError as error:
         raise UserError(f"cannot write the report ({error.strerror})", where=f"--out {args.out}") from error
+    for line in standing_notes(runs):
+        print(f"note: {line}")
     print(f"{args.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {byte_size(len(content))}")
     return 0

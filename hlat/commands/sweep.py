@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
+    from hlat.observe.runfolder import RunFolder
     from hlat.observe.sweep import Cell, Result
     from hlat.recipe import Recipe
+    from hlat.storage.fingerprint import Fingerprint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +44,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Trial:
-    """One run of a sweep: its combination, its seed, the overrides that make it, and what they make."""
+    """One run of a sweep: its combination, its seed, the overrides that make it, what they make, and what its
+    result is to stand for (None as long as nothing asks).
+    """
 
     choice: dict[str, Any]
     seed: int
     overrides: list[str]
     folder: Path
     recipe: Recipe
+    wanted: Fingerprint | None = None
+
+    @property
+    def last(self) -> int:
+        """The step at which it ends."""
+        return self.recipe.run.stop_at_step or self.recipe.run.steps
 
     @property
     def log(self) -> Path:
@@ -67,11 +78,15 @@ def main(args: argparse.Namespace) -> int:
         for command in commands:
             print(shlex.join(command))
         return 0
+    look_at_contents(trials)
+    refuse_others(trials, out)
     failed, stop = run_all(trials, commands)
     if stop is not None:
         print(f"hlat: stopped by {name_of(stop)}; the same command continues", file=sys.stderr)
         return 128 + stop
     _write(out, f"sweep of {args.recipe}", gather(trials))
+    for line in other_versions(trials):
+        print(f"note: {line}")
     if failed:
         print(
             f"hlat: {failed} of {len(trials)} runs failed; the same command tries them again", file=sys.stderr
@@ -94,8 +109,11 @@ def run_all(trials: Sequence[Trial], commands: Sequence[Sequence[str]]) -> tuple
                 return failed, children.received
             if code > 128:  # it was told alone, by a spot notice or the end of its time
                 return failed, code - 128
-            got = result(trial)
-            if got is not None and got.fault:
+            got, other = result(trial), others(trial)
+            if other:
+                failed += 1
+                print(f"something changed while the sweep ran: {'; '.join(other)}", flush=True)
+            elif got is not None and got.fault:
                 print(f"{got.fault}: see {trial.log}", flush=True)
             elif code or got is None:
                 failed += 1
@@ -178,28 +196,124 @@ def _with_value(text: str, choice: dict[str, Any]) -> str:
     return f"{key}={json.dumps(choice[key])}" if key in choice else text
 
 
-def result(trial: Trial) -> Result | None:
-    """What a run gave; None when it is not finished, or was of another recipe."""
-    import yaml
+def look_at_contents(trials: Sequence[Trial]) -> None:
+    """Note what each result is to stand for. Raises UserError for data or weights that cannot be read."""
+    from hlat.train.fingerprint import Contents
 
-    from hlat.observe.jsonl import read_rows
+    contents = Contents()
+    for trial in trials:
+        trial.wanted = contents.fingerprint(trial.recipe)
+
+
+def refuse_others(trials: Sequence[Trial], out: Path) -> None:
+    """Raise UserError where the folder holds runs of something else, finished or not: they are not results of
+    this sweep, and nothing is to go on from their states.
+    """
+    found = [(trial, other) for trial in trials if (other := others(trial))]
+    if found:
+        trial, other = found[0]
+        count = f"{len(found)} of {len(trials)} runs there are"
+        what = f"{count} of something else than asked for: {trial.folder.name}: {'; '.join(other[:4])}"
+        more = f" (and {len(other) - 4} more)" if len(other) > 4 else ""
+        fix = "give this sweep a folder of its own with --out, or move those runs away"
+        raise UserError(f"{what}{more}", where=f"--out {out}", fix=fix)
+
+
+def others(trial: Trial) -> list[str]:
+    """How what a trial would go on from, or show, differs from what it is to be; empty if it does not, or if
+    there is nothing yet.
+    """
+    from hlat.storage.fingerprint import read_stretches, with_steps
+    from hlat.train.fingerprint import differences
+
+    assert trial.wanted is not None
+    if not _has_result(trial):
+        return _others_in_store(trial)
+    stretches = with_steps(read_stretches(trial.folder), trial.last)
+    if not stretches or stretches[0].after:
+        return ["it was made by a version of HLAT that did not note what it stands for"]
+    found = [differences(stretch.fingerprint, trial.wanted, trial.last) for stretch in stretches]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _others_in_store(trial: Trial) -> list[str]:
+    """`others` of the copies that `checkpoint.remote` holds under the run's name."""
+    if trial.recipe.checkpoint.remote is None:
+        return []
     from hlat.observe.runfolder import RunFolder
-    from hlat.observe.sweep import result_of
-    from hlat.recipe import identity_diff
+    from hlat.storage.fingerprint import Fingerprint
+    from hlat.train.fingerprint import differences
+    from hlat.train.remote import newest_meta
 
-    folder, wanted = RunFolder(trial.folder), trial.recipe.to_dict()
-    last = trial.recipe.run.stop_at_step or trial.recipe.run.steps
+    def warn(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    saved = newest_meta(trial.recipe, RunFolder(trial.folder).checkpoints, warn)
+    if saved is None:
+        return []
+    if not saved.get("content"):
+        return ["checkpoint.remote holds a run of its name that does not say what it stands for"]
+    assert trial.wanted is not None
+    return differences(Fingerprint.from_dict(saved), trial.wanted, trial.last)
+
+
+def _has_result(trial: Trial) -> bool:
+    """Whether a run has left a state to go on from, or figures of its last step."""
+    from hlat.observe.runfolder import RunFolder
+
+    folder = RunFolder(trial.folder)
+    states = (folder.checkpoints, folder.nxd_checkpoints)
+    if any(state.is_dir() and any(state.glob("step-*")) for state in states):
+        return True
+    found = _figures(folder, trial.last)
+    return found is not None and (found.stopped or math.isfinite(found.loss))
+
+
+def _figures(folder: RunFolder, last: int) -> Result | None:
+    """What the rows of a run say; None without rows."""
+    from hlat.observe.jsonl import read_rows
+    from hlat.observe.sweep import result_of
+
     try:
-        saved = yaml.safe_load(folder.resolved.read_text())
-        if identity_diff(saved, wanted):
-            return None
-        found = result_of(read_rows(folder.metrics), last)
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return result_of(read_rows(folder.metrics), last)
+    except (OSError, ValueError, AttributeError):
         return None
-    if found.stopped:  # nothing would be different the next time, unless the guard is
-        return found if saved.get("guard") == wanted["guard"] else None
-    finished = (folder.checkpoints / f"step-{last:08d}").is_dir()
-    return found if finished or (folder.nxd_checkpoints / f"step-{last:09d}" / "done").exists() else None
+
+
+def result(trial: Trial) -> Result | None:
+    """What a run gave; None when it is not finished, or was of something else."""
+    from hlat.observe.runfolder import RunFolder
+
+    folder = RunFolder(trial.folder)
+    found = _figures(folder, trial.last)
+    if found is None or others(trial):
+        return None
+    if found.stopped:  # nothing would be different the next time
+        return found
+    ends = (
+        folder.checkpoints / f"step-{trial.last:08d}",
+        folder.nxd_checkpoints / f"step-{trial.last:09d}" / "done",
+    )
+    return found if any(end.exists() for end in ends) else None
+
+
+def other_versions(trials: Sequence[Trial]) -> list[str]:
+    """A line for each set of versions that made results shown beside those of this one."""
+    from collections import Counter
+
+    from hlat.storage.fingerprint import read_stretches, with_steps
+    from hlat.train.fingerprint import versions
+
+    made: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for trial in trials:
+        stretches = with_steps(read_stretches(trial.folder), trial.last)
+        made.update({tuple(sorted(stretch.fingerprint.versions.items())) for stretch in stretches})
+    made.pop(tuple(sorted(versions().items())), None)
+    return [
+        f"{count} of {len(trials)} runs were made, in part or whole, by "
+        + ", ".join(f"{name} {version}" for name, version in found)
+        for found, count in made.items()
+    ]
 
 
 def gather(trials: Sequence[Trial]) -> list[Cell]:

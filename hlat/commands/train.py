@@ -246,6 +246,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.observe.spot import watching
     from hlat.observe.stopping import exit_status, name_of, text_of
     from hlat.train.describe import summary
+    from hlat.train.fingerprint import note_start
     from hlat.train.initial import initial_from
     from hlat.train.metrics import open_metrics
     from hlat.train.run import build_run
@@ -271,6 +272,8 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     job.watchdog.beat(0, "restoring")
     if saved is not None:
         saves.restore(run, saved)
+    if console is not None:
+        note_start(run, folder.path, saved, console.warn)
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = open_metrics(run, folder, saved, console, note, began)
     metrics.notes = saves.journal.rows

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hlat.data.cache import cache_root
 from hlat.data.sources import tokenized_folder
 from hlat.data.staged import is_url
 from hlat.errors import UserError
+from hlat.storage.user_cache import cache_root
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe

@@ -7,7 +7,6 @@ builder waiting, who then finds the finished folder. Disk trouble removes the pa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -32,9 +31,10 @@ from hlat.data.packed import (
     token_dtype,
     write_json,
 )
-from hlat.data.sources import InputFile, Piece, Source, identity, units
+from hlat.data.sources import InputFile, Piece, Source, identity, refuse_changed, units
 from hlat.data.tokenizer import Tokenizer
 from hlat.errors import UserError
+from hlat.storage.fingerprint import digest_of
 
 
 @dataclass
@@ -51,14 +51,15 @@ class Built:
 
 
 def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> str:
-    """Hash of all that decides the content of a tokenized folder."""
-    parts = [
-        f"{FORMAT} {VERSION}",
-        tokenizer.identity,
-        f"{holdout_threshold(holdout)}",
-        *(identity(source) for source in sources),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    """Fingerprint of all that decides the content of a tokenized folder."""
+    return digest_of(
+        {
+            "format": [FORMAT, VERSION],
+            "tokenizer": tokenizer.identity,
+            "holdout": holdout_threshold(holdout),
+            "sources": [identity(source) for source in sources],
+        }
+    )
 
 
 def build(
@@ -195,6 +196,7 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
     if threshold != job.below:
         moved = [number for number, unit in done.items() if _moves(job.folder, unit, threshold, job.below)]
         done |= pool.run(job.folder, moved, threshold, workers, lambda size: None)
+    refuse_changed(job.sources, "tokenized")
     manifest = _manifest(job, [done[number] for number in sorted(done)], threshold)
     _publish(job, manifest, out)
     return Built(out, written, time.perf_counter() - started, reused)

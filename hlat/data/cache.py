@@ -9,7 +9,6 @@ Entries are never changed; deleting any of them, or all, is safe while no run re
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -18,16 +17,18 @@ from hlat.data.build import build, build_key
 from hlat.data.lock import locked_folder
 from hlat.data.packed import disk_error, holdout_threshold
 from hlat.data.progress import tokenizing
-from hlat.data.sources import Source, identity
+from hlat.data.sources import Source, identity, refuse_changed
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import train_bpe, training_texts
 from hlat.errors import UserError
+from hlat.storage.fingerprint import digest_of
+from hlat.storage.user_cache import cache_root
 
 
-def cache_root() -> Path:
-    """The cache folder (not created)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "hlat"
+def tokenizer_key(sources: list[Source], vocab: int, holdout: float) -> str:
+    """Fingerprint of all that decides a trained tokenizer."""
+    contents = [identity(source) for source in sources]
+    return digest_of({"bpe": 2, "vocab": vocab, "holdout": holdout_threshold(holdout), "sources": contents})
 
 
 def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: bool = False) -> Tokenizer:
@@ -36,8 +37,8 @@ def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: 
     Raises UserError.
     """
     below = holdout_threshold(holdout)
-    parts = [f"bpe 1 {vocab} {below}", *(identity(source) for source in sources)]
-    folder = cache_root() / "tokenizers" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    key = tokenizer_key(sources, vocab, holdout)
+    folder = cache_root() / "tokenizers" / key[:32]
     path = folder / "tokenizer.json"
     if not path.is_file():
         try:
@@ -59,6 +60,7 @@ def _train_into(partial: Path, sources: list[Source], vocab: int, below: int, qu
     try:
         with tokenizing(f"training a BPE of {vocab:,} entries", quiet):
             train_bpe(training_texts(sources, below), vocab, partial)
+        refuse_changed(sources, "read for a tokenizer")
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -168,6 +168,11 @@ class Examples:
     def _evaluated(self, rows: int | None) -> int:
         return self.holdout.documents if rows is None else min(self.holdout.documents, rows)
 
+    def holdout_content(self) -> str:
+        """Hash (hex sha256) of the held-out prompts, completions and labels, in text."""
+        split = self.holdout
+        return hashlib.sha256(json.dumps([split.texts, split.labels]).encode()).hexdigest()
+
     def holdout_bytes(self, rows: int | None = None) -> int:
         """Bytes of the completions that are the targets of so many held-out examples."""
         return len(self.holdout_text(rows))

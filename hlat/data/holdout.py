@@ -13,6 +13,7 @@ from); its bytes are then taken out of the count too.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 
@@ -68,6 +69,11 @@ class HoldoutStream:
     def targets(self) -> int:
         """Tokens of the whole stream that can be targets (without a document mask)."""
         return int((self._table[:, 2] - self._table[:, 1]).sum())
+
+    def content(self) -> str:
+        """Hash (hex sha256) of which documents are held out, by their text: the same for every tokenizer."""
+        marks = [np.asarray(shard.table[:, 2]) for shard in self._shards]
+        return hashlib.sha256(np.sort(np.concatenate(marks)).tobytes() if marks else b"").hexdigest()
 
     def batches(self, batch_size: int, rows: int | None = None) -> Iterator[Batch]:
         """The first `rows` rows (all for None) in batches of `batch_size`.

@@ -120,6 +120,10 @@ class Data:
         """
         return self.holdout.batches(batch_size, rows)
 
+    def holdout_content(self) -> str:
+        """Hash (hex sha256) of the held-out text."""
+        return self.holdout.content()
+
     def holdout_bytes(self, rows: int | None = None) -> int:
         """Bytes of text whose tokens are the targets of so many rows."""
         return self.holdout.text_bytes(rows)

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hlat.data.progress import tokenizing
 from hlat.errors import UserError, missing_extra
+from hlat.storage.digests import file_digests
+from hlat.storage.fingerprint import digest_of
 
 FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
 MANIFEST = "manifest.json"
 STDLIB = "python-stdlib"
-# Up to this size a source is identified by its content (about 0.2 s to hash); above it by path, size and
-# modification time.
-HASH_CONTENT_LIMIT = 256 * 2**20
+_SHOW_ABOVE = 2**30  # bytes; smaller sources are hashed within a second
 # A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64
 # MiB of text in large ones.
 UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
@@ -119,28 +119,40 @@ def resolve_source(
     return source
 
 
-def identity(source: Source) -> str:
-    """Hash (hex sha256) of what the source holds; the key of the cache.
+def identity(source: Source, quiet: bool = False) -> str:
+    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order. Neither
+    their names nor where they lie enter.
 
-    Sources up to 256 MiB are hashed by name and content, larger ones by name, size and modification time of
-    every file: a file changed in place without a new modification time is then not noticed. The root's own
-    path does not enter.
+    Files are read once (see `hlat.storage.digests`). Raises UserError for one that cannot be read, or that
+    changes while it is read.
     """
-    if source.known_identity:
-        return source.known_identity
-    by_content = source.size <= HASH_CONTENT_LIMIT
-    digest = hashlib.sha256(f"{'content' if by_content else 'stat'} {source.text_field}\n".encode())
-    for file in source.files:
-        try:
-            content = Path(file.path).read_bytes() if by_content else b""
-            mark = hashlib.sha256(content).hexdigest() if by_content else str(os.stat(file.path).st_mtime_ns)
-        except OSError as error:
-            raise UserError(
-                f"cannot be read ({error.strerror})", where=file.path, fix="make it readable or remove it"
-            ) from error
-        digest.update(f"{file.name}\0{file.kind}\0{file.size}\0{mark}\n".encode("utf-8", "surrogateescape"))
-    source.known_identity = digest.hexdigest()
+    if not source.known_identity:
+        source.known_identity = _content(source, quiet)
     return source.known_identity
+
+
+def refuse_changed(sources: Sequence[Source], doing: str) -> None:
+    """Raise UserError where a source is no longer what `identity` said before it was read: what was made of
+    it, which is called by that, may hold some of both.
+    """
+    for source in sources:
+        if _content(source, quiet=True) != identity(source):
+            fix = "start again when whatever writes it is done"
+            raise UserError(f"changed while it was {doing}", where=source.label, fix=fix)
+
+
+def _content(source: Source, quiet: bool) -> str:
+    done = 0
+    with tokenizing(f"reading {source.label}", quiet or source.size < _SHOW_ABOVE) as bar:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(done, source.size)
+
+        digests = file_digests([file.path for file in source.files], advance)
+    files = [[file.kind, file.size, digest] for file, digest in zip(source.files, digests, strict=True)]
+    return digest_of({"text_field": source.text_field, "files": files})
 
 
 def units(source: Source) -> list[list[Piece]]:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hlat.data.cache import cache_root
 from hlat.data.lock import locked_folder
 from hlat.data.packed import SPLITS, TokenFolder, disk_error
 from hlat.data.progress import tokenizing
@@ -27,6 +26,7 @@ from hlat.errors import StorageFailed, UserError
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
+from hlat.storage.user_cache import cache_root
 
 PATIENCE, PAUSE = 300.0, 5.0  # seconds: how long a store may fail, and between attempts
 TOKENIZER = "tokenizer"

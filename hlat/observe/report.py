@@ -15,6 +15,7 @@ from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
 from hlat.observe.page import page
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
+from hlat.observe.standing import standing_notes, standing_table
 from hlat.observe.text import anomaly_text, byte_size, duration, fixed, percent, rate, short
 
 _EMPTY = np.empty(0)
@@ -48,6 +49,7 @@ def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -
             _summary(runs),
             f'<div class="charts">{figures}</div>',
             _anomalies(runs),
+            _standing(runs),
             _recipes(runs),
             _environment(runs),
         ]
@@ -326,6 +328,15 @@ def _anomalies(runs: Sequence[Run]) -> str:
     return (
         f'<h2>Anomalies</h2><div class="sheet"><table><tbody>{lines}</tbody></table></div>' if lines else ""
     )
+
+
+def _standing(runs: Sequence[Run]) -> str:
+    """What the figures stand for, as digests; above it what makes them differ."""
+    notes = "".join(f"<p><b>{escape(line)}</b></p>" for line in standing_notes(runs))
+    table = standing_table(runs)
+    if not notes and not table:
+        return ""
+    return f"<h2>What the figures stand for</h2>{notes}{_by_key(table, runs) if table else ''}"
 
 
 def _recipes(runs: Sequence[Run]) -> str:

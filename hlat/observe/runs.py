@@ -15,6 +15,7 @@ import yaml
 from hlat.errors import UserError
 from hlat.observe.jsonl import Row, read_rows
 from hlat.observe.runfolder import RunFolder
+from hlat.storage.fingerprint import Stretch, read_stretches, with_steps
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -23,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 class Run:
     """One run. `train`, `held_out` and `tasks` map a field to an array, one element a row, NaN where it has
     none; `anomalies` are the rows of that kind, `supervised` what `hlat supervise` says at the end of each
-    job.
+    job, `stretches` what the rows stand for, empty where that is not known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Run:
     storage: list[Row] = field(default_factory=list)
     anomalies: Sequence[Row] = ()
     supervised: Sequence[Row] = ()
+    stretches: Sequence[Stretch] = ()
 
     @property
     def tokens_per_step(self) -> float:
@@ -93,6 +95,7 @@ def load_run(path: Path) -> Run:
         tasks=columns["tasks"],
         storage=storage,
         anomalies=anomalies,
+        stretches=with_steps(read_stretches(folder.path), int(max(rows["train"]))),
         supervised=_finishes(folder.logs / "supervisor" / "events.jsonl"),
     )
 

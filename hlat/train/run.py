@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,8 @@ class Run:
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
     those not skipped. `assembly` made the parts, and makes weights of masters. `skips`: which data is
-    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run.
+    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run. `content`:
+    what the recipe's paths and names stand for (`hlat.train.fingerprint`), on the first rank.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class Run:
     skips: Skips
     step: int = 0
     tasks_due: bool = False
+    content: Mapping[str, str] = field(default_factory=dict)
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, on the device; alike on all ranks of a

@@ -120,6 +120,7 @@ def meta(run: Run) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "fingerprint": recipe.fingerprint(),
         "data_fingerprint": run.data.fingerprint,
+        "content": dict(run.content),
         "model": recipe.model.model_dump(mode="json"),
         "layout": str(run.backend.layout),
         "rng": rng_to_json(),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import sys
 import types
 
@@ -223,28 +224,33 @@ def test_a_source_needs_one_place():
             resolve_source(**arguments)
 
 
-def test_identity_follows_content_and_names_not_the_place(tmp_path):
-    def make(root, name, content):
+def test_identity_follows_content_and_order_not_names_and_places(tmp_path):
+    def make(root, *contents, names="abc"):
         (tmp_path / root).mkdir()
-        (tmp_path / root / name).write_text(content)
+        for name, content in zip(names, contents, strict=False):
+            (tmp_path / root / f"{name}.txt").write_text(content)
         return identity(resolve_source(path=tmp_path / root))
 
-    first = make("a", "x.txt", "same")
-    assert make("b", "x.txt", "same") == first
-    assert make("c", "x.txt", "diff") != first
-    assert make("d", "y.txt", "same") != first
-    assert identity(resolve_source(path=tmp_path / "a", text_field="other")) != first
+    first = make("one", "same", "more")
+    assert make("moved", "same", "more") == first == make("renamed", "same", "more", names="xyz")
+    assert make("other", "same", "mare") != first
+    assert make("order", "more", "same") != first
+    assert make("joined", "samemore") != first
+    assert identity(resolve_source(path=tmp_path / "one", text_field="other")) != first
+    lines = tmp_path / "one" / "a.jsonl"  # the same bytes are read another way
+    (tmp_path / "one" / "a.txt").rename(lines)
+    assert identity(resolve_source(path=lines)) != identity(resolve_source(path=tmp_path / "other" / "a.txt"))
 
 
-def test_identity_of_large_sources_uses_modification_times(tmp_path, monkeypatch):
-    import os
-
-    monkeypatch.setattr(sources_module, "HASH_CONTENT_LIMIT", 2)
-    (tmp_path / "x.txt").write_text("same")
-    first = identity(resolve_source(path=tmp_path))
-    assert identity(resolve_source(path=tmp_path)) == first
-    os.utime(tmp_path / "x.txt", ns=(1, 1))
-    assert identity(resolve_source(path=tmp_path)) != first
+def test_times_do_not_make_other_content(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("same")
+    stamp, first = path.stat().st_mtime_ns, identity(resolve_source(path=path))
+    os.utime(path, ns=(1, 1))
+    assert identity(resolve_source(path=path)) == first
+    path.write_text("diff")
+    os.utime(path, ns=(stamp, stamp))
+    assert identity(resolve_source(path=path)) != first
 
 
 def test_tokenized_folder_is_recognised(tmp_path):
