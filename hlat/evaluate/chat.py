@@ -177,6 +177,23 @@ def _sandbox() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
+    class Names(jinja2.utils.Namespace):
+        """What a template stores; names that Python gives a meaning to are none of its business."""
+
+        def __init__(*args: Any, **names: Any) -> None:
+            for name in dict(*args[1:], **names):
+                Names.check(name)
+            jinja2.utils.Namespace.__init__(*args, **names)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            Names.check(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def check(name: Any) -> None:
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template may not store {name!r}")
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -195,6 +212,7 @@ def _sandbox() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     made.filters["tojson"] = to_json
+    made.globals["namespace"] = Names
     made.globals["raise_exception"] = refuse
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return made

@@ -115,6 +115,8 @@ def test_files_come_before_the_configuration_and_names_are_known(tmp_path: Path)
         "{{ messages.append(1) }}",
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% include '/etc/passwd' %}",
+        "{% set names = namespace(n=1) %}{% set names.__class__ = 2 %}",
+        "{{ namespace(__html__=1).n }}",
         "{{ 1 / 0 }}",
     ],
 )
@@ -127,3 +129,28 @@ def test_a_template_that_fails_or_reaches_out_is_one_line(tmp_path: Path, templa
 def test_a_template_that_hides_the_beginning_of_an_answer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not show the last message"):
         read(write(tmp_path, "nothing")).render(CHATS[2], add_generation_prompt=False)
+
+
+def test_special_tokens_of_a_template_are_tokens_of_a_model_that_hlat_trained(tmp_path: Path) -> None:
+    """Its documents are plain text, in which `<user>` is six characters; in a template it is a token."""
+    pytest.importorskip("lm_eval")
+    from types import SimpleNamespace
+
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    from hlat.data.tokenizer import load_tokenizer
+    from hlat.evaluate.harness import lm_class
+    from hlat.evaluate.text import TextCodec
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([AddedToken("</s>"), AddedToken("<user>")])
+    backend.save(str(write(tmp_path, "<user>{{ messages[0].content }}") / "tokenizer.json"))
+    codec, live = TextCodec(load_tokenizer(tmp_path)), SimpleNamespace(config=SimpleNamespace(max_seq_len=99))
+    team = SimpleNamespace(codec=codec, live=live, chat=read(tmp_path))
+    model = lm_class()(pretrained=team)
+    assert len(model.tok_encode("<user>ab")) == 8
+    text = model.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert len(model.tok_encode(text)) == 3
+    assert model.tokenizer_name.endswith(team.chat.digest) and model.chat_template(False) is None

@@ -165,3 +165,12 @@ def test_a_task_without_a_figure_is_compared_with_nothing() -> None:
     assert (
         notes[0].startswith("b: 3 requests longer") and notes[1] == "b: q: no figure: logits are not finite"
     )
+
+
+def test_a_metric_that_is_no_mean_of_its_scores_is_not_compared() -> None:
+    """A perplexity is an exponential of them: their difference is not one of perplexities."""
+    one, two = results([1, 0, 1], [9.0, 11.0, 10.0]), results([0, 0, 1], [8.0, 9.0, 9.0])
+    for found in (one, two):
+        found["results"]["p"] = {"perplexity,none": math.exp(2.0)}
+        found["samples"]["p"] = [{"doc_id": i, "filter": "none", "perplexity": -2.0} for i in range(3)]
+    assert [row["task"] for row in comparison(["a", "b"], [one, two])] == ["q", "t"]

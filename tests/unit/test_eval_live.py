@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hlat.data.tokenizer import BytesTokenizer
 from hlat.evaluate.batches import Request
 from hlat.evaluate.generate import generate
 from hlat.evaluate.live import LiveModel
+from hlat.evaluate.sampling import NOT_FINITE, Sampling, drawable
 from hlat.evaluate.team import BROKEN, LIMIT, STOPPED, Team
 from hlat.evaluate.text import TextCodec
 from hlat.model.config import ModelConfig
@@ -189,3 +193,57 @@ def test_a_stream_split_along_the_sequence_goes_to_the_last_position(
     assert expected[0] == list(
         generate(team.live.model, prompts[0], max_new_tokens=count, stop={256}, known=257)  # type: ignore[arg-type]
     )
+
+
+class Threads:
+    """Ranks of a group that are threads. Its maximum passes over NaN, as some libraries' does."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier, self._parts = threading.Barrier(size), [torch.empty(0)] * size
+
+    def gather(self, rank: int, x: torch.Tensor) -> torch.Tensor:
+        self._parts[rank] = x
+        self._barrier.wait(60)
+        found = torch.stack(self._parts)
+        self._barrier.wait(60)
+        return found
+
+    def reduce(self, rank: int, x: torch.Tensor, op: str) -> torch.Tensor:
+        found = self.gather(rank, x)
+        least = found.nan_to_num(-math.inf, math.inf, -math.inf) if found.is_floating_point() else found
+        return least.amax(0) if op == "max" else found.sum(0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_of_a_spread_vocabulary_chooses_alike(size: int, temperature: float) -> None:
+    """Ten ids, the last three of no token, so that one rank of three has nothing that may be chosen."""
+    rows = torch.randn(7, 10, generator=torch.Generator().manual_seed(2))
+    rows[1, 9] = rows[2, 8] = 40.0  # likeliest, and of no token
+    rows[3, 0], rows[4, 6], rows[5, 3], rows[6, 8] = math.nan, math.nan, math.inf, math.nan
+    width, group, found = -(-10 // size), Threads(size), [torch.empty(0)] * size
+
+    def choose(rank: int) -> None:
+        live: Any = LiveModel.__new__(LiveModel)
+        live.config = SimpleNamespace(vocab=10)
+        shard = SimpleNamespace(start=rank * width, rows=width) if size > 1 else None
+        live.model = SimpleNamespace(head=SimpleNamespace(shard=shard))
+        tp = SimpleNamespace(
+            all_reduce=lambda x, op="sum": group.reduce(rank, x, op), gather=lambda x: group.gather(rank, x)
+        )
+        live.backend = SimpleNamespace(groups=SimpleNamespace(tp=tp))
+        sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
+        allowed = drawable(10, 7, {3}, torch.device("cpu"))
+        found[rank] = live._choose(rows[:, rank * width : (rank + 1) * width].clone(), sampling, allowed)
+
+    threads = [threading.Thread(target=choose, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(part.tolist() == found[0].tolist() for part in found)
+    assert found[0][3:6].tolist() == [NOT_FINITE] * 3
+    sound = found[0][[0, 1, 2, 6]]
+    assert int(sound.min()) >= 0 and int(sound.max()) < 7
+    if not temperature:
+        assert sound.tolist() == rows[[0, 1, 2, 6], :7].argmax(-1).tolist()
