@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hlat.commands.eval import add_selection, evaluation, selection
+from hlat.commands.eval import add_selection, evaluation, refuse_without_figures, selection
 from hlat.errors import UserError
 from hlat.observe.output import check_output
 
-EXPLANATION = (
-    "± is the standard error. p: paired over the questions (McNemar's exact test where scores are 0 or 1, "
-    "else a z-test), corrected for the number of rows (Holm). * below 5 %."
-)
+SAID = ("notes", "context_ended", "left_out", "chat_template")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,6 @@ def main(args: argparse.Namespace) -> int:
     for option in ("markdown", "html", "json"):
         check_output(getattr(args, option), f"--{option}")
     with evaluation(args) as job:
-        from hlat.evaluate.compare import comparison
         from hlat.evaluate.target import open_target
 
         targets = [open_target(path) for path in args.targets]
@@ -43,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
         results = [found for target in targets if (found := job.run(target, wanted)) is not None]
         if job.first:
             names = distinct([target.name for target in targets])
-            _show(args, names, comparison(names, results))
+            _show(args, names, results)
+            refuse_without_figures(results)
     return 0
 
 
@@ -55,24 +52,27 @@ def distinct(names: list[str]) -> list[str]:
     ]
 
 
-def _show(args: argparse.Namespace, names: list[str], rows: list[dict[str, Any]]) -> None:
+def _show(args: argparse.Namespace, names: list[str], results: list[dict[str, Any]]) -> None:
     from html import escape
 
-    from hlat.evaluate.compare import comparison_table
-    from hlat.evaluate.results import html_table, markdown, plain, write_json, write_text
+    from hlat.evaluate.compare import EXPLANATION, comparison, comparison_notes, comparison_table
+    from hlat.evaluate.results import html_notes, html_table, markdown, plain, write_json, write_text
     from hlat.observe.page import page
 
+    rows, notes = comparison(names, results), comparison_notes(names, results)
     table = comparison_table(names, rows)
-    print(f"{plain(table)}\n\n{EXPLANATION}")
+    print("\n".join([plain(table), "", EXPLANATION, *(f"note: {line}" for line in notes)]))
     if args.markdown:
-        write_text(f"{markdown(table)}\n\n{EXPLANATION}\n", args.markdown)
+        lines = [markdown(table), "", EXPLANATION, *(f"\nNote: {line}" for line in notes)]
+        write_text("\n".join(lines) + "\n", args.markdown)
     if args.html:
         title = " and ".join(names)
         head = f"<header><h1>{escape(title)}</h1></header>"
-        body = f'{head}{html_table(table)}<p class="note">{escape(EXPLANATION)}</p>'
+        body = f"{head}{html_table(table)}{html_notes([EXPLANATION, *notes])}"
         write_text(page(title, body, {}), args.html)
     if args.json:
-        write_json({"models": names, "rows": rows}, args.json)
+        told = [{key: result["hlat"][key] for key in SAID} for result in results]
+        write_json({"models": names, "rows": rows, "notes": notes, "hlat": told}, args.json)
     for path in (args.markdown, args.html, args.json):
         if path:
             print(f"{path}: written")

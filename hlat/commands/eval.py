@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,19 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp64", "fp32", "bf16"), default="fp32", help="compute in (default: fp32)")
     add("--device", help="cpu, cuda, … (default: cuda if there is one)")
     add("--tokenizer", metavar="PATH", help="another tokenizer than the checkpoint's")
+    add(
+        "--apply-chat-template",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="put the questions into the chat template of the tokenizer's files (the one of this name)",
+    )
+    add(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="with a chat template: each example is a turn of the conversation (the default)",
+    )
+    add("--system-instruction", metavar="TEXT", help="a system message, or text before each question")
     add("--tp", type=int, default=1, metavar="N", help="ranks that share each layer (under torchrun)")
     add("--pp", type=int, default=1, metavar="N", help="pipeline ranks (under torchrun); the rest: replicas")
     add(
@@ -66,7 +80,20 @@ def main(args: argparse.Namespace) -> int:
                 found.append((target, results))
         if job.first:
             _write(args, found)
+            refuse_without_figures([results for _, results in found])
     return 0
+
+
+def refuse_without_figures(found: Sequence[dict[str, Any]]) -> None:
+    """Raise Diverged where the models' logits left nothing to show, once everything is written."""
+    from hlat.evaluate.generate import diverged
+    from hlat.evaluate.running import left_out, numbers
+
+    values = [
+        value for results in found for metrics in numbers(results).values() for value, _ in metrics.values()
+    ]
+    if any(left_out(results) for results in found) and not any(value is not None for value in values):
+        raise diverged("no task has a figure: the model's logits are not finite")
 
 
 def evaluation(args: argparse.Namespace) -> Any:
@@ -83,6 +110,9 @@ def evaluation(args: argparse.Namespace) -> Any:
     for option, least, value in bounds:
         if value is not None and value < least:
             raise UserError(f"{value} is out of range", where=option, fix=f"write {least} or more")
+    if args.fewshot_as_multiturn is not None and args.apply_chat_template is None:
+        fix = "add --apply-chat-template"
+        raise UserError("there are turns only in a chat template", where="--fewshot-as-multiturn", fix=fix)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from hlat.evaluate.harness import require_harness
@@ -121,6 +151,9 @@ def selection(args: argparse.Namespace, holdout: float | None = None) -> Selecti
         allow_code=args.allow_code_execution,
         holdout=holdout,
         batch_size=args.batch_size,
+        chat=args.apply_chat_template,
+        multiturn=args.fewshot_as_multiturn is not False,
+        system=args.system_instruction,
     )
 
 

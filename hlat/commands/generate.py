@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from hlat.errors import UserError
 
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from hlat.checkpoint.hf_config import DTYPES
     from hlat.checkpoint.hf_tokenizer import generation_stops, prompt_ids
     from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
-    from hlat.evaluate.generate import check_prompt, generate, stream_text
+    from hlat.evaluate.generate import check_prompt, generate, room_after, stream_text
     from hlat.evaluate.target import parse_device
     from hlat.observe.text import printable
 
@@ -51,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
         prompt = prompt_ids(source.tokenizer, args.prompt)
     else:
         prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
-    check_prompt(prompt, model_config(source).max_seq_len)
+    longest = model_config(source).max_seq_len
+    check_prompt(prompt, longest)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
         model,
@@ -62,13 +64,28 @@ def main(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
         stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
+        known=tokenizer.vocab_size,
     )
-    print(args.prompt, end="", flush=True)
+    made: list[int] = []
+    pieces = stream_text(tokenizer, prompt, _noting(new_ids, made))
+    begin = next(pieces, "")  # a model that has diverged says so before anything is printed
     shown = printable if sys.stdout.isatty() else str
-    for piece in stream_text(tokenizer, prompt, new_ids):
+    print(f"{args.prompt}{shown(begin)}", end="", flush=True)
+    for piece in pieces:
         print(shown(piece), end="", flush=True)
     print()
+    room = room_after(prompt, longest)
+    if len(made) == room < args.max_new_tokens:
+        full = f"the model's context of {longest:,} tokens is full"
+        print(f"hlat: note: {full}: {room:,} of {args.max_new_tokens:,} tokens were made", file=sys.stderr)
     return 0
+
+
+def _noting(ids: Iterator[int], made: list[int]) -> Iterator[int]:
+    """The ids, each also appended to `made`."""
+    for index in ids:
+        made.append(index)
+        yield index
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -76,6 +93,7 @@ def _check(args: argparse.Namespace) -> None:
         ("--max-new-tokens", args.max_new_tokens >= 0, "write 0 or more"),
         ("--temperature", args.temperature >= 0, "write 0 (greedy) or more"),
         ("--top-k", args.top_k is None or args.top_k >= 1, "write 1 or more"),
+        ("--seed", -(1 << 63) <= args.seed < 1 << 64, "write a number of at most 64 bits"),
         ("--top-p", args.top_p is None or 0 < args.top_p <= 1, "write a number above 0, at most 1"),
     )
     for option, fine, fix in bounds:

@@ -1,11 +1,9 @@
 """Models on the same questions: how much they differ, and how sure that is.
 
-Answers are paired question by question, which takes out how hard each question is. A figure is a ratio of
-sums over the questions (a mean where each counts 1; bits over bytes for bits per byte), and so is a
-difference; its standard error comes from the questions' contributions to it (delta method). Where every score
-is 0 or 1 the p-value is that of McNemar's exact test (the binomial test on the questions only one of the two
-got right), otherwise that of the paired z-test. All p-values of a table are corrected for their number (Holm
-1979).
+Answers are paired question by question, which takes out how hard each question is. Where every score is 0 or
+1 the p-value is that of McNemar's exact test (the binomial test on the questions only one of the two got
+right), otherwise that of the paired t-test; `hlat.evaluate.statistics` says how an error is found. All
+p-values of a table are corrected for their number (Holm 1979).
 """
 
 from __future__ import annotations
@@ -16,18 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from hlat.errors import UserError
-from hlat.evaluate.results import Table
-from hlat.evaluate.running import numbers
+from hlat.evaluate.results import Table, notes, question_scores
+from hlat.evaluate.running import left_out, numbers
+from hlat.evaluate.statistics import LEVEL, Scores, holm, is_binary, mcnemar, ratio, student_p
 
-LEVEL = 0.05
-Scores = dict[Any, tuple[float, float]]
-"""Question -> (what it adds to the sum, what it weighs)."""
+EXPLANATION = (
+    "± is the standard error; there is none for fewer than 3 questions, nor where fewer than 6 say the same. "
+    "p: paired over the questions (McNemar's exact test where scores are 0 or 1, else a t-test), corrected "
+    "for the number of rows (Holm). * below 5 %."
+)
 
 
 @dataclass(frozen=True)
 class Difference:
     """A model against the first one. value: its figure minus the first one's. error: standard error of that,
-    None with fewer than two questions. p: two-sided.
+    None where so few questions say nothing about it. p: two-sided.
     """
 
     value: float
@@ -36,86 +37,57 @@ class Difference:
     questions: int
 
 
-def question_scores(results: dict[str, Any], task: str, metric: str) -> Scores:
-    """The scores of a task's questions in the harness's results; empty where the metric has none (a group's
-    mean, a metric of the whole task).
-    """
-    name, _, filtered = metric.partition(" (")
-    wanted = filtered.rstrip(")") or "none"
-    scores: Scores = {}
-    for sample in results.get("samples", {}).get(task, []):
-        value = sample.get(name)
-        if sample["filter"] != wanted or value is None:
-            continue
-        if name == "bits_per_byte":
-            scores[sample["doc_id"]] = -value[0] / math.log(2), float(value[1])
-        elif isinstance(value, int | float):
-            scores[sample["doc_id"]] = float(value), 1.0
-    return scores
-
-
 def compare_scores(first: Scores, second: Scores) -> Difference:
     """Second minus first, over the same questions. Raises UserError when they are not the same."""
     if first.keys() != second.keys():
         raise UserError("the models were asked different questions", fix="evaluate them with one command")
     pairs = [(first[key], second[key]) for key in first]
-    weight = sum(size for (_, size), _ in pairs)
-    deltas = [b - a for (a, _), (b, _) in pairs]
-    value, count = sum(deltas) / weight, len(pairs)
-    error: float | None = None
-    if count > 1:
-        rest = sum((d - value * size) ** 2 for d, ((_, size), _) in zip(deltas, pairs, strict=True))
-        error = math.sqrt(rest * count / (count - 1)) / weight
-    plain = all(score in ((0.0, 1.0), (1.0, 1.0)) for pair in pairs for score in pair)
-    p = mcnemar(deltas.count(1.0), deltas.count(-1.0)) if plain else paired_z(value, error)
-    return Difference(value, error, p, count)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of the exact test: of the questions that one model alone got right, as many on one
-    side, if each side were as likely (McNemar 1947; binomial).
-    """
-    total = gained + lost
-    tail = sum(math.comb(total, k) for k in range(min(gained, lost) + 1)) / 2**total
-    return min(1.0, 2 * tail)
-
-
-def paired_z(value: float, error: float | None) -> float:
-    """Two-sided p-value of a difference under a normal law; 1 where nothing is known of its error."""
-    if error is None or value == 0:
-        return 1.0
-    return math.erfc(abs(value) / error / math.sqrt(2)) if error else 0.0
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979)."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    corrected, highest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
-        corrected[index] = highest
-    return corrected
+    deltas = [(b - a, size) for (a, size), (b, _) in pairs]
+    found = ratio(deltas, [max(abs(a), abs(b)) for (a, _), (b, _) in pairs])
+    if is_binary([*first.values(), *second.values()]):
+        changes = [delta for delta, _ in deltas]
+        p = mcnemar(changes.count(1.0), changes.count(-1.0))
+    else:
+        p = student_p(found.value, found.error, found.count)
+    return Difference(found.value, found.known_error, p, found.count)
 
 
 def comparison(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One object for each task and metric that has scores of single questions: `values` (value, error) of
-    each model, and `differences` of all but the first from it, each with its corrected `p_corrected`.
+    each model, and `differences` of all but the first from it, each with its corrected `p_corrected`. All of
+    these are None in a task of which one of the models has no figure.
     """
     rows: list[dict[str, Any]] = []
     figures = [numbers(result) for result in results]
-    for task, metrics in figures[0].items():
-        for metric in metrics:
-            scores = [question_scores(result, task, metric) for result in results]
-            if not all(scores):
-                continue
-            values = [dict(zip(("value", "error"), figure[task][metric], strict=True)) for figure in figures]
-            found = [vars(compare_scores(scores[0], other)) for other in scores[1:]]
-            differences = [{"model": name, **d} for name, d in zip(names[1:], found, strict=True)]
-            rows.append({"task": task, "metric": metric, "values": values, "differences": differences})
-    flat = [difference for row in rows for difference in row["differences"]]
-    for difference, p in zip(flat, holm([d["p"] for d in flat]), strict=True):
+    without = {task for result in results for task in left_out(result)}
+    names_of: dict[tuple[str, str], None] = {}
+    for figure in figures:
+        names_of |= {(task, metric): None for task, metrics in figure.items() for metric in metrics}
+    for task, metric in names_of:
+        scores = [question_scores(result, task, metric) for result in results]
+        if task not in without and not all(scores):
+            continue
+        values = [
+            dict(zip(("value", "error"), figure.get(task, {}).get(metric, (None, None)), strict=True))
+            for figure in figures
+        ]
+        others = [
+            _NOTHING if task in without else vars(compare_scores(scores[0], other)) for other in scores[1:]
+        ]
+        differences = [{"model": name, **found} for name, found in zip(names[1:], others, strict=True)]
+        rows.append({"task": task, "metric": metric, "values": values, "differences": differences})
+    made = [d for row in rows for d in row["differences"] if d["p"] is not None]
+    for difference, p in zip(made, holm([d["p"] for d in made]), strict=True):
         difference["p_corrected"] = p
     return rows
+
+
+_NOTHING = dict.fromkeys(("value", "error", "p", "questions", "p_corrected"))
+
+
+def comparison_notes(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[str]:
+    """What was cut or left out of each model's answers, one line each."""
+    return [f"{name}: {line}" for name, result in zip(names, results, strict=True) for line in notes(result)]
 
 
 def comparison_table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
@@ -126,12 +98,15 @@ def comparison_table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> Ta
     for row in rows:
         cells = [row["task"], row["metric"], *(_pm(v["value"], v["error"]) for v in row["values"])]
         for difference in row["differences"]:
-            star = " *" if difference["p_corrected"] < LEVEL else ""
+            p = difference["p_corrected"]
+            star = " *" if p is not None and p < LEVEL else ""
             cells += [_pm(difference["value"], difference["error"], "+.4f") + star]
-            cells += [f"{difference['p_corrected']:.2g}"]
+            cells += ["-" if p is None else f"{p:.2g}"]
         table.append(cells)
     return table
 
 
-def _pm(value: float, error: float | None, form: str = ".4f") -> str:
+def _pm(value: float | None, error: float | None, form: str = ".4f") -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
     return format(value, form) + (f" ± {error:.4f}" if error is not None else "")

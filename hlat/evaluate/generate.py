@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hlat.errors import UserError
-from hlat.evaluate.sampling import Sampling, draw
+from hlat.evaluate.sampling import NOT_FINITE, Sampling, draw, drawable, only
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -20,14 +20,21 @@ class Diverged(UserError):
     """Weights that give no finite logits."""
 
 
+def diverged(what: str, where: str = "") -> Diverged:
+    """The error, with what to do."""
+    return Diverged(what, where=where, fix="take a checkpoint before it diverged")
+
+
 def sample(
     logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """One id drawn from logits (V,), int64 (1,). Temperature 0 takes the most likely one.
-
-    top_k keeps the k most likely ids, top_p then the fewest of them whose probability reaches p.
-    """
+    """One id drawn from logits (V,), int64 (1,). The options are those of `Sampling`."""
     return draw(logits_V[None], Sampling(temperature, top_k, top_p, generator))
+
+
+def room_after(prompt: Sequence[int], longest: int) -> int:
+    """Tokens that can be made after a prompt before the model's context is full."""
+    return max(0, longest - len(prompt))
 
 
 def check_prompt(prompt: Sequence[int], longest: int) -> None:
@@ -50,6 +57,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: Collection[int] = (),
+    known: int | None = None,
 ) -> Iterator[int]:
     """Ids that continue a prompt, one by one as they are made.
 
@@ -62,16 +70,18 @@ def generate(
         top_k, top_p: see `sample`.
         seed: of the draws; the same seed gives the same text.
         stop: end-of-text ids.
+        known: ids of the tokenizer, where the embedding is padded to more; the others are never made.
 
     Raises:
         UserError: a prompt that is empty or longer than the model's max_seq_len.
         Diverged: weights that give no finite logits.
     """
     check_prompt(prompt, model.config.max_seq_len)
-    room = model.config.max_seq_len - len(prompt)
     # The last position that is fed is the one before the last token made.
-    count = min(max_new_tokens, room)
+    count = min(max_new_tokens, room_after(prompt, model.config.max_seq_len))
     device = next(model.parameters()).device
+    vocab = model.config.vocab
+    allowed = drawable(vocab, vocab if known is None else known, stop, device)
     generator = torch.Generator(device=device).manual_seed(seed)
     cache = model.new_cache(1, len(prompt) + max(count - 1, 0))
     ids = torch.tensor([list(prompt)], device=device)
@@ -79,11 +89,11 @@ def generate(
     for _ in range(count):
         hidden = model.hidden(ids, positions, None, cache)[:, -1]
         assert model.head is not None
-        logits = model.head(hidden)[0]
-        if not logits.max().isfinite():  # NaN, if there is one
-            raise Diverged("the model's logits are not finite", fix="take a checkpoint before it diverged")
+        logits = only(model.head(hidden)[0], allowed)
         chosen = sample(logits, generator, temperature, top_k, top_p)
         token = int(chosen)
+        if token == NOT_FINITE:
+            raise diverged("the model's logits are not finite")
         if token in stop:
             return
         yield token

@@ -8,21 +8,29 @@ models give the same numbers for the same weights.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError, missing_extra
 from hlat.evaluate.batches import Request, cut_left
+from hlat.evaluate.options import NEW_TOKENS, read_generation
 
 if TYPE_CHECKING:
+    from hlat.evaluate.chat import ChatTemplates
     from hlat.evaluate.team import Score, Team
 
-DEFAULT_NEW_TOKENS = 256
 BATCH_SIZE = 16
-_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p")
+NOTES = {
+    "truncated": "requests longer than the model's context lost tokens on the left",
+    "dropped_tokens": "tokens were dropped by that",
+    "shortened": "tasks wanted more new tokens than fit; half of the context was generated at most",
+    "without_system": "prompts are without their system message, which the chat template refuses",
+}
+_opened: list[HarnessModel] = []  # by the harness's own command
 
 
 def require_harness(purpose: str = "evaluation") -> None:
@@ -43,9 +51,13 @@ class HarnessModel:
         tokenizer: another tokenizer than the checkpoint's.
         device: cpu, cuda, …
 
+        collect: note the questions whose answers are not finite in `broken`; otherwise they raise
+            Diverged: the harness would take the first choice for the best one and give a figure.
+
     Attributes:
-        notes: how often something was cut to fit the model: `truncated` requests, `dropped_tokens` of them,
-            `shortened` generations.
+        notes: how often something was cut to fit the model; the keys are those of NOTES.
+        broken: task -> numbers of its questions of which an answer is not finite.
+        context_ended: task -> how many generations the end of the context ended.
     """
 
     def __init__(
@@ -56,12 +68,19 @@ class HarnessModel:
         tokenizer: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
+        collect: bool = False,
     ) -> None:
         super().__init__()
         self.team = _open_team(pretrained, dtype, tokenizer, device)
         self.batch_size = min(_batch_size(batch_size), max_batch_size or 1 << 30)
         self.codec, self.max_length = self.team.codec, self.team.live.config.max_seq_len
         self.notes: Counter[str] = Counter()
+        self.broken: dict[str, set[int]] = defaultdict(set)
+        self.context_ended: Counter[str] = Counter()
+        self._collect = collect
+        self._encode_chat: Callable[[str], list[int]] | None = None
+        if isinstance(pretrained, str):
+            _opened.append(self)
 
     @property
     def eot_token_id(self) -> int:
@@ -76,20 +95,65 @@ class HarnessModel:
     @property
     def max_gen_toks(self) -> int:
         """Tokens generated where a task does not say."""
-        return DEFAULT_NEW_TOKENS
+        return NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
         """For the harness's caches."""
-        return str(self.codec.tokenizer.identity)
+        chat = self.team.chat
+        return str(self.codec.tokenizer.identity) + (chat.digest if chat is not None else "")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, with BOS where the `hf` model has it."""
+        if self._encode_chat is not None:
+            return self._encode_chat(string)
         return self.codec.encode(string, add_special_tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Use the model's chat template, or the one of a name; returns it. Raises UserError where there is
+        none.
+        """
+        if chat_template is False or chat_template is None:
+            return None
+        return self._chat().choose(chat_template if isinstance(chat_template, str) else None)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as the text that the model's chat template makes of them; without the system message
+        where it refuses that one, as the `hf` model does. Raises UserError where there is none.
+        """
+        chat = self._chat()
+        try:
+            return chat.render(chat_history, add_generation_prompt)
+        except UserError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            text = chat.render(rest, add_generation_prompt)
+        self.notes.update(without_system=1)
+        return text
+
+    def _chat(self) -> ChatTemplates:
+        """The templates; from here on texts may hold special tokens."""
+        chat = self.team.chat
+        if chat is None:
+            raise UserError(
+                "the model's tokenizer has no chat template",
+                fix="leave out the option, or give one that has: --tokenizer PATH",
+            )
+        fast = (chat.folder / "tokenizer.json").is_file()
+        if fast and not self.codec.imported and self._encode_chat is None:
+            from hlat.checkpoint.hf_tokenizer import PromptEncoder
+
+            encoder = PromptEncoder(chat.folder)
+            self._encode_chat = lambda text: encoder.encode(text, special=False)
+        return chat
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Score]:
         """Scores of (context, continuation), both texts."""
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        self._check(requests, [math.isfinite(nats) for nats, _ in scores])
         return scores
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Score]:
@@ -113,27 +177,56 @@ class HarnessModel:
         totals = [0.0] * len(requests)
         for owner, (nats, _) in zip(owners, self.team.score(windows, self.batch_size), strict=True):
             totals[owner] += nats
+        self._check(requests, list(map(math.isfinite, totals)))
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts that continue each context up to the first stop string."""
-        texts = [""] * len(requests)
+        import torch
+
+        from hlat.evaluate.team import BROKEN, LIMIT
+
+        texts, sound = [""] * len(requests), [True] * len(requests)
+        seed = int(torch.randint(1 << 31, ()))  # follows the seed that the harness sets
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
         for key, members in groups.items():
-            stops, options = self._generation(json.loads(key))
-            room = self.max_length - options["max_new_tokens"]
+            wanted = read_generation(json.loads(key), self.max_length, self.team.generation)
+            if wanted.shortened:
+                self.notes.update(shortened=1)
+            room = self.max_length - wanted.options["max_new_tokens"]
             prompts = [self._shorten(self.tok_encode(requests[n].args[0]), room) for n in members]
-            made = self.team.generate(prompts, self.batch_size, {**options, "stop_texts": stops})
+            options = {**wanted.options, "stop_texts": wanted.stops, "seed": seed}
+            made = self.team.generate(prompts, self.batch_size, options)
             for number, ids in zip(members, made, strict=True):
-                texts[number] = _before(self.codec.decode(ids), stops)
+                texts[number] = _before(self.codec.decode(ids), wanted.stops)
+                sound[number] = ids.end != BROKEN
+                if wanted.shortened and ids.end == LIMIT:
+                    self.context_ended[requests[number].task_name] += 1
+        self._check(requests, sound)
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the results' `config`."""
         config = self.team.live.config
-        return {"model_dtype": str(self.team.live.dtype), "model_config": config.model_dump(mode="json")}
+        facts = {"model_dtype": str(self.team.live.dtype), "model_config": config.model_dump(mode="json")}
+        return {**facts, "notes": self.said()}
+
+    def said(self) -> dict[str, Any]:
+        """What was cut, left out or ended: `notes`, `broken`, `context_ended`, as `note_lines` takes it."""
+        broken = {task: len(questions) for task, questions in self.broken.items()}
+        return {"notes": dict(self.notes), "broken": broken, "context_ended": dict(self.context_ended)}
+
+    def _check(self, requests: Sequence[Any], sound: Sequence[bool]) -> None:
+        """Note the requests whose answers are not finite, or raise Diverged."""
+        broken = [request for request, fine in zip(requests, sound, strict=True) if not fine]
+        if broken and not self._collect:
+            from hlat.evaluate.generate import diverged
+
+            raise diverged(f"the model's logits are not finite for {len(broken)} of {len(requests)} requests")
+        for request in broken:
+            self.broken[request.task_name].add(request.doc_id)
 
     def _fit(self, context: Sequence[int], rest: Sequence[int]) -> Request:
         request, dropped = cut_left(Request(tuple(context), tuple(rest)), self.max_length)
@@ -146,25 +239,19 @@ class HarnessModel:
             self.notes.update(truncated=1, dropped_tokens=len(prompt) - room)
         return prompt[-room:] or [self.prefix_token_id]
 
-    def _generation(self, given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """Stop strings, and the options of `Team.generate`, from a task's generation arguments."""
-        until = given.pop("until", None) or []
-        stops = [until] if isinstance(until, str) else list(until)
-        lengths = [given.pop(key) for key in _LENGTH_KEYS if key in given]
-        count = int(lengths[0]) if lengths else DEFAULT_NEW_TOKENS
-        if count >= self.max_length:  # half of the model's context stays for the prompt
-            self.notes.update(shortened=1)
-            count = self.max_length // 2
-        draws = bool(given.pop("do_sample", False))
-        sampling = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
-        if given:
-            what = f"generation option {next(iter(given))!r} is not supported"
-            known = ", ".join(("until", "do_sample", *_LENGTH_KEYS, *_SAMPLING_KEYS))
-            raise UserError(what, where="generation_kwargs of a task", fix=f"there are: {known}")
-        options: dict[str, Any] = {"max_new_tokens": count}
-        if draws and sampling.get("temperature", 1.0) > 0:
-            options |= {"temperature": 1.0, **{k: v for k, v in sampling.items() if v is not None}}
-        return [text for text in stops if text], options
+
+def note_lines(said: Mapping[str, Any]) -> list[str]:
+    """What `HarnessModel.said` returns, one line each."""
+    lines = [f"{said['notes'][key]} {text}" for key, text in NOTES.items() if said["notes"].get(key)]
+    lines += [
+        f"{task}: {count} generations ended at the end of the model's context, not where the task stops them"
+        for task, count in said.get("context_ended", {}).items()
+    ]
+    lines += [
+        f"{task}: no figure: the model's logits are not finite for {count} question{'s' * (count > 1)}"
+        for task, count in said.get("broken", {}).items()
+    ]
+    return lines
 
 
 def _open_team(pretrained: str | Team, dtype: str, tokenizer: str | None, device: str | None) -> Team:
@@ -216,12 +303,22 @@ def lm_class() -> Any:
 
 def main() -> None:
     """The harness's own command, with the model `hlat`: the harness has no other way for a package to add
-    one.
+    one. Wrong input is one line and exit code 2, as in `hlat`; what was cut is said after the results.
     """
-    lm_class()
-    from lm_eval.__main__ import cli_evaluate
+    try:
+        lm_class()
+        from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+        cli_evaluate()
+    except UserError as error:
+        from hlat.observe.redact import redact
+
+        print(f"hlat-lm-eval: error: {redact(error.line())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    for model in _opened:
+        for line in note_lines(model.said()):
+            print(f"note: {line}", file=sys.stderr)
+    _opened.clear()
 
 
 if __name__ == "__main__":

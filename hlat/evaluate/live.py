@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hlat.evaluate.batches import Batch, shape_bucket
-from hlat.evaluate.sampling import Sampling, draw
+from hlat.evaluate.sampling import NOT_FINITE, Sampling, draw, only
 from hlat.model.attention import KVCache, branch_mask
 from hlat.model.dtype import at_least_fp32
 from hlat.parallel.pipeline import StagePart, stage_view
@@ -61,7 +61,10 @@ class LiveModel:
 
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probability (nats, fp32) of each target of a batch, and whether it is the most likely token:
-        (T,) each, zeros on ranks without the last stage.
+        (T,) each, zeros on ranks without the last stage. Where logits are not finite, nor is the former.
+
+        Probabilities are over all rows of the embedding, padded ones too, as the harness's `hf` model has
+        them and as the training loss has.
         """
         device = self.backend.device
         ids = torch.tensor(batch.ids, device=device)
@@ -83,9 +86,19 @@ class LiveModel:
         """An empty cache for each of this rank's stages."""
         return [view.new_cache(rows, length + self.split, starts_B) for view, _ in self.views]
 
-    def feed(self, ids_BS: Tensor, first: int, caches: Sequence[KVCache], sampling: Sampling) -> Tensor:
+    def feed(
+        self,
+        ids_BS: Tensor,
+        first: int,
+        caches: Sequence[KVCache],
+        sampling: Sampling,
+        allowed_V: Tensor | None = None,
+    ) -> Tensor:
         """Feed tokens in the slots from `first` on; returns what follows the last of them, int64 (B,), the
-        same on every rank of the replica.
+        same on every rank of the replica; NOT_FINITE for a row whose logits are not.
+
+        Args:
+            allowed_V: ids that may follow, bool (V,); None = all.
         """
         B, S = ids_BS.shape
         width = -(-S // self.split) * self.split  # what is fed too much is overwritten by the next call
@@ -94,7 +107,7 @@ class LiveModel:
         hidden = self._through(ids_BS, slots, caches=caches)
         chosen = torch.zeros(B, dtype=torch.int64, device=ids_BS.device)
         if hidden is not None:
-            chosen = self._choose(self._logits(hidden[:, S - 1]), sampling)
+            chosen = self._choose(self._logits(hidden[:, S - 1]), sampling, allowed_V)
         self.backend.mark_step("eval")
         # Tensor-parallel ranks agree; of the stages only the last one knows.
         return self.backend.groups.pp.all_reduce(chosen)
@@ -155,22 +168,31 @@ class LiveModel:
         return (target - top - total.log())[:, 0], self._argmax(logits_Tv) == targets_T
 
     def _argmax(self, logits_Tv: Tensor) -> Tensor:
-        """Most likely token (T,), the first where several are; the same on all tensor-parallel ranks."""
-        top, index = logits_Tv.max(-1)
+        """Most likely token (T,), the first where several are; the same on all tensor-parallel ranks.
+        NOT_FINITE where its logit is not finite.
+        """
+        top, index = logits_Tv.max(-1)  # NaN, if there is one
         if self._shard is None:
-            return index
+            return torch.where(top.isfinite(), index, NOT_FINITE)
         group = self.backend.groups.tp
-        best = group.all_reduce(top.clone(), "max")
+        # Not every library's maximum over ranks lets NaN through. -inf is a part without any id allowed.
+        unsound = top.isnan() | (top == float("inf"))
+        top = top.masked_fill(unsound, float("-inf"))
+        best, unsound = group.all_reduce(torch.stack([top, unsound.to(top.dtype)]), "max").unbind(0)
         nowhere = torch.full_like(index, -self.config.vocab)
         found = torch.where(top == best, -(index + self._shard.start), nowhere)
-        return -group.all_reduce(found, "max")
+        found = -group.all_reduce(found, "max")
+        return torch.where((unsound == 0) & best.isfinite(), found, NOT_FINITE)
 
-    def _choose(self, logits_Bv: Tensor, sampling: Sampling) -> Tensor:
+    def _choose(self, logits_Bv: Tensor, sampling: Sampling, allowed_V: Tensor | None) -> Tensor:
+        if self._shard is None:
+            logits_Bv = only(logits_Bv, allowed_V)
+            return self._argmax(logits_Bv) if sampling.greedy else draw(logits_Bv, sampling)
+        start, columns = self._shard.start, logits_Bv.shape[-1]
+        logits_Bv = only(logits_Bv, None if allowed_V is None else allowed_V[start : start + columns])
         if sampling.greedy:
             return self._argmax(logits_Bv)
-        if self._shard is not None:  # every rank draws the same tokens from the same whole logits
-            missing = self._shard.rows - logits_Bv.shape[-1]
-            padded = F.pad(logits_Bv, (0, missing), value=float("-inf"))
-            parts = self.backend.groups.tp.gather(padded)
-            logits_Bv = parts.transpose(0, 1).flatten(1)[:, : self.config.vocab]
-        return draw(logits_Bv, sampling)
+        # Every rank draws the same tokens from the same whole logits.
+        padded = F.pad(logits_Bv, (0, self._shard.rows - columns), value=float("-inf"))
+        parts = self.backend.groups.tp.gather(padded)
+        return draw(parts.transpose(0, 1).flatten(1)[:, : self.config.vocab], sampling)

@@ -5,27 +5,27 @@ it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError
-from hlat.evaluate.running import numbers
-from hlat.observe.jsonl import replace_file
+from hlat.evaluate.harness import note_lines
+from hlat.evaluate.running import left_out, numbers
+from hlat.evaluate.statistics import Scores, interval, ratio
+from hlat.observe.jsonl import finite, replace_file
 
 Table = list[list[str]]
 _HIDDEN = ("sample_len", "alias")
-_NOTES = {
-    "truncated": "requests longer than the model's context lost tokens on the left",
-    "dropped_tokens": "tokens were dropped by that",
-    "shortened": "tasks wanted more new tokens than fit; half of the context was generated at most",
-}
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Head and rows: task, metric, value, standard error, level of chance, distance from it in errors."""
-    rows = [["task", "metric", "value", "± error", "chance", "z"]]
+    """Head and rows: task, metric, value, standard error, 95 % interval, level of chance, distance from it in
+    errors.
+    """
+    rows = [["task", "metric", "value", "± error", "95 %", "chance", "z"]]
     chance, better = results["hlat"]["chance"], results.get("higher_is_better", {})
     shots = results.get("n-shot", {})
     for task, metrics in numbers(results).items():
@@ -34,16 +34,48 @@ def table(results: dict[str, Any]) -> Table:
                 continue
             level = chance.get(task, {}).get(metric)
             sign = 1 if better.get(task, {}).get(metric, True) else -1
-            score = sign * (value - level) / error if level is not None and error else None
+            score = None if value is None or level is None or not error else sign * (value - level) / error
             name = f"{task} ({shots[task]}-shot)" if shots.get(task) else task
-            rows.append([name, metric, *map(_number, (value, error, level)), _number(score, "+.1f")])
+            scores = question_scores(results, task, metric) if value is not None else {}
+            span = interval(list(scores.values())) if scores else None
+            between = "-" if span is None else f"{span[0]:.4f} to {span[1]:.4f}"
+            numbers_ = [*map(_number, (value, error)), between, _number(level), _number(score, "+.1f")]
+            rows.append([name, metric, *numbers_])
     return rows
 
 
+def question_scores(results: dict[str, Any], task: str, metric: str) -> Scores:
+    """The scores of a task's questions in the harness's results; empty where the metric has none: a group's
+    mean, a metric of the whole task, or one that is not their mean (a perplexity is an exponential of it).
+    """
+    name, _, filtered = metric.partition(" (")
+    wanted = filtered.rstrip(")") or "none"
+    scores: Scores = {}
+    for sample in results.get("samples", {}).get(task, []):
+        value = sample.get(name)
+        if sample["filter"] != wanted or value is None:
+            continue
+        if name == "bits_per_byte":
+            scores[sample["doc_id"]] = -value[0] / math.log(2), float(value[1])
+        elif isinstance(value, int | float):
+            scores[sample["doc_id"]] = float(value), 1.0
+    figure = results.get("results", {}).get(task, {}).get(f"{name},{wanted}")
+    mean = ratio(list(scores.values())).value
+    same = isinstance(figure, int | float) and math.isclose(mean, figure, rel_tol=1e-6, abs_tol=1e-9)
+    return scores if same else {}
+
+
 def notes(results: dict[str, Any]) -> list[str]:
-    """What was cut, one line each."""
-    counted = results["hlat"]["notes"]
-    return [f"{counted[key]} {text}" for key, text in _NOTES.items() if counted.get(key)]
+    """What was cut or left out, one line each."""
+    said = results["hlat"]
+    lines = note_lines({**said, "broken": {}})
+    lines += [f"{task}: no figure: {reason}" for task, reason in left_out(results).items()]
+    if said.get("chat_template") == "not applied":
+        lines.append(
+            "the tokenizer has a chat template, and the questions were asked without it: "
+            "--apply-chat-template asks with it"
+        )
+    return lines
 
 
 def plain(rows: Table) -> str:
@@ -72,12 +104,19 @@ def html_table(rows: Table) -> str:
     return f'<div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def html_notes(lines: Sequence[str]) -> str:
+    """Notes below a table, in the same style."""
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
+
+
 def write_json(results: Any, path: str | Path) -> None:
-    """Write results in the harness's schema; functions and the like as their text.
+    """Write results in the harness's schema; functions and the like as their text, null for what is no finite
+    number: JSON has no word for it.
 
     Raises UserError when the disk refuses.
     """
-    write_text(json.dumps(results, indent=2, default=_simple, ensure_ascii=False) + "\n", path)
+    text = json.dumps(finite(results), indent=2, default=_simple, ensure_ascii=False, allow_nan=False)
+    write_text(text + "\n", path)
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -100,7 +139,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 def _simple(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
-        return value.item()
+        return finite(value.item())
     return getattr(value, "__name__", None) or str(value)
 
 

@@ -8,13 +8,15 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
+from hlat.evaluate.options import read_generation
+from hlat.evaluate.statistics import error_known, ratio
 
 if TYPE_CHECKING:
     from hlat.evaluate.team import Team
@@ -23,6 +25,7 @@ TASKS = Path(__file__).with_name("tasks")
 OWN = "hlat-"
 PAPER = "hlat-paper"
 ALLOW_CODE = "--allow-code-execution"
+_UNKNOWN = "N/A"  # the harness's word for an error that is not known
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Selection:
     allow_code: whether tasks may run code that the model wrote.
     holdout: fraction of the documents that HLAT's own tasks ask about.
     where: the option or recipe key that names the tasks, for error messages.
+    chat: name of the model's chat template that questions are put into, "" for its default one; None = none.
+    multiturn: with a chat template, whether each example is a turn of the conversation.
+    system: text of a system message, or, without a chat template, before each question.
     """
 
     tasks: tuple[str, ...]
@@ -46,6 +52,9 @@ class Selection:
     holdout: float | None = None
     batch_size: int = BATCH_SIZE
     where: str = "--tasks"
+    chat: str | None = None
+    multiturn: bool = True
+    system: str | None = None
 
     @property
     def local(self) -> bool:
@@ -104,43 +113,120 @@ def run_tasks(team: Team, loaded: Loaded, bootstrap: int = 1000) -> dict[str, An
 
     Returns:
         What the harness's `simple_evaluate` returns, with `samples`, and beside it `hlat`: notes on what was
-        cut, and the level of chance of each task that has one.
+        cut, why tasks have no figure (`left_out`; theirs are None), the level of chance of each task that has
+        one, and whether the tokenizer's chat template was `applied`, `not applied`, or there is `none`.
     """
     from lm_eval import simple_evaluate
 
     selection = loaded.selection
-    model = lm_class()(pretrained=team, batch_size=selection.batch_size)
+    model = lm_class()(pretrained=team, batch_size=selection.batch_size, collect=True)
+    if selection.chat is not None:
+        model.chat_template(selection.chat or True)
+    check_generation(team, loaded)
     with _quiet(), same_random_state():
-        results: dict[str, Any] = simple_evaluate(
-            model=model,
-            tasks=list(loaded.objects),
-            num_fewshot=selection.num_fewshot,
-            batch_size=selection.batch_size,
-            limit=selection.limit,
-            task_manager=loaded.manager,
-            bootstrap_iters=bootstrap,
-            confirm_run_unsafe_code=selection.allow_code,
-            log_samples=True,
-        )
+        try:
+            results: dict[str, Any] = simple_evaluate(
+                model=model,
+                tasks=list(loaded.objects),
+                num_fewshot=selection.num_fewshot,
+                batch_size=selection.batch_size,
+                limit=selection.limit,
+                task_manager=loaded.manager,
+                bootstrap_iters=bootstrap,
+                confirm_run_unsafe_code=selection.allow_code,
+                log_samples=True,
+                apply_chat_template=selection.chat is not None,
+                fewshot_as_multiturn=selection.multiturn and selection.chat is not None,
+                system_instruction=selection.system,
+            )
+        except OverflowError as error:  # the harness's exp of a perplexity
+            what = f"a task's figure is too large for a number ({error})"
+            raise UserError(what, where=selection.where, fix="ask for bits per byte instead") from error
     results["config"]["model"] = "hlat"
+    chat = "none" if team.chat is None else "not applied" if selection.chat is None else "applied"
+    results["hlat"] = {**model.said(), "chance": _chances(results), "chat_template": chat}
+    results["hlat"]["left_out"] = _leave_out(results, model.broken)
     _add_bits_errors(results)
-    results["hlat"] = {"notes": dict(model.notes), "chance": _chances(results)}
+    _drop_unknown_errors(results)
     return results
 
 
-def numbers(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """Task or group -> metric -> (value, standard error or None), out of the harness's results."""
-    table: dict[str, dict[str, tuple[float, float | None]]] = {}
+def check_generation(team: Team, loaded: Loaded) -> None:
+    """Raise UserError for a task that asks for a generation that is not supported, before any is asked."""
+    longest = team.live.config.max_seq_len
+    for item in loaded.objects:
+        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
+            if task.OUTPUT_TYPE == "generate_until":
+                read_generation(task.config.generation_kwargs or {}, longest, team.generation)
+
+
+def left_out(results: dict[str, Any]) -> dict[str, str]:
+    """Task or group -> why it has no figure."""
+    reasons: dict[str, str] = results.get("hlat", {}).get("left_out", {})
+    return reasons
+
+
+def _leave_out(results: dict[str, Any], broken: Mapping[str, Collection[int]]) -> dict[str, str]:
+    """Take away the figures of tasks with answers that are not finite, and of the groups these are in: what
+    the harness makes of such answers (the first choice is the best) says nothing. Returns the reasons.
+    """
+    reasons = {}
+    for task, questions in broken.items():
+        total = results["n-samples"][task]["effective"]
+        reasons[task] = f"the model's logits are not finite for {len(questions)} of {total} questions"
+    members: dict[str, list[str]] = results.get("group_subtasks", {})
+    for _ in members:  # groups of groups
+        for group, names in members.items():
+            if group not in reasons and (bad := [name for name in names if name in reasons]):
+                reasons[group] = f"{bad[0]} has no figure"
+    for part in ("results", "groups"):
+        for task in reasons.keys() & results.get(part, {}).keys():
+            values = results[part][task]
+            values |= {key: None for key, v in values.items() if "," in key and isinstance(v, int | float)}
+    return {task: reason for task, reason in reasons.items() if task in {*results["results"], *members}}
+
+
+def _drop_unknown_errors(results: dict[str, Any]) -> None:
+    """Take away the standard errors of which so few questions say nothing."""
+    for part in ("results", "groups"):
+        for task, values in results.get(part, {}).items():
+            count = _questions(results, task)
+            for key, error in values.items():
+                if key.partition(",")[0].endswith("_stderr") and isinstance(error, int | float):
+                    values[key] = _UNKNOWN if error_known(error, count) is None else error
+
+
+def _questions(results: dict[str, Any], name: str) -> int:
+    """How many questions a task or a group asked."""
+    known, members = results.get("n-samples", {}), results.get("group_subtasks", {})
+    if name in known:
+        return int(known[name]["effective"])
+    return sum(_questions(results, member) for member in members.get(name, ()) if member != name)
+
+
+Figure = tuple[float | None, float | None]
+
+
+def numbers(results: dict[str, Any]) -> dict[str, dict[str, Figure]]:
+    """Task or group -> metric -> (value, standard error), out of the harness's results. The error is None
+    where it is not known, both are where there is no figure.
+    """
+    table: dict[str, dict[str, Figure]] = {}
     for task, values in {**results.get("results", {}), **results.get("groups", {})}.items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            number = value is None or isinstance(value, int | float)
+            if not filtered or metric.endswith("_stderr") or not number:
                 continue
-            error = values.get(f"{metric}_stderr,{filtered}")
+            error = _finite(values.get(f"{metric}_stderr,{filtered}"))
             name = metric if filtered == "none" else f"{metric} ({filtered})"
-            known = isinstance(error, int | float) and math.isfinite(error)
-            table.setdefault(task, {})[name] = float(value), float(error) if known else None
+            value = _finite(value)
+            table.setdefault(task, {})[name] = value, None if value is None else error
     return table
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @contextlib.contextmanager
@@ -270,13 +356,9 @@ def _add_bits_errors(results: dict[str, Any]) -> None:
     for task, samples in results.get("samples", {}).items():
         pairs = [sample["bits_per_byte"] for sample in samples if "bits_per_byte" in sample]
         values = results["results"].get(task, {})
-        if len(pairs) < 2 or "bits_per_byte,none" not in values:
-            continue
-        bits = [-nats / math.log(2) for nats, _ in pairs]
-        total, count = sum(size for _, size in pairs), len(pairs)
-        ratio = sum(bits) / total
-        squares = sum((b - ratio * size) ** 2 for b, (_, size) in zip(bits, pairs, strict=True))
-        values["bits_per_byte_stderr,none"] = math.sqrt(squares * count / (count - 1)) / total
+        if values.get("bits_per_byte,none") is not None:
+            error = ratio([(-nats / math.log(2), size) for nats, size in pairs]).error
+            values["bits_per_byte_stderr,none"] = _UNKNOWN if error is None else error
 
 
 def _chances(results: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ from torch import nn
 from hlat.checkpoint.hf_config import DTYPES
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights
 from hlat.errors import UserError
+from hlat.evaluate.chat import ChatTemplates
 from hlat.evaluate.live import LiveModel
 from hlat.evaluate.team import Team
 from hlat.evaluate.text import codec_for
@@ -130,7 +131,9 @@ def load_team(
     model.tie()
     model.rope.to_empty(device=backend.device)
     shard_model(model, backend.groups.tp, backend.layout.sequence)
-    return Team(LiveModel(model.eval(), parts, backend), codec, beat)
+    chat = ChatTemplates.read(tokenizer or source.tokenizer)
+    defaults = source.meta.get("huggingface", {}).get("generation_config", {})
+    return Team(LiveModel(model.eval(), parts, backend), codec, beat, chat, defaults)
 
 
 def parse_dtype(name: str) -> torch.dtype:

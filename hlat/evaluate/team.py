@@ -8,20 +8,35 @@ they are dismissed. With one rank nothing is sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hlat.evaluate.batches import Batch, Request, plan, shape_bucket, share_beginnings
-from hlat.evaluate.sampling import Sampling
+from hlat.evaluate.sampling import NOT_FINITE, Sampling, drawable, going_on
 
 if TYPE_CHECKING:
+    from hlat.evaluate.chat import ChatTemplates
     from hlat.evaluate.live import LiveModel
     from hlat.evaluate.text import TextCodec
 
 Score = tuple[float, bool]
-"""Log-probability of a continuation in nats, and whether each of its tokens is the most likely one."""
+"""Log-probability of a continuation in nats, and whether each of its tokens is the most likely one. The first
+is NaN where the model's logits are not finite."""
+
+STOPPED, LIMIT, BROKEN = "stop", "limit", "not finite"
+_ENDS = (LIMIT, STOPPED, BROKEN)  # by number, for the way from rank to rank
+
+
+class Continuation(list[int]):
+    """Ids that continue a prompt. end: what ended them: `stop` (an end-of-text id or a stop string), `limit`
+    (so many were asked for), or `not finite` (logits).
+    """
+
+    def __init__(self, ids: Iterable[int] = (), end: str = LIMIT) -> None:
+        super().__init__(ids)
+        self.end = end
 
 
 class Team:
@@ -31,10 +46,20 @@ class Team:
         live: this rank's model.
         codec: decodes what is generated, to find stop strings.
         beat: called now and then while work goes on.
+        chat: the chat templates of the model's tokenizer.
+        generation: the model's generation_config.json.
     """
 
-    def __init__(self, live: LiveModel, codec: TextCodec, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        live: LiveModel,
+        codec: TextCodec,
+        beat: Callable[[], None] = lambda: None,
+        chat: ChatTemplates | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
         self.live, self.codec, self.beat = live, codec, beat
+        self.chat, self.generation = chat, generation or {}
         backend = live.backend
         self._world, self._device = backend.groups.world, backend.device
         self._replica, self._replicas = backend.place.dp, backend.layout.dp
@@ -74,11 +99,12 @@ class Team:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], batch_size: int, options: dict[str, Any]
-    ) -> list[list[int]]:
+    ) -> list[Continuation]:
         """Ids that continue each prompt, without the end-of-text id. Only the first rank calls it.
 
         Args:
-            options: `max_new_tokens`; `stop_texts`; `temperature`, `top_k`, `top_p`, `seed`.
+            options: `max_new_tokens`; `min_new_tokens`, before which no end-of-text id is made;
+                `stop_texts`; `temperature`, `top_k`, `top_p`, `seed`.
         """
         if not prompts:
             return []
@@ -90,7 +116,7 @@ class Team:
             "batches": batches,
             "options": options,
         }
-        made: list[list[int]] = self._ask(job)
+        made: list[Continuation] = self._ask(job)
         return made
 
     def _ask(self, job: dict[str, Any]) -> Any:
@@ -127,13 +153,14 @@ class Team:
             real = index >= 0
             nats.index_add_(0, index[real], logp.cpu().double()[real])
             misses.index_add_(0, index[real], (~greedy.cpu()[real]).double())
-        nats, misses = self._sum(nats), self._sum(misses)
+        # A sum of infinities of two signs, or of shares of ranks, may be anything: what is not finite is NaN.
+        nats, misses = self._sum(torch.where(nats.isfinite(), nats, torch.nan)), self._sum(misses)
         return [(total, missed == 0) for total, missed in zip(nats.tolist(), misses.tolist(), strict=True)]
 
-    def _generate(self, job: dict[str, Any]) -> list[list[int]]:
+    def _generate(self, job: dict[str, Any]) -> list[Continuation]:
         prompts, options = job["prompts"], job["options"]
-        # One more than each id, so that 0 is no token and ranks with nothing add nothing.
-        made = torch.zeros(len(prompts), options["max_new_tokens"], dtype=torch.float64)
+        # What ended it, then one more than each id: 0 is no token, and ranks with nothing add nothing.
+        made = torch.zeros(len(prompts), 1 + options["max_new_tokens"], dtype=torch.float64)
         for number, members in enumerate(job["batches"]):
             if number % self._replicas != self._replica:
                 continue
@@ -141,10 +168,14 @@ class Team:
                 self.live, self.codec, [prompts[m] for m in members], {**options, "number": number}, self.beat
             )
             for member, ids in zip(members, rows, strict=True):
-                made[member, : len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
+                made[member, 0] = _ENDS.index(ids.end)
+                made[member, 1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
         if not self._reports:
             made.zero_()
-        return [[int(value) - 1 for value in row if value > 0] for row in self._sum(made).tolist()]
+        return [
+            Continuation((int(value) - 1 for value in ids if value > 0), _ENDS[int(end)])
+            for end, *ids in self._sum(made).tolist()
+        ]
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         wide = torch.float64 if self._device.type in ("cpu", "cuda") else torch.float32
@@ -157,36 +188,51 @@ def continue_prompts(
     prompts: Sequence[Sequence[int]],
     options: dict[str, Any],
     beat: Callable[[], None] = lambda: None,
-) -> list[list[int]]:
+) -> list[Continuation]:
     """Ids that continue each prompt, together in one batch of static shape; ends a row at an end-of-text id,
-    once its text holds a stop string, or after `max_new_tokens`. Arguments as in `Team.generate`; `number` of
-    the batch goes into the seed.
+    once its text holds a stop string, or after `max_new_tokens`. Only ids that the tokenizer knows are made.
+    Arguments as in `Team.generate`; `number` of the batch goes into the seed.
     """
     device, count = live.backend.device, options["max_new_tokens"]
-    width = shape_bucket(max(len(prompt) for prompt in prompts), 8 * live.split)
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + count > live.config.max_seq_len:
+        raise ValueError(f"{longest} tokens and {count} new ones are more than {live.config.max_seq_len}")
+    width = shape_bucket(longest, 8 * live.split)
     starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     seed = options.get("seed", 0) * 1_000_003 + options.get("number", 0)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed % (1 << 63))
     sampling = Sampling(
         options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), generator
     )
+    allowed = drawable(live.config.vocab, codec.tokenizer.vocab_size, codec.stop_ids, device)
+    early = going_on(live.config.vocab, allowed, codec.stop_ids, device)
     caches = live.cache(len(prompts), shape_bucket(width + count), starts)
-    rows: list[list[int]] = [[] for _ in prompts]
+    rows = [Continuation() for _ in prompts]
     running = set(range(len(prompts)))
     slot = 0
     for step in range(count):
         beat()
-        chosen = live.feed(ids, slot, caches, sampling)
+        choice = early if step < options.get("min_new_tokens", 0) else allowed
+        chosen = live.feed(ids, slot, caches, sampling, choice)
         slot += ids.shape[1]
         for row, token in zip(sorted(running), chosen[sorted(running)].tolist(), strict=True):
-            if token in codec.stop_ids:
-                running.discard(row)
-                continue
-            rows[row].append(token)
-            if codec.stopped(rows[row], options.get("stop_texts", ())):
+            if _ends(codec, rows[row], token, options.get("stop_texts", ())):
                 running.discard(row)
         if not running or step == count - 1:
             break
-        ids = chosen[:, None]
+        ids = chosen.clamp(min=0)[:, None]  # a row without a next token is fed something
     return rows
+
+
+def _ends(codec: TextCodec, row: Continuation, token: int, stops: Sequence[str]) -> bool:
+    """Add a token to a row; whether it is the last."""
+    if token == NOT_FINITE:
+        row.end = BROKEN
+    elif token in codec.stop_ids:
+        row.end = STOPPED
+    else:
+        row.append(token)
+        if codec.stopped(row, stops):
+            row.end = STOPPED
+    return row.end != LIMIT

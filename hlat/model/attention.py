@@ -79,6 +79,7 @@ class KVCache:
         batch, length: B and T, the most slots that will be fed.
         kv_heads, head_dim: of this process's part of a layer.
         starts_B: int64 (B,); None = all rows begin in slot 0.
+        longest: positions of the model. Slots may go on beyond them where a row is padded on the right.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         starts_B: Tensor | None = None,
+        longest: int | None = None,
     ) -> None:
         shape = (batch, length, kv_heads, head_dim)
         self.length, self.starts_B = length, starts_B
+        self._last = None if longest is None else longest - 1
         self.layers = {
             name: LayerCache(
                 torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
@@ -102,10 +105,12 @@ class KVCache:
         }
 
     def positions(self, slots_BS: Tensor) -> Tensor:
-        """Positions for RoPE of what is fed in these slots: counted from each row's start, 0 before it."""
+        """Positions for RoPE of what is fed in these slots: counted from each row's start, 0 before it, and
+        the model's last one for padding that lies beyond it.
+        """
         if self.starts_B is None:
             return slots_BS
-        return (slots_BS - self.starts_B[:, None]).clamp(min=0)
+        return (slots_BS - self.starts_B[:, None]).clamp(min=0, max=self._last)
 
     def mask(self, slots_BS: Tensor) -> Mask:
         """A query in slot p sees the keys in the slots from its row's start to p. Padding sees padding: a

@@ -163,4 +163,7 @@ class Decoder(nn.Module):
         weight, size = next(self.parameters()), self.config.head_dim
         first: Any = next(iter(self.layers.values()))
         heads = first.attention.k.weight.shape[0] // size
-        return KVCache(self.layers, batch, length, heads, size, weight.dtype, weight.device, starts_B)
+        longest = self.config.max_seq_len
+        return KVCache(
+            self.layers, batch, length, heads, size, weight.dtype, weight.device, starts_B, longest
+        )

@@ -42,13 +42,18 @@ class Classification:
     def __init__(self, *, by: Literal["words", "tokens", "head"] = "words") -> None:
         self.by, self._tokens = by, CausalLM()
         self._correct: Tensor | None = None
+        self.unsound = torch.zeros((), dtype=torch.int64)
 
     def start_counting(self, device: torch.device) -> None:
         """From now on count the examples whose likeliest label is the right one."""
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.unsound = torch.zeros_like(self._correct)
 
     def counted(self) -> Tensor:
-        """How many there were since `start_counting`, int64 (); stops counting."""
+        """How many there were since `start_counting`, int64 (); stops counting. `unsound`, int64 (), is the
+        number of examples with scores that are not finite: none of their labels is the likeliest, and with
+        any of them the count says nothing.
+        """
         assert self._correct is not None
         count, self._correct = self._correct, None
         return count
@@ -76,7 +81,9 @@ class Classification:
                 right = sums_BC.gather(1, batch.labels.clamp(min=0)[:, None])[:, 0]
                 loss = -(right * (batch.labels != IGNORE)).sum()
         if self._correct is not None:
-            self._correct += (scores_BC.argmax(-1) == batch.labels).sum()
+            sound_B = scores_BC.isfinite().all(-1)
+            self._correct += (sound_B & (scores_BC.argmax(-1) == batch.labels)).sum()
+            self.unsound += (~sound_B & (batch.labels != IGNORE)).sum()
         return loss * scale
 
     def _states(self, model: Classifier, batch: LabelledBatch) -> tuple[Tensor, Tensor]:

@@ -289,6 +289,8 @@ def wire_text(row: Mapping[str, Any]) -> str:
 
 
 def _eval_text(row: Mapping[str, Any]) -> str:
+    if row.get("loss") is None:
+        return f"held-out at step {int(row['step']):,}: no figure, the loss is not finite"
     text = f"held-out at step {int(row['step']):,}: loss {fixed(row.get('loss'))}"
     if row.get("accuracy") is not None:
         return f"{text}, accuracy {percent(row['accuracy'])}"
@@ -309,7 +311,8 @@ def _tasks_text(row: Mapping[str, Any]) -> str:
         for name, value in row.items()
         if "/" in name and not name.endswith("_stderr")
     ]
-    return f"tasks at step {int(row['step']):,}: {', '.join(figures)}"
+    told = "".join(f"; {line}" for line in row.get("notes", ()))
+    return f"tasks at step {int(row['step']):,}: {', '.join(figures) or 'no figure'}{told}"
 
 
 def _without_control(text: Text) -> Text:

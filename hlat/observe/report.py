@@ -121,8 +121,23 @@ def _evaluation_charts(
     )
     figures += [(name.replace("/", "-"), f"Task {name.replace('/', ': ')}", name, "tasks") for name in asked]
     return [
-        Chart(key, title, x_title, dots(name, rows), x_range=x_range) for key, title, name, rows in figures
+        Chart(
+            key,
+            title,
+            x_title,
+            dots(name, rows),
+            _cut_note(runs) if rows == "tasks" else "",
+            x_range=x_range,
+        )
+        for key, title, name, rows in figures
     ]
+
+
+def _cut_note(runs: Sequence[Run]) -> str:
+    """How many requests of the tasks were longer than the models' contexts."""
+    cut = {run.name: _last(run.tasks.get("truncated", _EMPTY)) for run in runs}
+    counts = ", ".join(f"{name} {count:.0f}" for name, count in cut.items() if count)
+    return f"requests that lost tokens on the left: {counts}" if counts else ""
 
 
 def _x_axis(runs: Sequence[Run]) -> str:
@@ -220,8 +235,16 @@ def _held_out_summary(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
 
 
 def _last_held_out(name: str) -> Callable[[Run], str]:
+    """The figure of the last evaluation, not that of an earlier one where it has none."""
     show = percent if name == "accuracy" else fixed
-    return lambda run: show(_last(run.held_out.get(name, _EMPTY)))
+
+    def text(run: Run) -> str:
+        values = run.held_out.get(name, _EMPTY)
+        if not len(values):
+            return "-"
+        return show(float(values[-1])) if np.isfinite(values[-1]) else "not finite"
+
+    return text
 
 
 def _noisy(run: Run, index: int, x_name: str, name: str, positive: bool = False) -> Series:

@@ -178,7 +178,9 @@ def summary(
         return [f"stopped by {stopped} after step {run.step}; state saved, the same command continues"]
     recipe = run.recipe
     lines: list[str | tuple[str, str]] = []
-    if held_out is not None and "accuracy" in held_out:
+    if held_out is not None and not math.isfinite(held_out["loss"]):
+        lines.append(("held-out", "no figure: the loss is not finite"))
+    elif held_out is not None and "accuracy" in held_out:
         lines += _accuracy_lines(run, held_out)
     elif held_out is not None:
         figures = f"{held_out['bits_per_byte']:.3f} bits per byte, loss {held_out['loss']:.3f} a token"

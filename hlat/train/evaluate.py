@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Mean loss (nats a token) and bits per byte on the held-out documents, with the weights the model
-    computes with; for a classification mean loss and accuracy (0 to 1) on the held-out examples. Every rank
-    calls it and gets the same numbers.
+    computes with; for a classification mean loss and accuracy (0 to 1) on the held-out examples. Where what
+    the model computes is not finite they are NaN. Every rank calls it and gets the same numbers.
 
     The same `eval.rows` rows every time, in every layout, in batches of `data.micro_batch`. The replicas take
     them in turn; one without a batch in the last round waits for the others.
@@ -60,8 +61,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     total, tokens = run.backend.all_reduce(total), run.backend.all_reduce(tokens)
     if counts:
         correct = int(run.backend.all_reduce(run.objective.counted() * (place.tp == 0)))
+        unsound = getattr(run.objective, "unsound", torch.zeros_like(tokens))  # another package's has none
+        unsound = int(run.backend.all_reduce(unsound * (place.tp == 0)))
         examples = sum(data.holdout_labels(rows).values())
         loss, accuracy = float(total) / max(1, int(tokens)), correct / max(1, examples)
+        if unsound or not math.isfinite(loss):
+            loss = accuracy = math.nan
         return {"loss": loss, "accuracy": accuracy, "held_out_examples": examples}
     score = Score(float(total), int(tokens), data.holdout_bytes(rows))
     return {
@@ -92,13 +97,22 @@ def sample(run: Run, checkpoint: Path, tokens: int) -> str:
         device, dtype = torch.device("cpu"), torch.float32
     model = load_model(open_checkpoint(checkpoint), dtype, device)
     tokenizer = run.data.tokenizer
+    known = tokenizer.vocab_size
     if run.recipe.data.examples is not None and run.data.holdout.documents:
         text, _ = run.data.holdout.texts[0]
         prompt = [int(i) for i in run.data.holdout.prompts[0]]
-        ids = generate(model, prompt, max_new_tokens=tokens, stop={tokenizer.eos_id})
+        ids = generate(model, prompt, max_new_tokens=tokens, stop={tokenizer.eos_id}, known=known)
         return text + "".join(stream_text(tokenizer, prompt, ids))
     prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
-    ids = generate(model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95, stop={tokenizer.eos_id})
+    ids = generate(
+        model,
+        prompt,
+        max_new_tokens=tokens,
+        temperature=0.8,
+        top_p=0.95,
+        stop={tokenizer.eos_id},
+        known=known,
+    )
     return "".join(stream_text(tokenizer, prompt, ids))
 
 

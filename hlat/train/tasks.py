@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hlat.errors import UserError
 from hlat.evaluate.job import run_with
 from hlat.evaluate.live import LiveModel
-from hlat.evaluate.running import Loaded, Selection, load_tasks, numbers, run_tasks
+from hlat.evaluate.results import notes
+from hlat.evaluate.running import (
+    Loaded,
+    Selection,
+    check_generation,
+    load_tasks,
+    numbers,
+    run_tasks,
+)
 from hlat.evaluate.team import Team
 from hlat.evaluate.text import TextCodec
 from hlat.parallel.pipeline import rank_parts
@@ -62,20 +70,27 @@ class TaskEvaluation:
                 where="eval.tasks",
             )
             self._loaded = load_tasks(selection)
+            check_generation(self.team, self._loaded)
 
-    def __call__(self) -> dict[str, float] | None:
-        """`<task>/<metric>` and `<task>/<metric>_stderr` on the first rank, None on the others. Every rank
-        calls it.
+    def __call__(self) -> dict[str, Any] | None:
+        """`<task>/<metric>` and `<task>/<metric>_stderr` on the first rank, None on the others; a figure is
+        None where the model's logits are not finite. With them what was cut, by its key in `NOTES`, and
+        `notes`, the same in words. Every rank calls it.
         """
-        values: dict[str, float] | None = run_with(self.team, self._ask)
+        values: dict[str, Any] | None = run_with(self.team, self._ask)
         return values
 
-    def _ask(self) -> dict[str, float]:
+    def _ask(self) -> dict[str, Any]:
         assert self._loaded is not None
         values: dict[str, Any] = {}
-        for task, metrics in numbers(run_tasks(self.team, self._loaded, bootstrap=100)).items():
+        try:
+            results = run_tasks(self.team, self._loaded, bootstrap=100)
+        except UserError as failure:  # what depends on the weights must not end the run that trains them
+            return {"notes": [failure.line()]}
+        for task, metrics in numbers(results).items():
             for metric, (value, error) in metrics.items():
-                values[f"{task}/{metric}"] = value
-                if error is not None:
-                    values[f"{task}/{metric}_stderr"] = error
+                values |= {f"{task}/{metric}": value, f"{task}/{metric}_stderr": error}
+        values |= results["hlat"]["notes"]
+        if lines := notes(results):
+            values["notes"] = lines
         return values

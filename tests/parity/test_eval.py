@@ -45,7 +45,9 @@ def random_llama(folder: Path, add_bos: bool = False) -> Path:
         eos_token_id=257,
         tie_word_embeddings=False,
     )
-    transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.suppress_tokens = list(range(258, 263))  # ids of no token, which HLAT never makes
+    model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -127,3 +127,20 @@ def test_right_answers_are_counted_between_start_and_end(by: str) -> None:
     objective.start_counting(torch.device("cpu"))
     objective.loss(decoder, all_right, torch.tensor(1))
     assert int(objective.counted()) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("by", ["words", "tokens", "head"])
+@torch.no_grad()
+def test_scores_that_are_not_finite_are_no_answers(by: str, value: float) -> None:
+    """The likeliest of labels that are all NaN is the first one: its share is no accuracy."""
+    decoder, objective = model(classes=3 if by == "head" else 0), Classification(by=by)
+    filled = batch([] if by == "head" else SEVERAL, 4, count_tokens=by == "tokens")
+    objective.start_counting(torch.device("cpu"))
+    objective.loss(decoder, filled, torch.tensor(1))
+    objective.counted()
+    assert int(objective.unsound) == 0
+    decoder.norm.weight[0] = value
+    objective.start_counting(torch.device("cpu"))
+    objective.loss(decoder, filled, torch.tensor(1))
+    assert int(objective.counted()) == 0 and int(objective.unsound) == 3

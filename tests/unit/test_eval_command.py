@@ -213,3 +213,179 @@ def test_the_command_of_the_harness(
     (file,) = Path("out").rglob("results_*.json")
     theirs, ours = (json.loads(path.read_text())["results"]["mine"] for path in (file, Path("r.json")))
     assert theirs["acc,none"] == ours["acc,none"] and theirs["acc_norm,none"] == ours["acc_norm,none"]
+
+
+def diverged(source: Path, target: Path) -> Path:
+    """The checkpoint with a NaN in the last norm."""
+    from hlat.checkpoint.store import open_checkpoint, write_weights
+
+    stored = open_checkpoint(source)
+    tensors = {name: stored.read(name).clone() for name in stored.names()}
+    tensors["model/norm.weight"][0] = float("nan")
+    write_weights(target, iter(tensors.items()), stored.meta, [])
+    return target
+
+
+GENERATION = {
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "context",
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def test_a_model_that_is_not_finite_has_no_figure(place: Path, capsys: pytest.CaptureFixture) -> None:
+    diverged(place / "model", place / "bad")
+    write_task(place / "tasks", QUESTIONS)
+    write_task(place / "tasks", QUESTIONS, "text", generation_kwargs={"max_gen_toks": 4}, **GENERATION)
+    bits = [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}]
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_target": "context", "metric_list": bits}
+    write_task(place / "tasks", QUESTIONS, "bits", doc_to_choice=None, doc_to_text="", **rolling)
+    (place / "tasks" / "all.yaml").write_text(
+        json.dumps({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
+    )
+    common = ["--tasks", "all", "text", "bits", "--include-path", "tasks"]
+    assert main(["eval", "bad", *common, "--json", "r.json", "--samples"]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith(
+        "hlat: error: no task has a figure: the model's logits are not"
+    )
+    rows = [
+        line.split()[2:]
+        for line in said.out.splitlines()
+        if line.split()[:1] in (["mine"], ["text"], ["bits"])
+    ]
+    assert len(rows) == 4 and all(set(row) <= {"-", "0.5000", "8.0000"} and row[0] == "-" for row in rows)
+    for task in ("mine", "text", "bits"):
+        assert f"note: {task}: no figure: the model's logits are not finite for 6 of 6 questions" in said.out
+    assert "note: all: no figure: mine has no figure" in said.out
+    found = json.loads(Path("r.json").read_text(), parse_constant=pytest.fail)
+    figures = {**found["results"], **found.get("groups", {})}
+    values = [
+        v for task in figures.values() for key, v in task.items() if "," in key and not isinstance(v, str)
+    ]
+    assert len(values) >= 5 and set(values) == {None}
+    assert found["samples"]["mine"][0]["resps"][0][0] == [None, False]
+
+    assert main(["compare", "model", "bad", *common, "--json", "c.json", "--markdown", "c.md"]) == 0
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert len(rows) >= 4 and all(row["differences"][0]["p"] is None for row in rows)
+    assert all(row["values"][1]["value"] is None for row in rows)
+    assert "*" not in Path("c.md").read_text().split("±")[0]
+    told = "bad: mine: no figure: the model's logits are not finite for 6 of 6 questions"
+    assert f"{told}\n" in Path("c.md").read_text() and f"{told}\n" in capsys.readouterr().out
+    assert told in json.loads(Path("c.json").read_text())["notes"][0]
+
+
+def harness_command(monkeypatch: pytest.MonkeyPatch, model: str, task: str, **options: Any) -> int:
+    """Exit code of `hlat-lm-eval`, without the harness's own tasks, which take seconds to list."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from hlat.evaluate.harness import main as command
+
+    def ask() -> None:
+        manager = TaskManager(include_path="tasks", include_defaults=False)
+        named = {"model": "hlat", "model_args": f"pretrained={model}", "tasks": [task], **options}
+        lm_eval.simple_evaluate(task_manager=manager, bootstrap_iters=0, **named)
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", ask)
+    try:
+        command()
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def test_the_command_of_the_harness_says_what_was_cut_or_is_wrong(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged(place / "model", place / "bad")
+    write_task(place / "tasks", QUESTIONS)
+    write_task(place / "tasks", QUESTIONS[:1], "text", generation_kwargs={"max_gen_toks": 99}, **GENERATION)
+    assert harness_command(monkeypatch, "bad", "mine") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("hlat-lm-eval: error: the model's logits are not finite for 12 of 12 requests;")
+    assert harness_command(monkeypatch, "model", "text", apply_chat_template=True) == 2
+    assert "error: the model's tokenizer has no chat template;" in capsys.readouterr().err.splitlines()[-1]
+    assert harness_command(monkeypatch, "model", "text", gen_kwargs="top_k=-1") == 2
+    assert "top_k -1 is out of range" in capsys.readouterr().err.splitlines()[-1]
+    assert harness_command(monkeypatch, "model", "text", system_instruction="be brief") == 0
+    said = capsys.readouterr().err
+    assert "note: 1 tasks wanted more new tokens than fit" in said
+    assert "note: text: 1 generations ended at the end of the model's context" in said
+
+
+def test_draws_follow_the_harness(place: Path) -> None:
+    """A temperature alone is a wish to sample; the same seed gives the same texts, another one others."""
+    same = [{"context": "again", "choices": [], "answer": 0}] * 8
+    warm = {"temperature": 1.0, "max_gen_toks": None, "top_k": None}
+    write_task(place / "tasks", same, "text", generation_kwargs=warm, **GENERATION)
+    runs = []
+    for number in range(2):
+        names = ["--tasks", "text", "--include-path", "tasks", "--json", f"{number}.json", "--samples"]
+        assert main(["eval", "model", *names]) == 0
+        found = json.loads(Path(f"{number}.json").read_text())
+        runs.append([sample["resps"][0][0] for sample in found["samples"]["text"]])
+    assert runs[0] == runs[1] and len(set(runs[0])) == 8
+    assert found["hlat"]["notes"] == {"shortened": 1}
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_chat_templates(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert", "to-hf", "model", "hf"]) == 0
+    config = json.loads(Path("hf/tokenizer_config.json").read_text())
+    Path("hf/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    write_task(
+        place / "tasks", QUESTIONS, num_fewshot=1, fewshot_split="test", fewshot_config={"sampler": "first_n"}
+    )
+    common = ["eval", "hf", "--tasks", "mine", "--include-path", "tasks", "--json", "r.json", "--samples"]
+    assert main([*common, "--limit", "2"]) == 0
+    assert (
+        "note: the tokenizer has a chat template, and the questions were asked without"
+        in capsys.readouterr().out
+    )
+
+    def prompt() -> str:
+        found = json.loads(Path("r.json").read_text())
+        return str(found["samples"]["mine"][1]["arguments"][0][0])
+
+    plain = prompt()
+    assert "<user>" not in plain
+    assert main([*common, "--limit", "2", "--apply-chat-template"]) == 0
+    assert "chat template" not in capsys.readouterr().out
+    turns = prompt()
+    assert turns.startswith("<user>number 0 is<assistant>") and turns.endswith("<user>number 1 is<assistant>")
+    options = ["--apply-chat-template", "--no-fewshot-as-multiturn", "--system-instruction", "be brief"]
+    assert main([*common, "--limit", "2", *options]) == 0
+    assert prompt().count("<user>") == 1 and "be brief" not in prompt()
+    assert "prompts are without their system message" in capsys.readouterr().out
+    line = refused(capsys, *common, "--fewshot-as-multiturn")
+    assert (
+        "--fewshot-as-multiturn: there are turns only in a chat template; add --apply-chat-template" in line
+    )
+    line = refused(capsys, "eval", "model", *common[2:], "--apply-chat-template")
+    assert "the model's tokenizer has no chat template" in line
+
+
+@pytest.mark.slow
+def test_a_chat_template_by_the_command_of_the_harness(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hlat.evaluate.harness import main as command
+
+    assert main(["convert", "to-hf", "model", "hf"]) == 0
+    Path("hf/chat_template.jinja").write_text(TEMPLATE)
+    write_task(place / "tasks", QUESTIONS)
+    arguments = "lm_eval --model hlat --model_args pretrained=hf --include_path tasks --tasks mine --limit 2"
+    more = ["--apply_chat_template", "--output_path", "out", "--log_samples"]
+    monkeypatch.setattr("sys.argv", [*arguments.split(), *more])
+    command()
+    (file,) = Path("out").rglob("samples_mine*.jsonl")
+    first = json.loads(file.read_text().splitlines()[0])
+    assert first["arguments"]["gen_args_0"]["arg_0"] == "<user>number 0 is<assistant>"

@@ -105,6 +105,38 @@ def test_an_unknown_task_is_refused_before_training(place: Path, capsys: pytest.
     assert not list(Path("run").glob("checkpoints/step-*"))
 
 
+def write_task(folder: Path, **config: object) -> str:
+    """A task of three questions, some longer than the model's context; returns its file."""
+    rows = [{"context": "x" * n, "choices": ["a", "b"], "answer": 0} for n in (3, 80, 90)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"task": "mine", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+    fields = {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    files = {"data_files": {"test": str(folder / "mine.jsonl")}}
+    (folder / "mine.yaml").write_text(json.dumps({**task, **fields, "dataset_kwargs": files, **config}))
+    return str(folder / "mine.yaml")
+
+
+def test_weights_that_are_not_finite_do_not_end_the_run(place: Path, capsys: pytest.CaptureFixture) -> None:
+    options = [f"eval.tasks=[{write_task(place)}]", "guard.name=none", "run.steps=2"]
+    assert main(["train", "small.yaml", "run.dir=bad", "model.init_std=1e30", *options]) == 0
+    (row,) = rows(place / "bad", "tasks")
+    assert row["mine/acc"] is None and row["mine/acc_stderr"] is None and row["truncated"] == 4
+    reason = "mine: no figure: the model's logits are not finite for 3 of 3 questions"
+    assert row["notes"][-1] == reason and reason in capsys.readouterr().out
+    assert main(["report", "bad", "--out", "report.html"]) == 0
+    assert "requests that lost tokens on the left: bad 4" in (place / "report.html").read_text()
+
+
+def test_a_generation_that_is_not_supported_is_refused_before_training(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = {"output_type": "generate_until", "generation_kwargs": {"num_beams": 2}, "doc_to_choice": None}
+    file = write_task(place, metric_list=[{"metric": "exact_match"}], **options)
+    assert main(["train", "small.yaml", "run.dir=run", f"eval.tasks=[{file}]"]) == 2
+    assert "generation option 'num_beams' is not supported" in capsys.readouterr().err
+    assert not list(Path("run").glob("checkpoints/step-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +17,8 @@ from hlat.data.tokenizer import BytesTokenizer
 from hlat.evaluate.batches import Request
 from hlat.evaluate.generate import generate
 from hlat.evaluate.live import LiveModel
-from hlat.evaluate.team import Team
+from hlat.evaluate.sampling import NOT_FINITE, Sampling, drawable
+from hlat.evaluate.team import BROKEN, LIMIT, STOPPED, Team
 from hlat.evaluate.text import TextCodec
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
@@ -65,7 +73,7 @@ def test_greedy_texts(team: Team, size: int) -> None:
     prompts = [[1, 2, 3], [5] * 17, list(range(40, 80)), [200]]
     made = team.generate(prompts, size, {"max_new_tokens": 9})
     for prompt, ids in zip(prompts, made, strict=True):
-        expected = list(generate(team.live.model, prompt, max_new_tokens=9, stop={256}))  # type: ignore[arg-type]
+        expected = list(generate(team.live.model, prompt, max_new_tokens=9, stop={256}, known=257))  # type: ignore[arg-type]
         assert ids == expected
 
 
@@ -92,3 +100,150 @@ def test_sampling_is_seeded_and_differs_between_repeats(team: Team) -> None:
 
 def test_nothing_to_do(team: Team) -> None:
     assert team.score([], 4) == [] and team.generate([], 4, {"max_new_tokens": 3}) == []
+
+
+@contextmanager
+def weights(team: Team, **rows: dict[int, float]) -> Iterator[None]:
+    """The model with some rows of its embedding or head filled with a value."""
+    model = team.live.model
+    former = {name: getattr(model, name).weight.detach().clone() for name in rows}
+    try:
+        for name, values in rows.items():
+            for row, value in values.items():
+                getattr(model, name).weight.data[row] = value
+        yield
+    finally:
+        for name, value in former.items():
+            getattr(model, name).weight.data.copy_(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_question_that_is_not_finite_leaves_the_others_alone(team: Team, value: float) -> None:
+    requests = [Request((1, 2, 3, 4), (5,)), Request((1, 2, 200), (5,)), Request((200, 7), (8, 9))]
+    requests += [Request((9,) * n, (5, 6)) for n in range(1, 6)]
+    expected = team.score(requests, 1)
+    with weights(team, embed={200: value}):
+        found = team.score(requests, 1)
+        made = team.generate([[1, 2], [200, 3]], 2, {"max_new_tokens": 3})
+        drawn = team.generate([[1, 2], [200, 3]], 2, {"max_new_tokens": 3, "temperature": 1.0})
+    assert [math.isnan(nats) for nats, _ in found] == [False, True, True] + [False] * 5
+    assert found[0] == expected[0] and found[3:] == expected[3:]
+    assert [ids.end for ids in made] == [ids.end for ids in drawn] == [LIMIT, BROKEN]
+    assert made[1] == [] and len(made[0]) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_is_not_finite_scores_nothing(team: Team, value: float) -> None:
+    with weights(team, head={7: value}):
+        found = team.score([Request((1, 2, 3), (n,)) for n in (5, 7)], 4)
+        made = team.generate([[1, 2]], 2, {"max_new_tokens": 3})
+    assert all(math.isnan(nats) for nats, _ in found) and made[0].end == BROKEN
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1e20}])
+def test_ids_that_the_tokenizer_does_not_know_are_never_made(team: Team, options: dict[str, float]) -> None:
+    """The model has 260 ids, the tokenizer 257: without care they are made, counted, and give no text."""
+    with torch.no_grad():
+        state = team.live.model.hidden(torch.tensor([[1, 2, 3]]))[0, -1]
+    rows = dict.fromkeys((257, 258, 259), 0.0)
+    with weights(team, head=rows):
+        for row in rows:
+            team.live.model.head.weight.data[row] = 50 * state / state.norm()
+        made = team.generate([[1, 2, 3]] * 6, 6, {"max_new_tokens": 8, **options})
+        alone = list(generate(team.live.model, [1, 2, 3], max_new_tokens=8, known=257, **options))  # type: ignore[arg-type]
+        with torch.no_grad():
+            logits = team.live.model(torch.tensor([[1, 2, 3]]))[0, -1].double()
+        ((nats, _),) = team.score([Request((1, 2, 3), (5,))], 1)
+    assert int(logits.argmax()) > 256 and all(ids and max(ids) < 257 for ids in (*made, alone))
+    # A log-likelihood is that of the whole softmax, as in training and in the harness's own model.
+    assert nats == pytest.approx(float(logits.log_softmax(-1)[5]), abs=1e-3)
+
+
+def test_what_ends_a_generation(team: Team) -> None:
+    (whole,) = team.generate([[1, 2, 3]], 1, {"max_new_tokens": 12})
+    assert whole.end == LIMIT
+    text = team.codec.decode(whole)[3:5]
+    (cut,) = team.generate([[1, 2, 3]], 1, {"max_new_tokens": 12, "stop_texts": [text]})
+    assert cut.end == STOPPED
+    team.codec.stop_ids = frozenset({whole[1]})
+    try:
+        options = {"max_new_tokens": 12}
+        assert team.generate([[1, 2, 3]], 1, options)[0].end == STOPPED
+        (longer,) = team.generate([[1, 2, 3]], 1, {**options, "min_new_tokens": 5})
+        assert len(longer) >= 5 and whole[1] not in longer[:5]
+    finally:
+        team.codec.stop_ids = frozenset({256})
+    with pytest.raises(ValueError, match="90 tokens and 7 new ones are more than 96"):
+        team.generate([[1] * 90], 1, {"max_new_tokens": 7})
+
+
+@pytest.mark.parametrize("split", [2, 3, 8])
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_a_stream_split_along_the_sequence_goes_to_the_last_position(
+    team: Team, split: int, count: int
+) -> None:
+    """What pads a row to a multiple of the ranks lies beyond the model's last position."""
+    prompts = [list(range(40, 40 + 96 - count)), [7] * 30]
+    expected = team.generate(prompts, 2, {"max_new_tokens": count})
+    team.live.split = split
+    try:
+        assert team.generate(prompts, 2, {"max_new_tokens": count}) == expected
+    finally:
+        team.live.split = 1
+    assert expected[0] == list(
+        generate(team.live.model, prompts[0], max_new_tokens=count, stop={256}, known=257)  # type: ignore[arg-type]
+    )
+
+
+class Threads:
+    """Ranks of a group that are threads. Its maximum passes over NaN, as some libraries' does."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier, self._parts = threading.Barrier(size), [torch.empty(0)] * size
+
+    def gather(self, rank: int, x: torch.Tensor) -> torch.Tensor:
+        self._parts[rank] = x
+        self._barrier.wait(60)
+        found = torch.stack(self._parts)
+        self._barrier.wait(60)
+        return found
+
+    def reduce(self, rank: int, x: torch.Tensor, op: str) -> torch.Tensor:
+        found = self.gather(rank, x)
+        least = found.nan_to_num(-math.inf, math.inf, -math.inf) if found.is_floating_point() else found
+        return least.amax(0) if op == "max" else found.sum(0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_of_a_spread_vocabulary_chooses_alike(size: int, temperature: float) -> None:
+    """Ten ids, the last three of no token, so that one rank of three has nothing that may be chosen."""
+    rows = torch.randn(7, 10, generator=torch.Generator().manual_seed(2))
+    rows[1, 9] = rows[2, 8] = 40.0  # likeliest, and of no token
+    rows[3, 0], rows[4, 6], rows[5, 3], rows[6, 8] = math.nan, math.nan, math.inf, math.nan
+    width, group, found = -(-10 // size), Threads(size), [torch.empty(0)] * size
+
+    def choose(rank: int) -> None:
+        live: Any = LiveModel.__new__(LiveModel)
+        live.config = SimpleNamespace(vocab=10)
+        shard = SimpleNamespace(start=rank * width, rows=width) if size > 1 else None
+        live.model = SimpleNamespace(head=SimpleNamespace(shard=shard))
+        tp = SimpleNamespace(
+            all_reduce=lambda x, op="sum": group.reduce(rank, x, op), gather=lambda x: group.gather(rank, x)
+        )
+        live.backend = SimpleNamespace(groups=SimpleNamespace(tp=tp))
+        sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
+        allowed = drawable(10, 7, {3}, torch.device("cpu"))
+        found[rank] = live._choose(rows[:, rank * width : (rank + 1) * width].clone(), sampling, allowed)
+
+    threads = [threading.Thread(target=choose, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(part.tolist() == found[0].tolist() for part in found)
+    assert found[0][3:6].tolist() == [NOT_FINITE] * 3
+    sound = found[0][[0, 1, 2, 6]]
+    assert int(sound.min()) >= 0 and int(sound.max()) < 7
+    if not temperature:
+        assert sound.tolist() == rows[[0, 1, 2, 6], :7].argmax(-1).tolist()

@@ -252,3 +252,17 @@ def test_the_unused_head_is_not_trained(finetune) -> None:
 def test_fields_of_the_model_may_be_added(finetune, pretrained) -> None:
     recipe = load("fine.yaml", ["model.attention=plain", "model.max_seq_len=128"])
     assert (recipe.model.hidden, recipe.model.attention, recipe.model.max_seq_len) == (32, "plain", 128)
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(finetune, pretrained, tmp_path) -> None:
+    stored = open_checkpoint(pretrained / "pre")
+    tensors = {name: stored.read(name).clone() for name in stored.names() if name.startswith("model/")}
+    tensors["model/norm.weight"][0] = torch.nan
+    write_weights(tmp_path / "bad", iter(tensors.items()), stored.meta, stored.tokenizer)
+    code, text, folder = finetune(f"init.from={tmp_path / 'bad'}", "guard.name=none", "run.steps=1")
+    assert code == 0, text
+    rows = rows_of(folder, "eval")
+    assert rows and all(row["accuracy"] is None and row["loss"] is None for row in rows)
+    assert "held-out at step 1: no figure, the loss is not finite" in text
+    assert "no figure: the loss is not finite" in text.splitlines()[-2] and "nan" not in text
+    assert summary_table(load_runs([folder]))["held-out accuracy"] == ["not finite"]

@@ -147,12 +147,30 @@ def test_command_prints_prompt_and_continuation(
         (["--top-k", "0"], "--top-k"),
         (["--top-p", "1.5"], "--top-p"),
         (["--max-new-tokens", "-3"], "--max-new-tokens"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--seed", str(10**20)], "--seed"),
     ],
 )
 def test_command_refuses_options(run: Path, options: list[str], place: str) -> None:
     with pytest.raises(UserError) as caught:
         command(run, "--prompt", "a", *options)
     assert caught.value.where == place
+
+
+def test_command_says_that_the_context_is_full(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command(run, "--prompt", "a" * 40, "--greedy", "--max-new-tokens", 8) == 0
+    assert capsys.readouterr().err == ""
+    assert command(run, "--prompt", "a" * 40, "--greedy", "--max-new-tokens", 9) == 0
+    note = "hlat: note: the model's context of 48 tokens is full: 8 of 9 tokens were made\n"
+    assert capsys.readouterr().err == note
+
+
+def test_ids_beyond_the_tokenizers_are_never_made(model: Decoder) -> None:
+    free = list(generate(model, [5, 9], max_new_tokens=30))
+    known = sorted(free)[len(free) // 2]  # half of them are from here on
+    made = list(generate(model, [5, 9], max_new_tokens=30, known=known))
+    drawn = list(generate(model, [5, 9], max_new_tokens=30, known=known, temperature=5.0))
+    assert len(made) == len(drawn) == 30 and max(made + drawn) < known <= max(free)
 
 
 def test_command_refuses_before_it_prints(run: Path, capsys: pytest.CaptureFixture) -> None:
