@@ -184,6 +184,7 @@ def result(trial: Trial) -> Result | None:
 
     from hlat.observe.jsonl import read_rows
     from hlat.observe.runfolder import RunFolder
+    from hlat.observe.skipped import wrong_skips
     from hlat.observe.sweep import result_of
     from hlat.recipe import identity_diff
 
@@ -197,7 +198,8 @@ def result(trial: Trial) -> Result | None:
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return None
     if found.stopped:  # nothing would be different the next time, unless the guard is
-        return found if saved.get("guard") == wanted["guard"] else None
+        same = saved.get("guard") == wanted["guard"] and not wrong_skips(folder.path, wanted["guard"]).steps
+        return found if same else None
     finished = (folder.checkpoints / f"step-{last:08d}").is_dir()
     return found if finished or (folder.nxd_checkpoints / f"step-{last:09d}" / "done").exists() else None
 

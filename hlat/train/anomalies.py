@@ -16,6 +16,7 @@ from hlat.observe.failures import say
 from hlat.observe.jsonl import append, encode
 from hlat.observe.metrics import Interruption
 from hlat.observe.skipped import wrong_skips
+from hlat.train.guard import SkipGuard
 
 if TYPE_CHECKING:
     from hlat.checkpoint.nxd import NxdFolder
@@ -122,9 +123,8 @@ def wrong_skips_text(run: Run, folder: Path, saved: Checkpoint | NxdFolder) -> s
     guard = run.recipe.guard
     found = wrong_skips(folder, {"name": guard.name, **guard.options})
     lines = [text] if (text := found.text(run.step)) else []
-    window = getattr(run.guard, "window", 0)
-    if hasattr(saved, "read") and window and float(saved.read("guard/seen")) >= 2 * window:
-        # So far only a guard counts that misjudged.
+    counted = isinstance(run.guard, SkipGuard) and hasattr(saved, "read")
+    if counted and float(saved.read("guard/seen")) >= 2 * run.guard.window:  # one that misjudged did
         unknown = run.step - int(saved.read("run/updates")) - sum(step <= run.step for step in found.rows)
         if unknown > 0:
             lines.append(
