@@ -38,12 +38,12 @@ class SkipGuard:
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2, le=1 << 20)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
         patience: Annotated[int, Field(ge=1)] = 100,
     ) -> None:
-        if not 2 <= window <= 1 << 20 or sigma < 0 or patience < 1:
-            raise ValueError("guard needs a window of 2 to 2^20, sigma >= 0, patience >= 1")
+        if not 2 <= window <= 100_000 or sigma < 0 or patience < 1:
+            raise ValueError("guard needs a window of 2 to 100,000, sigma >= 0, patience >= 1")
         self.window, self.sigma, self.patience = window, sigma, patience
         self._state = {
             "history": torch.zeros(2, window),  # a ring; row 0: losses, row 1: gradient norms
@@ -129,7 +129,7 @@ class StopGuard(SkipGuard):
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2, le=1 << 20)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
     ) -> None:
         super().__init__(window=window, sigma=sigma, patience=1)
@@ -153,7 +153,7 @@ class RewindGuard(SkipGuard):
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2, le=1 << 20)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
         bad_steps: Annotated[int, Field(ge=1)] = 1,
         before: Annotated[int, Field(ge=0)] = 0,
