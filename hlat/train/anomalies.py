@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.checkpoint.nxd import NxdFolder
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.failures import say
 from hlat.observe.jsonl import append, encode
@@ -19,7 +20,6 @@ from hlat.observe.skipped import wrong_skips
 from hlat.train.guard import SkipGuard
 
 if TYPE_CHECKING:
-    from hlat.checkpoint.nxd import NxdFolder
     from hlat.checkpoint.reader import Checkpoint
     from hlat.train.run import Run
 
@@ -123,8 +123,9 @@ def wrong_skips_text(run: Run, folder: Path, saved: Checkpoint | NxdFolder) -> s
     guard = run.recipe.guard
     found = wrong_skips(folder, {"name": guard.name, **guard.options})
     lines = [text] if (text := found.text(run.step)) else []
-    counted = isinstance(run.guard, SkipGuard) and hasattr(saved, "read")
-    if counted and float(saved.read("guard/seen")) >= 2 * run.guard.window:  # one that misjudged did
+    if not isinstance(run.guard, SkipGuard) or isinstance(saved, NxdFolder):
+        return "; ".join(lines)
+    if float(saved.read("guard/seen")) >= 2 * run.guard.window:  # only one that misjudged counted as far
         unknown = run.step - int(saved.read("run/updates")) - sum(step <= run.step for step in found.rows)
         if unknown > 0:
             lines.append(
