@@ -283,13 +283,15 @@ def _figures(folder: RunFolder, last: int) -> Result | None:
 def result(trial: Trial) -> Result | None:
     """What a run gave; None when it is not finished, or was of something else."""
     from hlat.observe.runfolder import RunFolder
+    from hlat.observe.skipped import wrong_skips
 
     folder = RunFolder(trial.folder)
     found = _figures(folder, trial.last)
     if found is None or others(trial):
         return None
-    if found.stopped:  # nothing would be different the next time
-        return found
+    if found.stopped:  # nothing would be different the next time, unless the guard is
+        wrong = wrong_skips(folder.path, trial.recipe.to_dict()["guard"]).steps
+        return None if wrong else found
     ends = (
         folder.checkpoints / f"step-{trial.last:08d}",
         folder.nxd_checkpoints / f"step-{trial.last:09d}" / "done",

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hlat.observe.progress import Progress, sparkline
+from hlat.observe.skipped import OftenSkipped
 from hlat.observe.text import anomaly_text, duration, fixed, percent, rate, scientific
 
 Lines = Sequence[str | tuple[str, str]]
@@ -58,6 +59,7 @@ class Console:
         self._name, self._mfu_note, self._interval = name, mfu_note, interval
         self._clock, self._stamp = clock, stamp
         self.progress = Progress(total_steps, first_step, started=clock())
+        self._often = OftenSkipped()
         self._printed: float | None = None
         self._printed_step = -1
         self._closed = self._lost = False
@@ -66,9 +68,11 @@ class Console:
             self._rich.is_terminal and not self._rich.is_dumb_terminal and _draws_blocks(self._rich)
         )
 
-    def start(self, first_step: int, *, mfu_note: str = "") -> None:
-        """Set what is known once set-up is over, before `banner`; the time shown counts from here."""
-        self._mfu_note = mfu_note
+    def start(self, first_step: int, *, mfu_note: str = "", every: int = 1) -> None:
+        """Set what is known once set-up is over, before `banner`; the time shown counts from here. Rows
+        arrive in windows of `every` steps.
+        """
+        self._mfu_note, self._often = mfu_note, OftenSkipped(every)
         self.progress.step, self.progress.started = first_step, self._clock()
 
     def banner(self, lines: Lines) -> None:
@@ -88,6 +92,8 @@ class Console:
             self.warn(anomaly_text(row))
         elif row.get("kind") == "train":
             self.progress.train(row)
+            if line := self._often.row(row):
+                self.warn(line)
 
     def flush(self) -> None:
         """A window of rows is complete. On a plain stream its last step is printed now and then."""
@@ -101,6 +107,7 @@ class Console:
 
     def rewind(self, step: int) -> None:
         """The run goes back to the end of `step`."""
+        self._often.rewind()
         self.progress.rewind(step)
 
     def checkpoint(self, step: int) -> None:
@@ -125,6 +132,8 @@ class Console:
             return
         self._closed = True
         self._stop_live()
+        if line := self._often.end():
+            self.warn(line)
         if not self.is_live and self.progress.last and self._printed_step != self.progress.step:
             self._print_step(self._clock())
         if summary:

@@ -15,6 +15,7 @@ from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
 from hlat.observe.page import page
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
+from hlat.observe.skipped import often_lines, often_skipped, wrong_skips
 from hlat.observe.standing import standing_notes, standing_table
 from hlat.observe.text import anomaly_text, byte_size, duration, fixed, percent, rate, short
 
@@ -342,11 +343,13 @@ def _by_key(table: Mapping[str, Sequence[Any]], runs: Sequence[Run]) -> str:
 
 
 def _anomalies(runs: Sequence[Run]) -> str:
-    """What the guards did, a line each; nothing when they did nothing."""
+    """What the guards did, a line each, after what is to be said of all of it; nothing when they did
+    nothing.
+    """
     lines = "".join(
-        f"<tr><th>{escape(run.name)}</th><td>{escape(anomaly_text(row))}</td></tr>"
+        f"<tr><th>{escape(run.name)}</th><td>{escape(line)}</td></tr>"
         for run in runs
-        for row in run.anomalies
+        for line in [*_skipped_lines(run), *map(anomaly_text, run.anomalies)]
     )
     return (
         f'<h2>Anomalies</h2><div class="sheet"><table><tbody>{lines}</tbody></table></div>' if lines else ""
@@ -360,6 +363,17 @@ def _standing(runs: Sequence[Run]) -> str:
     if not notes and not table:
         return ""
     return f"<h2>What the figures stand for</h2>{notes}{_by_key(table, runs) if table else ''}"
+
+
+def _skipped_lines(run: Run) -> list[str]:
+    """Where many steps were skipped, and which for no reason of their own."""
+    steps, recipe = run.train["step"], run.recipe
+    often = often_skipped(
+        steps, run.train.get("skipped", np.zeros(len(steps))), int(recipe.get("log.every", 1))
+    )
+    guard = {key.removeprefix("guard."): value for key, value in recipe.items() if key.startswith("guard.")}
+    wrong = wrong_skips(run.path, guard).text()
+    return [*([wrong] if wrong else []), *often_lines(often)]
 
 
 def _recipes(runs: Sequence[Run]) -> str:

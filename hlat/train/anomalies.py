@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.checkpoint.nxd import NxdFolder
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.failures import say
 from hlat.observe.jsonl import append, encode
 from hlat.observe.metrics import Interruption
+from hlat.observe.skipped import wrong_skips
+from hlat.train.guard import SkipGuard
 
 if TYPE_CHECKING:
+    from hlat.checkpoint.reader import Checkpoint
     from hlat.train.run import Run
 
 FILE = "anomalies.jsonl"
@@ -105,3 +109,27 @@ class GuardWatch:
         except (OSError, UserError) as error:  # the record is not worth the run
             say(f"hlat: warning: {error}")
         self.send({"kind": "anomaly", "step": bad if step is None else step, **facts})
+
+
+def wrong_skips_text(run: Run, folder: Path, saved: Checkpoint | NxdFolder) -> str:
+    """What an earlier version's guard did to the run that continues here, as far as it is known; empty where
+    it did nothing.
+
+    Args:
+        run: restored.
+        folder: of the run; its rows are those of all steps done before, also after `saved`.
+        saved: what the run continues from.
+    """
+    guard = run.recipe.guard
+    found = wrong_skips(folder, {"name": guard.name, **guard.options})
+    lines = [text] if (text := found.text(run.step)) else []
+    if not isinstance(run.guard, SkipGuard) or isinstance(saved, NxdFolder):
+        return "; ".join(lines)
+    if float(saved.read("guard/seen")) >= 2 * run.guard.window:  # only one that misjudged counted as far
+        unknown = run.step - int(saved.read("run/updates")) - sum(step <= run.step for step in found.rows)
+        if unknown > 0:
+            lines.append(
+                f"{unknown:,} updates were skipped whose metrics are not in {folder}: an earlier version's "
+                "guard, which misjudged what comes after its first window, may have had no reason"
+            )
+    return "; ".join(lines)

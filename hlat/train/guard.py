@@ -17,13 +17,17 @@ from hlat.registry import lookup, register
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
+_EXACT = 1 << 24  # from here on adding 1 to an fp32 changes nothing
+_NOISE = 1e-6  # the least standard deviation, beside the mean: what rounding makes of values that are equal
+
 
 @register("guard", "skip")
 class SkipGuard:
     """Skip an update whose loss or gradient norm is not finite or far above the recent ones.
 
-    "Far" is `sigma` standard deviations above the mean of the last `window` steps, once half a window has
-    been seen. Finite outliers enter the window too, so a lasting change of level is accepted after a while.
+    "Far" is `sigma` standard deviations above the mean of the last `window` steps that were finite, once half
+    a window of them has been seen. A standard deviation is at least 1e-6, and 1e-6 of the mean. Finite
+    outliers enter the window too, so a lasting change of level is accepted after a while.
 
     Args:
         window: steps remembered.
@@ -34,16 +38,16 @@ class SkipGuard:
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
         patience: Annotated[int, Field(ge=1)] = 100,
     ) -> None:
-        if window < 2 or sigma < 0 or patience < 1:
-            raise ValueError("guard needs window >= 2, sigma >= 0, patience >= 1")
+        if not 2 <= window <= 100_000 or sigma < 0 or patience < 1:
+            raise ValueError("guard needs a window of 2 to 100,000, sigma >= 0, patience >= 1")
         self.window, self.sigma, self.patience = window, sigma, patience
         self._state = {
-            "history": torch.zeros(2, window),  # row 0: losses, row 1: gradient norms
-            "seen": torch.zeros(()),
+            "history": torch.zeros(2, window),  # a ring; row 0: losses, row 1: gradient norms
+            "seen": torch.zeros(()),  # finite steps, counted from `window` again at two windows: see `_seen`
             "skips_in_a_row": torch.zeros(()),
         }
 
@@ -56,10 +60,10 @@ class SkipGuard:
         """bool (): whether this step's update is to be applied. `loss` and `norm` are fp32 () and equal on
         all ranks.
         """
-        now = torch.stack([loss, norm]).detach().float()
+        now, seen = torch.stack([loss, norm]).detach().float(), self._seen()
         finite = torch.isfinite(now).all()
-        keep = finite & ~self._is_spike(now) if self.sigma else finite
-        self._remember(now, finite, keep)
+        keep = finite & ~self._is_spike(now, seen) if self.sigma else finite
+        self._remember(now, seen, finite, keep)
         return keep
 
     def check(self, skips_in_a_row: float) -> None:
@@ -79,21 +83,38 @@ class SkipGuard:
         """Tensors that belong in a checkpoint, by name; a load writes into them."""
         return self._state
 
-    def _is_spike(self, now: Tensor) -> Tensor:
-        history, seen = self._state["history"], self._state["seen"]
+    def _seen(self) -> Tensor:
+        """int32 (): finite steps seen, less whole windows that leave at least one, so below two windows. The
+        remainder is the slot of the ring that is written next.
+
+        Versions that divided by this number let it grow, and what they saved continues here. One that has
+        grown to 2^24 stood still there, and with it the slot: what its ring holds is of no use.
+        """
+        seen, window = self._state["seen"], self.window
+        count = torch.where(seen < _EXACT, seen, 0.0).to(torch.int32)
+        return torch.where(count < 2 * window, count, window + count % window)
+
+    def _is_spike(self, now: Tensor, seen: Tensor) -> Tensor:
+        history = self._state["history"]
         filled = torch.arange(self.window, device=history.device) < seen
-        count = seen.clamp(min=1)
-        mean = (history * filled).sum(1) / count
-        variance = ((history - mean[:, None]).square() * filled).sum(1) / count
-        far = now > mean + self.sigma * variance.sqrt().clamp(min=1e-6)
+        count = seen.clamp(min=1, max=self.window)
+        mean = (history * filled / count).sum(1)
+        away = (history - mean[:, None]) * filled
+        # In units of the largest: a square must not overflow where the value does not.
+        largest = away.abs().amax(1).clamp(min=1e-30)
+        deviation = largest * ((away / largest[:, None]).square().sum(1) / count).sqrt()
+        far = now > mean + self.sigma * torch.maximum(deviation, _NOISE * mean.abs().clamp(min=1.0))
         return far.any() & (seen >= self.window // 2)
 
-    def _remember(self, now: Tensor, finite: Tensor, keep: Tensor) -> None:
-        state = self._state
-        slot = torch.arange(self.window, device=now.device) == state["seen"] % self.window
+    def _remember(self, now: Tensor, seen: Tensor, finite: Tensor, keep: Tensor) -> None:
+        state, window = self._state, self.window
+        slot = torch.arange(window, device=now.device) == seen % window
         state["history"].copy_(torch.where(slot & finite, now[:, None], state["history"]))
-        state["seen"].add_(finite.float())
-        state["skips_in_a_row"].copy_(torch.where(keep, 0.0, state["skips_in_a_row"] + 1))
+        # Where the count was too large, skips may have been for that alone: they do not count.
+        skips = torch.where(state["seen"] < 2 * window, state["skips_in_a_row"], 0.0)
+        state["skips_in_a_row"].copy_(torch.where(keep, 0.0, skips + 1))
+        following = seen + finite
+        state["seen"].copy_(torch.where(following < 2 * window, following, window))
 
 
 @register("guard", "stop")
@@ -108,7 +129,7 @@ class StopGuard(SkipGuard):
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
     ) -> None:
         super().__init__(window=window, sigma=sigma, patience=1)
@@ -132,7 +153,7 @@ class RewindGuard(SkipGuard):
     def __init__(
         self,
         *,
-        window: Annotated[int, Field(ge=2)] = 128,
+        window: Annotated[int, Field(ge=2, le=100_000)] = 128,
         sigma: Annotated[float, Field(ge=0)] = 6.0,
         bad_steps: Annotated[int, Field(ge=1)] = 1,
         before: Annotated[int, Field(ge=0)] = 0,

@@ -8,7 +8,7 @@ from hlat.model.flops import flops_per_token
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.peak import peak_flops
 from hlat.observe.sinks import open_sinks
-from hlat.train.anomalies import GuardWatch
+from hlat.train.anomalies import GuardWatch, wrong_skips_text
 from hlat.train.describe import banner
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ def open_metrics(
     if console is None:
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
-    console.start(run.step, mfu_note=str(peak) if peak else "")
+    console.start(run.step, mfu_note=str(peak) if peak else "", every=recipe.log.every)
     console.banner(banner(run, folder.path, saved, compiled, peak, began))
+    if saved is not None and (line := wrong_skips_text(run, folder.path, saved)):
+        console.warn(line)  # now: the rows after this checkpoint are removed below
     sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
     work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     every_token = getattr(run.objective, "every_token", True)
