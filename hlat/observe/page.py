@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -33,6 +34,26 @@ def page(title: str, body: str, charts: dict[str, Any]) -> str:
 </body>
 </html>
 """
+
+
+def by_key(table: Mapping[str, Sequence[Any]], columns: Sequence[str]) -> str:
+    """A table with a line for each key, and a column for each name where there are several."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns) if len(columns) > 1 else ""
+    head = f"<thead><tr><th></th>{head}</tr></thead>" if head else ""
+    lines = "".join(
+        f"<tr><th>{escape(key)}</th>" + "".join(f"<td>{escape(plain(v))}</td>" for v in values) + "</tr>"
+        for key, values in table.items()
+    )
+    return f'<div class="sheet"><table>{head}<tbody>{lines}</tbody></table></div>'
+
+
+def plain(value: Any) -> str:
+    """A value of a recipe as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _style() -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 import hlat
 from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
-from hlat.observe.page import page
+from hlat.observe.page import by_key, page, plain
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
-from hlat.observe.skipped import often_lines, often_skipped, wrong_skips
+from hlat.observe.skipped import skipped_lines
 from hlat.observe.standing import standing_notes, standing_table
 from hlat.observe.text import anomaly_text, byte_size, duration, fixed, percent, rate, short
 
@@ -331,17 +330,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[R
     return f'<div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _by_key(table: Mapping[str, Sequence[Any]], runs: Sequence[Run]) -> str:
-    """One line a key, one column a run."""
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs) if len(runs) > 1 else ""
-    head = f"<thead><tr><th></th>{head}</tr></thead>" if head else ""
-    lines = "".join(
-        f"<tr><th>{escape(key)}</th>" + "".join(f"<td>{escape(_text(v))}</td>" for v in values) + "</tr>"
-        for key, values in table.items()
-    )
-    return f'<div class="sheet"><table>{head}<tbody>{lines}</tbody></table></div>'
-
-
 def _anomalies(runs: Sequence[Run]) -> str:
     """What the guards did, a line each, after what is to be said of all of it; nothing when they did
     nothing.
@@ -349,7 +337,7 @@ def _anomalies(runs: Sequence[Run]) -> str:
     lines = "".join(
         f"<tr><th>{escape(run.name)}</th><td>{escape(line)}</td></tr>"
         for run in runs
-        for line in [*_skipped_lines(run), *map(anomaly_text, run.anomalies)]
+        for line in [*skipped_lines(run), *map(anomaly_text, run.anomalies)]
     )
     return (
         f'<h2>Anomalies</h2><div class="sheet"><table><tbody>{lines}</tbody></table></div>' if lines else ""
@@ -362,18 +350,7 @@ def _standing(runs: Sequence[Run]) -> str:
     table = standing_table(runs)
     if not notes and not table:
         return ""
-    return f"<h2>What the figures stand for</h2>{notes}{_by_key(table, runs) if table else ''}"
-
-
-def _skipped_lines(run: Run) -> list[str]:
-    """Where many steps were skipped, and which for no reason of their own."""
-    steps, recipe = run.train["step"], run.recipe
-    often = often_skipped(
-        steps, run.train.get("skipped", np.zeros(len(steps))), int(recipe.get("log.every", 1))
-    )
-    guard = {key.removeprefix("guard."): value for key, value in recipe.items() if key.startswith("guard.")}
-    wrong = wrong_skips(run.path, guard).text()
-    return [*([wrong] if wrong else []), *often_lines(often)]
+    return f"<h2>What the figures stand for</h2>{notes}{by_key(table, [run.name for run in runs]) if table else ''}"
 
 
 def _recipes(runs: Sequence[Run]) -> str:
@@ -383,10 +360,12 @@ def _recipes(runs: Sequence[Run]) -> str:
         own = [{k: v for k, v in run.recipe.items() if k not in ("run.name", "run.dir")} for run in runs]
         different = differences(own)
         parts.append(
-            _by_key(different, runs) if different else '<p class="none">The recipes are the same.</p>'
+            by_key(different, [run.name for run in runs])
+            if different
+            else '<p class="none">The recipes are the same.</p>'
         )
     for run in runs:
-        lines = "\n".join(f"{key}: {_text(value)}" for key, value in run.recipe.items())
+        lines = "\n".join(f"{key}: {plain(value)}" for key, value in run.recipe.items())
         shown = (
             f'<pre class="sheet">{escape(lines)}</pre>' if lines else '<p class="none">no resolved.yaml</p>'
         )
@@ -398,7 +377,11 @@ def _environment(runs: Sequence[Run]) -> str:
     facts = [_facts(run) for run in runs]
     keys = dict.fromkeys(key for fact in facts for key in fact)
     table = {key: [fact.get(key) for fact in facts] for key in keys}
-    shown = _by_key(table, runs) if table else '<p class="none">no environment.json in these runs</p>'
+    shown = (
+        by_key(table, [run.name for run in runs])
+        if table
+        else '<p class="none">no environment.json in these runs</p>'
+    )
     return f"<h2>Environment of the last start</h2>{shown}"
 
 
@@ -409,11 +392,3 @@ def _facts(run: Run) -> dict[str, Any]:
     groups = [flatten(last), *(flatten(run.starts[-1].get(group)) for group in ("versions", "variables"))]
     facts = {"starts": len(run.starts), **{key: value for group in groups for key, value in group.items()}}
     return {key: value for key, value in facts.items() if value not in (None, [], "")}
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)

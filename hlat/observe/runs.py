@@ -95,7 +95,7 @@ def load_run(path: Path) -> Run:
         tasks=columns["tasks"],
         storage=storage,
         anomalies=anomalies,
-        stretches=with_steps(read_stretches(folder.path), int(max(rows["train"]))),
+        stretches=with_steps(read_stretches(folder.path), int(columns["train"]["step"][-1])),
         supervised=_finishes(folder.logs / "supervisor" / "events.jsonl"),
     )
 

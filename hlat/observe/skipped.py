@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hlat.observe.jsonl import read_rows
+
+if TYPE_CHECKING:
+    from hlat.observe.runs import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Row = tuple[int, float, float, bool]  # step, loss, norm (NaN where not finite), skipped
@@ -223,3 +226,14 @@ def _above(now: Array, recent: Array, count: int, sigma: float) -> bool:
     deviation = np.sqrt(np.square(recent - mean).sum(0) / count)
     least = 1e-6 * np.maximum(1.0, np.abs(mean))
     return bool((now > mean + sigma * np.maximum(deviation, least)).any())
+
+
+def skipped_lines(run: Run) -> list[str]:
+    """Where many steps were skipped, and which for no reason of their own."""
+    steps, recipe = run.train["step"], run.recipe
+    often = often_skipped(
+        steps, run.train.get("skipped", np.zeros(len(steps))), int(recipe.get("log.every", 1))
+    )
+    guard = {key.removeprefix("guard."): value for key, value in recipe.items() if key.startswith("guard.")}
+    wrong = wrong_skips(run.path, guard).text()
+    return [*([wrong] if wrong else []), *often_lines(often)]
