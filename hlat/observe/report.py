@@ -350,7 +350,8 @@ def _standing(runs: Sequence[Run]) -> str:
     table = standing_table(runs)
     if not notes and not table:
         return ""
-    return f"<h2>What the figures stand for</h2>{notes}{by_key(table, [run.name for run in runs]) if table else ''}"
+    shown = by_key(table, [run.name for run in runs]) if table else ""
+    return f"<h2>What the figures stand for</h2>{notes}{shown}"
 
 
 def _recipes(runs: Sequence[Run]) -> str:
