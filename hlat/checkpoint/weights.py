@@ -97,8 +97,13 @@ def source_tokenizer(source: WeightSource) -> Tokenizer | None:
     if source.tokenizer is not None:
         return load_tokenizer(source.tokenizer)
     # The tokenizer of bytes has no files, and it alone.
-    spec = source.meta.get("recipe", {}).get("data", {}).get("tokenizer")
-    return load_tokenizer("bytes") if spec in ("bytes", "init") else None
+    spec, record = (
+        source.meta.get("recipe", {}).get("data", {}).get("tokenizer"),
+        source.meta.get("provenance"),
+    )
+    plain = load_tokenizer("bytes")
+    known = isinstance(record, dict) and record.get("tokenizer") == plain.identity
+    return plain if known or spec in ("bytes", "init") else None
 
 
 @torch.no_grad()

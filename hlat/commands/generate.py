@@ -34,24 +34,22 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hlat.checkpoint.hf_config import DTYPES
-    from hlat.checkpoint.hf_tokenizer import generation_stops, prompt_ids
     from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
     from hlat.evaluate.generate import check_prompt, generate, stream_text
     from hlat.evaluate.target import parse_device
+    from hlat.evaluate.text import codec_for
     from hlat.observe.text import printable
 
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_weights(args.checkpoint)
-    tokenizer = source_tokenizer(source)
-    if tokenizer is None:
+    if source_tokenizer(source) is None:
         raise UserError(
             "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
         )
-    if "huggingface" in source.meta and source.tokenizer is not None:
-        prompt = prompt_ids(source.tokenizer, args.prompt)
-    else:
-        prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
-    check_prompt(prompt, model_config(source).max_seq_len)
+    config = model_config(source)
+    codec = codec_for(source, config.vocab)
+    prompt = codec.encode(args.prompt) or [codec.prefix_id]
+    check_prompt(prompt, config.max_seq_len)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
         model,
@@ -61,11 +59,11 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
+        stop=codec.stop_ids,
     )
     print(args.prompt, end="", flush=True)
     shown = printable if sys.stdout.isatty() else str
-    for piece in stream_text(tokenizer, prompt, new_ids):
+    for piece in stream_text(codec.tokenizer, prompt, new_ids):
         print(shown(piece), end="", flush=True)
     print()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
+from hlat.checkpoint.provenance import offline_share
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights
 from hlat.errors import UserError
 from hlat.evaluate.live import LiveModel
@@ -51,9 +53,10 @@ class Target:
 
     @property
     def holdout(self) -> float | None:
-        """Fraction of its documents a run held out; None for imported weights."""
-        value = self.source.meta.get("recipe", {}).get("data", {}).get("holdout")
-        return float(value) if value else None
+        """Fraction of the documents that neither its run nor one it goes back to was trained on; None where
+        that is not known.
+        """
+        return offline_share(self.source)
 
 
 def open_target(path: str | Path) -> Target:
@@ -62,8 +65,14 @@ def open_target(path: str | Path) -> Target:
     Raises UserError for anything else.
     """
     source = open_weights(path)
-    name = Path(path).name if "huggingface" in source.meta else f"{_run_name(source.path)} {source.path.name}"
-    return Target(name, source)
+    return Target(source_name(source), source)
+
+
+def source_name(source: WeightSource) -> str:
+    """How weights are called: by their folder, or by their run and step."""
+    if "huggingface" in source.meta:
+        return source.path.name
+    return f"{_run_name(source.path)} {source.path.name}"
 
 
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
@@ -115,7 +124,7 @@ def load_team(
     """
     source = target.source
     config = model_config(source)
-    codec = codec_for(source, config.vocab, tokenizer)
+    codec = codec_for(source, config.vocab, tokenizer, _warn if backend.rank == 0 else lambda text: None)
     with torch.device("meta"):
         model = Decoder(config)
     parts = rank_parts(config, backend.layout, backend.place)
@@ -131,6 +140,10 @@ def load_team(
     model.rope.to_empty(device=backend.device)
     shard_model(model, backend.groups.tp, backend.layout.sequence)
     return Team(LiveModel(model.eval(), parts, backend), codec, beat)
+
+
+def _warn(text: str) -> None:
+    print(f"hlat: warning: {text}", file=sys.stderr)
 
 
 def parse_dtype(name: str) -> torch.dtype:

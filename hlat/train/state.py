@@ -120,6 +120,7 @@ def meta(run: Run) -> dict[str, Any]:
         "fingerprint": recipe.fingerprint(),
         "data_fingerprint": run.data.fingerprint,
         "model": recipe.model.model_dump(mode="json"),
+        "provenance": run.provenance.to_json(),
         "layout": str(run.backend.layout),
         "rng": rng_to_json(),
         "versions": {"hlat": hlat.__version__, "torch": torch.__version__},
