@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from hlat.checkpoint.hf_tokenizer import copy_tokenizer, export_tokenizer, speci
 from hlat.checkpoint.output import new_folder
 from hlat.checkpoint.provenance import CONFIG, META, Provenance, provenance_of
 from hlat.checkpoint.safetensors_writer import write_safetensors
-from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
+from hlat.checkpoint.weights import (
+    PREFIX,
+    WeightSource,
+    model_config,
+    open_weights,
+    source_name,
+    source_tokenizer,
+)
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
 
@@ -173,6 +181,8 @@ def to_hf(
         record = provenance_of(source)
         kept, warnings = _export_texts(source, record, partial, config.max_seq_len)
         extra = dict(kept["config"])
+        if "huggingface" not in source.meta:
+            record = replace(record, ancestors=(*record.ancestors, source_name(source)))
         if record.ancestors or record.held_out:  # else there is nothing that Hugging Face's files do not say
             extra[CONFIG] = {**record.to_json(), "files": {}}
         write_json(partial / "config.json", config_to_hf(config, dtypes[names[0]], extra))

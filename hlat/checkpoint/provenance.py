@@ -87,7 +87,7 @@ class Provenance:
 
     @property
     def offline_share(self) -> float | None:
-        """Share of the standard library's documents that nothing in the chain was trained on; None: not known.
+        """Share of the standard library's documents that no run of the chain was trained on; None: unknown.
 
         A run on other text counts with what it held out, for that text may hold the same files; one that held
         out nothing says nothing about the library, unless it was trained on it.
@@ -110,9 +110,8 @@ def recorded(meta: Mapping[str, Any], where: str = "") -> Provenance | None:
         return Provenance.from_json(values)
     except ValueError as error:
         fix = "remove that entry, or convert the weights again"
-        raise UserError(
-            f"the record of what the weights began from is damaged ({error})", where, fix
-        ) from None
+        what = f"the record of what the weights began from is damaged ({error})"
+        raise UserError(what, where=where, fix=fix) from None
 
 
 def held_out(source: WeightSource) -> Mapping[str, float]:

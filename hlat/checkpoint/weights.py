@@ -71,6 +71,15 @@ def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) ->
     return open_checkpoint(path, warn)
 
 
+def source_name(source: WeightSource) -> str:
+    """How weights are called: by their folder, or by their run and step."""
+    if "huggingface" in source.meta:
+        return source.path.name
+    parent = source.path.resolve().parent
+    run = parent.parent.name if parent.name == "checkpoints" else parent.name
+    return f"{run} {source.path.name}"
+
+
 def model_config(source: WeightSource) -> ModelConfig:
     """The configuration of a source's model; raises UserError when its tensors are not exactly that
     model's."""

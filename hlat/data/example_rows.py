@@ -17,8 +17,8 @@ Ids = np.ndarray
 
 
 def fit_prompt(prompt: Ids, room: int, empty: int, bos_id: int | None = None) -> Ids:
-    """A prompt with at most `room` tokens: its end, for there the question is put, after BOS if it begins with
-    that. One without tokens becomes `empty`: the end of the document before, as a document begins in the
+    """A prompt with at most `room` tokens: its end, for there the question is put, after BOS if it begins
+    with that. One without tokens becomes `empty`: the end of the document before, as a document begins in the
     stream of pretraining, or what the weights know in its place.
     """
     if not len(prompt):

@@ -243,8 +243,8 @@ def prepare(
 ) -> tuple[list[TokenFolder], Tokenizer]:
     """The tokenized folder of every source and their tokenizer; what is not there yet is built in the cache.
 
-    A source whose path holds a manifest.json is taken as it is. `of_weights`: see `open_data`. Raises UserError (see the module's parts),
-    also when the tokenizer has more than `max_vocab` ids.
+    A source whose path holds a manifest.json is taken as it is. `of_weights`: see `open_data`. Raises
+    UserError (see the module's parts), also when the tokenizer has more than `max_vocab` ids.
     """
     specs = [
         replace(spec, path=str(staged(str(spec.path), f"data.sources[{number}].path", quiet)))
@@ -313,8 +313,8 @@ def _tokenizer(
 
 
 def _agreed(named: Tokenizer, of_weights: Tokenizer | None) -> Tokenizer:
-    """The tokenizer of the weights in place of the one a recipe names, where their ids mean the same: it knows
-    about BOS and chat templates.
+    """The tokenizer of the weights in place of the one a recipe names, where their ids mean the same: it
+    knows about BOS and chat templates.
     """
     if of_weights is None or named is of_weights:
         return named

@@ -1,10 +1,13 @@
 """The packed form of a source: token shards, document tables and a manifest in one folder.
 
     train-00000.bin     ids of the documents, each followed by EOS (and after BOS, where the manifest has
-    one), as little-endian uint16 (vocabularies up to 65,536) or uint32 train-00000.docs    one row per document, three little-endian uint64: end in the
-    shard (EOS included), bytes of text, content hash holdout-00000.bin   the same for the held-out documents
-    tokenizer/          copy of the tokenizer's files manifest.json       counts, sha256 of every file, dtype,
-    tokenizer identity, source, what was dropped and why
+                        one), as little-endian uint16 (vocabularies up to 65,536) or uint32
+    train-00000.docs    one row per document, three little-endian uint64: end in the shard (EOS included),
+                        bytes of text, content hash
+    holdout-00000.bin   the same for the held-out documents
+    tokenizer/          copy of the tokenizer's files
+    manifest.json       counts, sha256 of every file, dtype, tokenizer identity, source, what was dropped and
+                        why
 
 Nothing depends on the sequence length, or on how many processes wrote it. A document is held out when its
 content hash is below `holdout_below`, whatever else the source holds; equal documents are therefore always on

@@ -14,7 +14,7 @@ from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
 from hlat.checkpoint.provenance import offline_share
-from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights
+from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
 from hlat.evaluate.live import LiveModel
 from hlat.evaluate.team import Team
@@ -68,13 +68,6 @@ def open_target(path: str | Path) -> Target:
     return Target(source_name(source), source)
 
 
-def source_name(source: WeightSource) -> str:
-    """How weights are called: by their folder, or by their run and step."""
-    if "huggingface" in source.meta:
-        return source.path.name
-    return f"{_run_name(source.path)} {source.path.name}"
-
-
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
     """Every complete checkpoint of a run, oldest first. Raises UserError when there is none."""
     from hlat.checkpoint import folder as folders
@@ -87,11 +80,6 @@ def all_checkpoints(path: str | Path) -> Iterator[Target]:
         raise UserError("no complete checkpoint here", where=str(path), fix=fix)
     for step in found:
         yield open_target(step)
-
-
-def _run_name(step_folder: Path) -> str:
-    parent = step_folder.resolve().parent
-    return parent.parent.name if parent.name == "checkpoints" else parent.name
 
 
 def choose_layout(source: WeightSource, world: int, tp: int, pp: int) -> Layout:

@@ -73,7 +73,9 @@ class TextCodec:
             ids = self._with_special(text, special)  # type: ignore[call-arg]
         else:
             ids = self.tokenizer.encode(text)
-        return (self._bos, *ids) if special and self._bos not in (None, *ids[:1]) else tuple(ids)
+        if not special or self._bos is None or ids[:1] == [self._bos]:
+            return tuple(ids)
+        return (self._bos, *ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the tokenizer's (a padded embedding has some) give nothing."""
@@ -137,9 +139,8 @@ def codec_for(
         )
     known = provenance_of(source).convention
     if own is not None and loaded is not own and (what := difference(loaded, own)):
-        warn(
-            f"--tokenizer {tokenizer} is not the tokenizer of these weights ({what}): leave it out to use theirs"
-        )
+        line = f"--tokenizer {tokenizer} is not the tokenizer of these weights ({what})"
+        warn(f"{line}: leave it out to use theirs")
         known = _convention_of(loaded, tokenizer) if known.special else Convention()
     elif own is None and known.special:
         known = _convention_of(loaded, tokenizer)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hlat.checkpoint.hf_tokenizer import tokenizer_texts
+from hlat.checkpoint.nxd import newest_nxd
 from hlat.checkpoint.peers import Peers
-from hlat.checkpoint.provenance import provenance_of, recorded
+from hlat.checkpoint.provenance import Provenance, provenance_of, recorded
 from hlat.checkpoint.reader import newest_in
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
 from hlat.data.tokenizer import load_tokenizer
@@ -100,6 +101,7 @@ def starting_tokenizer(recipe: Recipe, checkpoints: Path) -> Tokenizer | None:
     newest, _ = newest_in(checkpoints, False, Peers()) if checkpoints.is_dir() else (None, {})
     if named and newest is not None and recorded(newest.meta) is None:
         return None  # an earlier version began this run, with nothing but what the recipe names
+    files = newest_nxd(checkpoints.with_name("nxd-checkpoints")) if newest is None else None
     source = newest or source_for(recipe)[0]
     tokenizer = source_tokenizer(source)
     if tokenizer is None:
@@ -108,13 +110,14 @@ def starting_tokenizer(recipe: Recipe, checkpoints: Path) -> Tokenizer | None:
         fix = "set data.tokenizer to the one these weights were trained with"
         raise UserError("these weights have no tokenizer", where=f"{WHERE}: {source.path}", fix=fix)
     tokenizer = _copied(tokenizer, source.tokenizer)
-    tokenizer.convention, tokenizer.of_weights = provenance_of(source).convention, True
+    known = provenance_of(source) if files is None else recorded(files.meta) or Provenance()
+    tokenizer.convention, tokenizer.of_weights = known.convention, True
     return tokenizer
 
 
 def _copied(tokenizer: Tokenizer, folder: Path | None) -> Tokenizer:
-    """The tokenizer from a copy of its files and of what lies with them, which goes when the process ends: the
-    checkpoint that they come from may be deleted while the run needs them for its own.
+    """The tokenizer from a copy of its files and of what lies with them, which goes when the process ends:
+    the checkpoint that they come from may be deleted while the run needs them for its own.
     """
     if folder is None or not tokenizer.files():
         return tokenizer

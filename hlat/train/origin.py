@@ -1,5 +1,5 @@
-"""What a run began from, and what it adds to that: the record its checkpoints carry, and what is said when the
-recipe and the weights do not agree.
+"""What a run began from, and what it adds to that: the record its checkpoints carry, and what is said when
+the recipe and the weights do not agree.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from hlat.checkpoint.provenance import (
     recorded,
     template_digest,
 )
-from hlat.checkpoint.weights import source_tokenizer
+from hlat.checkpoint.weights import source_name, source_tokenizer
 from hlat.data.convention import difference, extends
 from hlat.data.packed import TokenFolder, holdout_threshold
 from hlat.data.sources import STDLIB
-from hlat.evaluate.target import source_name
 from hlat.train.initial import source_for
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ def origin_of(recipe: Recipe, saved: Mapping[str, Any] | None) -> Provenance | N
     source, _ = source_for(recipe)
     record = provenance_of(source)
     dtype = str(_widest(source)).removeprefix("torch.")
+    if "huggingface" in source.meta and record.ancestors:  # an export: the run behind it is the last of them
+        return replace(record, dtype=dtype)
     return replace(record, dtype=dtype, ancestors=(*record.ancestors, source_name(source)))
 
 
@@ -95,7 +96,7 @@ def remarks(recipe: Recipe, data: Any, origin: Provenance) -> list[str]:
     lines = _tokenizer_remarks(recipe, data, source)
     if not lines and recipe.data.examples is None:
         lines += _bos_remarks(data, origin)
-    return [*lines, *_share_remarks(shares(recipe, data), origin), *_rounding_remarks(recipe, source)]
+    return [*lines, *_share_remarks(recipe, origin), *_rounding_remarks(recipe, source)]
 
 
 def _tokenizer_remarks(recipe: Recipe, data: Any, source: WeightSource) -> list[str]:
@@ -108,8 +109,8 @@ def _tokenizer_remarks(recipe: Recipe, data: Any, source: WeightSource) -> list[
             f"data.tokenizer has {more} ids more than the tokenizer of {source.path}: those begin untrained"
         ]
     return [
-        f"data.tokenizer '{recipe.data.tokenizer}' is not the tokenizer of {source.path} ({what}), so its ids "
-        "mean something else than these weights learned; write data.tokenizer: init to use theirs"
+        f"data.tokenizer '{recipe.data.tokenizer}' is not the tokenizer of {source.path} ({what}), so its "
+        "ids mean something else than these weights learned; write data.tokenizer: init to use theirs"
     ]
 
 
@@ -119,28 +120,28 @@ def _bos_remarks(data: Any, origin: Provenance) -> list[str]:
         return []
     if found is None:
         return [
-            f"the documents of data.sources do not begin with BOS (id {known}), as the texts of these weights "
-            "did; tokenize them with hlat data tokenize --bos"
+            f"the documents of data.sources do not begin with BOS (id {known}), as the texts of these "
+            "weights did; tokenize them with hlat data tokenize --bos"
         ]
     return [f"the documents of data.sources begin with BOS (id {found}), which these weights do not know"]
 
 
-def _share_remarks(own: Mapping[str, float], origin: Provenance) -> list[str]:
-    lines = []
-    for kind, share in own.items():
-        plural = kind.partition(" ")[0]
-        earlier = [
-            0.0 if other != kind else least
-            for other, least in origin.held_out.items()
-            if other.partition(" ")[0] == plural and plural in (DOCUMENTS, EXAMPLES)
-        ]
-        if earlier and (least := min(earlier)) < share:
-            remedy = f"; data.holdout={least:g} holds out theirs alone" if least else ""
-            lines.append(
-                f"the weights of init.from held out {least:g} of their {plural}, this run {share:g}: where they are "
-                f"the same, its held-out loss is over {plural} that the weights were trained on{remedy}"
-            )
-    return lines
+def _share_remarks(recipe: Recipe, origin: Provenance) -> list[str]:
+    """A line where this run measures on what the weights were trained on; a share by another field counts as
+    none.
+    """
+    own, share = next(iter(shares(recipe, None)), DOCUMENTS), recipe.data.holdout
+    plural = own.partition(" ")[0]
+    earlier = {kind: least for kind, least in origin.held_out.items() if kind.partition(" ")[0] == plural}
+    least = min((found if kind == own else 0.0 for kind, found in earlier.items()), default=share)
+    section = recipe.data.examples
+    if least >= share or (section is not None and (section.eval_path or section.eval_dataset)):
+        return []
+    remedy = f"; data.holdout={least:g} holds out theirs alone" if least else ""
+    return [
+        f"the weights of init.from held out {least:g} of their {plural}, this run {share:g}: where they are "
+        f"the same, its held-out loss is over {plural} those weights were trained on{remedy}"
+    ]
 
 
 def _rounding_remarks(recipe: Recipe, source: WeightSource) -> list[str]:

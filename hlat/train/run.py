@@ -49,7 +49,8 @@ class Run:
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
     those not skipped. `assembly` made the parts, and makes weights of masters. `skips`: which data is
-    left out. `provenance`: what it and the weights it began from know and held out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run.
+    left out. `provenance`: what the run and the weights it began from know and held out. `tasks_due`: the
+    tasks of `eval.tasks` belong to this step and are still to be run.
     """
 
     recipe: Recipe
@@ -190,8 +191,8 @@ def build_run(
     initial: Initial | None = None,
     origin: Provenance | None = None,
 ) -> Run:
-    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`, whose
-    record is `origin`.
+    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`,
+    whose record is `origin`.
 
     Raises:
         UserError: a part of the recipe that cannot run here, with the reason.
