@@ -19,10 +19,11 @@ from hlat.checkpoint.provenance import (
     recorded,
     template_digest,
 )
-from hlat.checkpoint.weights import source_name, source_tokenizer
+from hlat.checkpoint.weights import PREFIX, source_name, source_tokenizer
 from hlat.data.convention import difference, extends
 from hlat.data.packed import TokenFolder, holdout_threshold
 from hlat.data.sources import STDLIB
+from hlat.errors import UserError
 from hlat.train.initial import source_for
 
 if TYPE_CHECKING:
@@ -158,10 +159,15 @@ def _rounding_remarks(recipe: Recipe, source: WeightSource) -> list[str]:
 
 
 def _widest(source: WeightSource) -> torch.dtype:
-    """The narrowest format that holds all of the weights exactly."""
+    """The narrowest format that holds all of the weights exactly; fp32 where they are stored in another than
+    HLAT's own, for that is what they are read as.
+    """
     found: torch.dtype | None = None
-    for name in source.names():
-        if name.startswith("model/"):
-            dtype = source.dtype(name)
-            found = dtype if found is None else torch.promote_types(found, dtype)
+    try:
+        for name in source.names():
+            if name.startswith(PREFIX):
+                dtype = source.dtype(name)
+                found = dtype if found is None else torch.promote_types(found, dtype)
+    except UserError:
+        return torch.float32
     return found or torch.float32
