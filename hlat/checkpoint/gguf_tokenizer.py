@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hlat.checkpoint.hf_tokenizer import add_bos
 from hlat.checkpoint.sentencepiece_json import (
     CONTROL,
     UNKNOWN,
@@ -49,7 +50,7 @@ def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> s
         if index is not None and 0 <= index < len(tokens):
             config[f"{name}_token"] = tokens[index]
     if values.get("tokenizer.ggml.add_bos_token", model == "llama") and "bos_token" in config:
-        _add_bos(backend, config["bos_token"], tokens.index(config["bos_token"]))
+        add_bos(backend, tokens.index(config["bos_token"]))
     if values.get("tokenizer.chat_template"):
         config["chat_template"] = values["tokenizer.chat_template"]
     backend.save(str(folder / "tokenizer.json"))
@@ -97,11 +98,3 @@ def _byte_level(values: dict[str, Any], tokens: list[str], kinds: list[int], spl
     defined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(token, normalized=False) for token in defined])
     return backend
-
-
-def _add_bos(backend: Any, token: str, index: int) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(
-        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, index)]
-    )

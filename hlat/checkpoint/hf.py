@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from hlat.checkpoint.codec import CODE_DTYPES
 from hlat.checkpoint.hf_config import DTYPES, config_from_hf, config_to_hf, hf_name, read_json, write_json
 from hlat.checkpoint.hf_tokenizer import copy_tokenizer, export_tokenizer, special_ids, tokenizer_texts
 from hlat.checkpoint.output import new_folder
+from hlat.checkpoint.provenance import CONFIG, META, Provenance, provenance_of
 from hlat.checkpoint.safetensors_writer import write_safetensors
-from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
+from hlat.checkpoint.weights import (
+    PREFIX,
+    WeightSource,
+    model_config,
+    open_weights,
+    source_name,
+    source_tokenizer,
+)
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
 from hlat.storage.digests import file_digests
@@ -47,6 +56,8 @@ class HFFolder:
         if (self.path / _GENERATION).is_file():
             kept["generation_config"] = read_json(self.path / _GENERATION)
         self.meta: dict[str, Any] = {"model": config.model_dump(), "step": 0, "huggingface": kept}
+        if CONFIG in raw:
+            self.meta[META] = raw[CONFIG]
         has_tokenizer = any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         self.tokenizer: Path | None = self.path if has_tokenizer else None
         self._hf_names = {PREFIX + name: hf_name(name) for name in parameter_shapes(config)}
@@ -140,6 +151,8 @@ def import_weights(source: WeightSource, out: str | Path, dtype: str = "keep") -
             yield PREFIX + name, tensor.to(target or tensor.dtype)
 
     meta = {"model": config.model_dump(), "step": 0, "huggingface": source.meta.get("huggingface", {})}
+    if META in source.meta:
+        meta[META] = source.meta[META]
     write_weights(out, tensors(), meta, tokenizer_texts(source.tokenizer))
     return [] if source.tokenizer else [f"{source.path} has no tokenizer, so {out} has none either"]
 
@@ -173,8 +186,14 @@ def to_hf(
     warnings: list[str] = []
     with new_folder(Path(out)) as partial:
         _write_shards(source, names, dtypes, shard_size, partial)
-        kept, warnings = _export_texts(source, partial, config.max_seq_len)
-        write_json(partial / "config.json", config_to_hf(config, dtypes[names[0]], kept["config"]))
+        record = provenance_of(source)
+        kept, warnings = _export_texts(source, record, partial, config.max_seq_len)
+        extra = dict(kept["config"])
+        if "huggingface" not in source.meta:
+            record = replace(record, ancestors=(*record.ancestors, source_name(source)))
+        if record.ancestors or record.held_out:  # else there is nothing that Hugging Face's files do not say
+            extra[CONFIG] = {**record.to_json(), "files": {}}
+        write_json(partial / "config.json", config_to_hf(config, dtypes[names[0]], extra))
         if kept.get("generation_config"):
             write_json(partial / _GENERATION, kept["generation_config"])
     if warnings == [_NO_TOKENIZER]:
@@ -184,18 +203,21 @@ def to_hf(
     return warnings
 
 
-def _export_texts(source: WeightSource, folder: Path, max_seq_len: int) -> tuple[dict[str, Any], list[str]]:
+def _export_texts(
+    source: WeightSource, record: Provenance, folder: Path, max_seq_len: int
+) -> tuple[dict[str, Any], list[str]]:
     """Writes the tokenizer's files. Returns what config.json and generation_config.json get; warnings."""
-    if "huggingface" in source.meta:  # came from Hugging Face and goes back as it came
+    if record.convention.special:  # came from Hugging Face and goes back as it came
         if source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, folder)
         warnings = [] if source.tokenizer is not None else [_NO_TOKENIZER]
-        return {"config": {}, **source.meta["huggingface"]}, warnings
+        return {"config": {}, **record.files}, warnings
     tokenizer = source_tokenizer(source)
     if tokenizer is None:
         return {"config": {}}, [_NO_TOKENIZER]
     ids = special_ids(tokenizer)
-    return {"config": ids, "generation_config": ids}, export_tokenizer(tokenizer, folder, max_seq_len)
+    warnings = export_tokenizer(tokenizer, folder, max_seq_len, record.convention.bos)
+    return {"config": ids, "generation_config": ids}, warnings
 
 
 def _write_shards(

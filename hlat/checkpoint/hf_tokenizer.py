@@ -1,8 +1,9 @@
 """Tokenizer files on their way into and out of Hugging Face folders.
 
-A tokenizer that came from Hugging Face goes back file by file, unchanged. One that HLAT trained with is
-completed with what `AutoTokenizer` needs. HLAT's stream has no BOS (a document is its tokens and EOS), so an
-exported tokenizer does not add one: the model would see a token it was never trained on.
+A tokenizer that came from Hugging Face goes back file by file, unchanged, also when its weights were trained
+on since. One that HLAT trained with is completed with what `AutoTokenizer` needs. HLAT's own stream has no
+BOS (a document is its tokens and EOS), so the tokenizer then exported does not add one: the model would see
+a token it was never trained on. Where documents did begin with BOS, it adds that.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int) -> list[str]:
+def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int, bos: int | None = None) -> list[str]:
     """Writes the files of a tokenizer that HLAT trained with, for AutoTokenizer. Returns warnings.
 
     tokenizer.json stays as it is but for a post-processor that adds special tokens, which is dropped. A
     SentencePiece `.model` is kept as tokenizer.model and translated to tokenizer.json, if the translation
-    gives the same ids on a set of probes. `bytes` becomes a byte-level vocabulary without merges.
+    gives the same ids on a set of probes. `bytes` becomes a byte-level vocabulary without merges. `bos` is
+    the id that is put before every text; None: nothing is.
     """
     config: dict[str, Any] = {}
     warnings: list[str] = []
@@ -77,11 +79,13 @@ def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int) -> list[
     if backend is None:
         # transformers reads the .model itself and then needs sentencepiece installed.
         config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
-        config |= {"add_bos_token": False, "add_eos_token": False}
+        config |= {"add_bos_token": bos is not None, "add_eos_token": False}
         warnings.append(
             "this SentencePiece model has no exact tokenizer.json; only tokenizer.model is written"
         )
     else:
+        if bos is not None:
+            add_bos(backend, bos)
         backend.save(str(out / "tokenizer.json"))
         for key, index in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
             if index is not None and key not in config:
@@ -99,6 +103,17 @@ def _without_added_tokens(path: Path) -> Any:
         definition["post_processor"] = None
         backend = Backend.from_str(json.dumps(definition))
     return backend
+
+
+def add_bos(backend: Any, bos: int) -> None:
+    """Let a `tokenizers` object put the token with this id before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    token = backend.id_to_token(bos)
+    pair = f"{token}:0 $A:0 {token}:1 $B:1"
+    backend.post_processor = TemplateProcessing(
+        single=f"{token}:0 $A:0", pair=pair, special_tokens=[(token, bos)]
+    )
 
 
 def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> Any:
@@ -133,18 +148,24 @@ class PromptEncoder:
     and BOS is added if the tokenizer's files say so.
 
     Args:
-        folder: holds tokenizer.json or tokenizer.model, and perhaps tokenizer_config.json.
+        folder: holds tokenizer.json or tokenizer.model, and perhaps tokenizer_config.json; or one of the
+            former two.
+
+    Attributes:
+        bos_id: of the tokenizer; None: it has none.
+        added: id that is put before a text; None: nothing is.
     """
 
     def __init__(self, folder: str | Path) -> None:
         from hlat.data.tokenizer import load_tokenizer
 
-        folder = Path(folder)
+        tokenizer = load_tokenizer(folder)
+        folder = Path(folder).expanduser()
+        folder = folder.parent if folder.is_file() else folder
         path = folder / _CONFIG
         raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self._add_bos: bool | None = raw.get("add_bos_token")
-        tokenizer = load_tokenizer(folder)
-        self._bos, self._backend = tokenizer.bos_id, None
+        self.bos_id, self._backend = tokenizer.bos_id, None
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer as Backend
 
@@ -154,6 +175,8 @@ class PromptEncoder:
         else:
             self._plain = tokenizer.encode
             self._add_bos = True if self._add_bos is None else self._add_bos  # LlamaTokenizer's default
+        first, plain = self.encode("a")[:1], self.encode("a", special=False)[:1]
+        self.added: int | None = first[0] if first and first != plain else None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; without `special` nothing is added to what the text itself holds."""
@@ -161,11 +184,11 @@ class PromptEncoder:
             ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         else:
             ids = self._plain(text)
-        if self._bos is None or self._add_bos is None or not special:
+        if self.bos_id is None or self._add_bos is None or not special:
             return ids
-        has_bos = ids[:1] == [self._bos]
+        has_bos = ids[:1] == [self.bos_id]
         if self._add_bos and not has_bos:
-            return [self._bos, *ids]
+            return [self.bos_id, *ids]
         return ids[1:] if has_bos and not self._add_bos else ids
 
 
@@ -175,8 +198,9 @@ def prompt_ids(folder: Path, text: str) -> list[int]:
 
 
 def generation_stops(meta: dict[str, Any]) -> set[int]:
-    """End-of-text ids that an imported model's files name; `meta` is a checkpoint's."""
-    kept: dict[str, Any] = meta.get("huggingface", {})
+    """End-of-text ids that the files of an imported model name, also of one that was trained on since;
+    `meta` is a checkpoint's."""
+    kept: dict[str, Any] = meta.get("huggingface") or (meta.get("provenance") or {}).get("files", {})
     ids: set[int | None] = set()
     for part in ("config", "generation_config"):
         value = kept.get(part, {}).get("eos_token_id")

@@ -75,6 +75,15 @@ def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) ->
     return open_checkpoint(path, warn)
 
 
+def source_name(source: WeightSource) -> str:
+    """How weights are called: by their folder, or by their run and step."""
+    if "huggingface" in source.meta:
+        return source.path.name
+    parent = source.path.resolve().parent
+    run = parent.parent.name if parent.name == "checkpoints" else parent.name
+    return f"{run} {source.path.name}"
+
+
 def model_config(source: WeightSource) -> ModelConfig:
     """The configuration of a source's model; raises UserError when its tensors are not exactly that
     model's."""
@@ -101,8 +110,13 @@ def source_tokenizer(source: WeightSource) -> Tokenizer | None:
     if source.tokenizer is not None:
         return load_tokenizer(source.tokenizer)
     # The tokenizer of bytes has no files, and it alone.
-    spec = source.meta.get("recipe", {}).get("data", {}).get("tokenizer")
-    return load_tokenizer("bytes") if spec in ("bytes", "init") else None
+    spec, record = (
+        source.meta.get("recipe", {}).get("data", {}).get("tokenizer"),
+        source.meta.get("provenance"),
+    )
+    plain = load_tokenizer("bytes")
+    known = isinstance(record, dict) and record.get("tokenizer") == plain.identity
+    return plain if known or spec in ("bytes", "init") else None
 
 
 @torch.no_grad()

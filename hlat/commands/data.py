@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=".model, tokenizer.json, folder, bytes or train:bpe-SIZE",
     )
+    tokenize.add_argument("--bos", action="store_true", help="begin each document with the tokenizer's BOS")
     tokenize.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     tokenize.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     for action in (train, tokenize):
@@ -112,6 +113,7 @@ def _train_tokenizer(args: argparse.Namespace) -> int:
 def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.build import build
     from hlat.data.cache import trained_tokenizer
+    from hlat.data.convention import Convention
     from hlat.data.packed import TokenFolder
     from hlat.data.pool import available_cores
     from hlat.data.progress import tokenizing
@@ -123,6 +125,9 @@ def _tokenize(args: argparse.Namespace) -> int:
     sources = _sources(args)
     vocab = trained_vocab(args.tokenizer)
     tokenizer = trained_tokenizer(sources, vocab, args.holdout) if vocab else load_tokenizer(args.tokenizer)
+    if args.bos and tokenizer.bos_id is None:
+        raise UserError("the tokenizer has no BOS", where="--bos", fix="leave it out")
+    tokenizer.convention = Convention(bos=tokenizer.bos_id if args.bos else None)
     workers = args.workers or available_cores()
     with tokenizing(f"tokenized with {workers} processes") as bar:
         built = build(

@@ -35,24 +35,22 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hlat.checkpoint.hf_config import DTYPES
-    from hlat.checkpoint.hf_tokenizer import generation_stops, prompt_ids
     from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
     from hlat.evaluate.generate import check_prompt, generate, room_after, stream_text
     from hlat.evaluate.target import parse_device
+    from hlat.evaluate.text import codec_for
     from hlat.observe.text import printable
 
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_weights(args.checkpoint)
-    tokenizer = source_tokenizer(source)
-    if tokenizer is None:
+    if source_tokenizer(source) is None:
         raise UserError(
             "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
         )
-    if "huggingface" in source.meta and source.tokenizer is not None:
-        prompt = prompt_ids(source.tokenizer, args.prompt)
-    else:
-        prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
-    longest = model_config(source).max_seq_len
+    config = model_config(source)
+    codec = codec_for(source, config.vocab)
+    prompt = codec.encode(args.prompt) or [codec.prefix_id]
+    longest = config.max_seq_len
     check_prompt(prompt, longest)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
@@ -63,11 +61,11 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
-        known=tokenizer.vocab_size,
+        stop=codec.stop_ids,
+        known=codec.tokenizer.vocab_size,
     )
     made: list[int] = []
-    pieces = stream_text(tokenizer, prompt, _noting(new_ids, made))
+    pieces = stream_text(codec.tokenizer, prompt, _noting(new_ids, made))
     begin = next(pieces, "")  # a model that has diverged says so before anything is printed
     shown = printable if sys.stdout.isatty() else str
     print(f"{args.prompt}{shown(begin)}", end="", flush=True)

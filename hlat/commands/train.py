@@ -249,6 +249,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.fingerprint import note_start
     from hlat.train.initial import initial_from
     from hlat.train.metrics import open_metrics
+    from hlat.train.origin import origin_of, remarks
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
 
@@ -266,7 +267,11 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
         raise
     # A run that continues has its own weights: those it began with are not read again.
     initial, began = initial_from(recipe) if recipe.init.from_ and saved is None else (None, "")
-    run = build_run(recipe, data, backend, compiled=compiled, initial=initial)
+    origin = origin_of(recipe, None if saved is None else saved.meta)
+    if console is not None and initial is not None and origin is not None:
+        for line in remarks(recipe, data, origin):
+            console.warn(line)
+    run = build_run(recipe, data, backend, compiled=compiled, initial=initial, origin=origin)
     cluster.note_groups()
     tasks = _tasks(run, job)
     job.watchdog.beat(0, "restoring")
@@ -323,7 +328,7 @@ def _saves(
     """Where the run's state is kept."""
     from hlat.train.saves import kind_of_saves
 
-    make, tokenizer = kind_of_saves(recipe), data.tokenizer.files()
+    make, tokenizer = kind_of_saves(recipe), data.tokenizer.kept_files()
     return make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
 
 

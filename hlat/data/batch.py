@@ -64,13 +64,17 @@ class LabelledBatch(Batch):
     tokens: Tensor | None = field(default=None, kw_only=True)
 
 
-def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool) -> Batch:
+def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool, bos_id: int | None = None) -> Batch:
     """A batch from rows of S + 1 consecutive stream tokens, int64 (B, S+1).
+
+    Where documents begin with BOS, `bos_id` is never a target: it is given before a text, not foretold.
 
     With the document mask a document's EOS is still a target, and the first token of the next document is
     not: it would be predicted from another document.
     """
     ids, targets = rows_BT[:, :-1].copy(), rows_BT[:, 1:].copy()
+    if bos_id is not None:
+        targets[targets == bos_id] = IGNORE
     if not document_mask:
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
     documents = number_documents(rows_BT, eos_id)

@@ -52,14 +52,15 @@ class Built:
 
 def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> str:
     """Fingerprint of all that decides the content of a tokenized folder."""
-    return digest_of(
-        {
-            "format": [FORMAT, VERSION],
-            "tokenizer": tokenizer.identity,
-            "holdout": holdout_threshold(holdout),
-            "sources": [identity(source) for source in sources],
-        }
-    )
+    parts: dict[str, Any] = {
+        "format": [FORMAT, VERSION],
+        "tokenizer": tokenizer.identity,
+        "holdout": holdout_threshold(holdout),
+        "sources": [identity(source) for source in sources],
+    }
+    if tokenizer.convention.bos is not None:
+        parts["bos"] = tokenizer.convention.bos
+    return digest_of(parts)
 
 
 def build(
@@ -158,6 +159,7 @@ class _Job:
                 "key": self.key,
                 "tokenizer": f"tokenizer/{names[0]}" if names else self.tokenizer.spec,
                 "tokenizer_identity": self.tokenizer.identity,
+                "bos_id": self.tokenizer.convention.bos,
                 "sources": [
                     {"text_field": s.text_field, "files": [asdict(file) for file in s.files]}
                     for s in self.sources
@@ -279,6 +281,7 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
             "identity": tokenizer.identity,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
+            "bos_id": tokenizer.convention.bos,
         },
         "sources": [
             {"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped}

@@ -16,11 +16,16 @@ Ids = np.ndarray
 """int64 (n,): the tokens of a prompt, completion or label."""
 
 
-def fit_prompt(prompt: Ids, room: int, eos_id: int) -> Ids:
-    """A prompt with at most `room` tokens: its end, for there the question is put. An empty one becomes the
-    end of the document before, as a document begins in the stream of pretraining.
+def fit_prompt(prompt: Ids, room: int, empty: int, bos_id: int | None = None) -> Ids:
+    """A prompt with at most `room` tokens: its end, for there the question is put, after BOS if it begins
+    with that. One without tokens becomes `empty`: the end of the document before, as a document begins in the
+    stream of pretraining, or what the weights know in its place.
     """
-    return prompt[-room:] if len(prompt) else np.array([eos_id], dtype=np.int64)
+    if not len(prompt):
+        return np.array([empty], dtype=np.int64)
+    if len(prompt) > room and bos_id is not None and prompt[0] == bos_id:
+        return np.append(bos_id, prompt[len(prompt) - room + 1 :]).astype(np.int64)
+    return prompt[-room:]
 
 
 def pair_batch(

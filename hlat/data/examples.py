@@ -277,7 +277,7 @@ def open_examples(recipe: Recipe, tokenizer: Tokenizer) -> Examples:
 
 def _spelled(labels: dict[str, str], tokenizer: Tokenizer, seq_len: int) -> list[Ids]:
     """Tokens of every label. Raises UserError for one without any, too long a one, or two that are equal."""
-    spelled = tokenizer.encode_arrays(list(labels.values()))
+    spelled = tokenizer.encode_parts(list(labels.values()), begin=False)
     seen: dict[bytes, str] = {}
     for (label, word), ids in zip(labels.items(), spelled, strict=True):
         where = f"{WHERE}.labels.{label}"
@@ -296,23 +296,24 @@ def _tokenized(
     """A split, and how many examples were left out because their completion does not fit.
 
     Prompt and completion are encoded apart, so that the tokens of a prompt are those that `hlat generate`
-    makes of it. A pair ends with EOS; a label does not.
+    makes of it: with BOS before them where the weights know it. A pair ends with EOS; a label does not.
     """
-    eos = tokenizer.eos_id
+    eos, known = tokenizer.eos_id, tokenizer.convention
     assert eos is not None
+    empty = eos if known.empty is None else known.empty
     split, too_long = Split([], [], [], [], 0), 0
     completions: list[Ids] = []
     if kind == "pairs":
-        encoded = tokenizer.encode_arrays([example.completion for example in examples])
+        encoded = tokenizer.encode_parts([example.completion for example in examples], begin=False)
         completions = [np.append(ids, eos) for ids in encoded]
-    prompts = tokenizer.encode_arrays([example.prompt for example in examples])
+    prompts = tokenizer.encode_parts([example.prompt for example in examples], begin=True)
     for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         room = seq_len + 1 - (len(completions[i]) if completions else longest)
         if room < 1:
             too_long += 1
             continue
         split.cut += len(prompt) > room
-        split.prompts.append(fit_prompt(prompt, room, eos))
+        split.prompts.append(fit_prompt(prompt, room, empty, known.bos))
         split.completions += completions[i : i + 1]
         split.labels.append(example.label)
         split.texts.append((example.prompt, example.completion))

@@ -8,7 +8,8 @@ the measurement, and a document cut there counts with the bytes of its tokens th
 
 Bits per byte = (sum of -log2 p over the targets) / `text_bytes`. The EOS targets cost bits and stand for no
 bytes. With the document mask the first token of a document is no target (there is nothing to predict it
-from); its bytes are then taken out of the count too.
+from); its bytes are then taken out of the count too. Where documents begin with BOS that is their first
+token: it is never a target and stands for no bytes, with or without the mask.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ class HoldoutStream:
     Args:
         folders: the tokenized folders in recipe order.
         seq_len: targets per row.
+        bos_id: what documents begin with; None: nothing.
     """
 
     def __init__(
-        self, folders: Sequence[TokenFolder], tokenizer: Tokenizer, seq_len: int, document_mask: bool
+        self,
+        folders: Sequence[TokenFolder],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        document_mask: bool,
+        bos_id: int | None = None,
     ) -> None:
         assert tokenizer.eos_id is not None
         self._tokenizer, self._seq_len, self._mask, self._eos = (
@@ -42,6 +49,8 @@ class HoldoutStream:
             document_mask,
             tokenizer.eos_id,
         )
+        self._bos = bos_id
+        self._first_is_given = document_mask or bos_id is not None
         self._shards = [shard for folder in folders for shard in folder.shards["holdout"]]
         self._measure = lru_cache(maxsize=8)(self._measure_targets)
 
@@ -95,7 +104,7 @@ class HoldoutStream:
             padded = np.full(per_batch + 1, self._eos, dtype=np.int64)
             padded[: len(chunk)] = chunk
             index = np.arange(batch_size)[:, None] * self._seq_len + np.arange(self._seq_len + 1)
-            batch = make_batch(padded[index], self._eos, self._mask)
+            batch = make_batch(padded[index], self._eos, self._mask, self._bos)
             batch.targets.view(-1)[max(0, min(remaining, per_batch)) :] = IGNORE
             remaining -= per_batch
             yield batch
@@ -132,7 +141,7 @@ class HoldoutStream:
         for tokens in self._tokens():
             if limit <= 0:
                 return
-            yield tokens[: min(limit, len(tokens) - 1)][1 if self._mask else 0 :]
+            yield tokens[: min(limit, len(tokens) - 1)][1 if self._first_is_given else 0 :]
             limit -= len(tokens)
 
     def _measure_targets(self, limit: int) -> tuple[int, int]:
@@ -143,9 +152,10 @@ class HoldoutStream:
                 break
             body = tokens[: min(left, int(end - start) - 1)]
             whole = left >= int(end - start) - 1
-            total += int(size) if whole else self._tokenizer.count_bytes(body)
-            if self._mask:
-                total -= self._tokenizer.count_bytes(body[:1])
+            own = body if self._bos is None else body[1:]
+            total += int(size) if whole else self._tokenizer.count_bytes(own)
+            if self._first_is_given:
                 first_tokens += 1
+                total -= 0 if self._bos is not None else self._tokenizer.count_bytes(body[:1])
             left -= int(end - start)
         return total, limit - first_tokens

@@ -14,6 +14,7 @@ import numpy as np
 from hlat.data.apart import check_apart
 from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
+from hlat.data.convention import difference, extends
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
 from hlat.data.locate import document_ids, documents_in, rows_in
@@ -67,12 +68,13 @@ class Data:
         self.folders, self.tokenizer, self.vocab_size = list(folders), tokenizer, tokenizer.vocab_size
         self._seq_len, self._mask, self._rows = seq_len, document_mask, rows
         self._global_batch, self._eos = global_batch, tokenizer.eos_id
+        self.bos_id = _common_bos(folders)
         sources = [
             SourceRows(folder.shards["train"], seq_len, seed, number, f"data.sources[{number}]")
             for number, folder in enumerate(folders)
         ]
         self.train = TrainStream(sources, weights, self._eos, document_mask)
-        self.holdout = HoldoutStream(folders, tokenizer, seq_len, document_mask)
+        self.holdout = HoldoutStream(folders, tokenizer, seq_len, document_mask, self.bos_id)
 
     @property
     def fingerprint(self) -> str:
@@ -98,7 +100,7 @@ class Data:
         """
         rows = rows_of(step, micro_batch, accumulate, rank, world, self._global_batch)
         return [
-            make_batch(np.stack([self.train.ids(row) for row in part]), self._eos, self._mask)
+            make_batch(np.stack([self.train.ids(row) for row in part]), self._eos, self._mask, self.bos_id)
             for part in rows
         ]
 
@@ -212,6 +214,19 @@ def _documents(count: int) -> str:
     return f"{count:,} document{'s' * (count != 1)}"
 
 
+def _common_bos(folders: Sequence[TokenFolder]) -> int | None:
+    """What all documents begin with. Raises UserError when those of some folders do and others do not."""
+    found = {folder.bos_id for folder in folders}
+    if len(found) > 1:
+        without = next((number for number, folder in enumerate(folders) if folder.bos_id is None), 0)
+        raise UserError(
+            "the documents of this folder do not begin with the BOS that those of other sources begin with",
+            where=f"data.sources[{without}].path: {folders[without].folder}",
+            fix="tokenize it again, with the same tokenizer and hlat data tokenize --bos",
+        )
+    return found.pop() if found else None
+
+
 def _merged(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for entry in counts:
@@ -228,11 +243,12 @@ def prepare(
     max_vocab: int | None = None,
     workers: int | None = None,
     quiet: bool = False,
+    of_weights: Tokenizer | None = None,
 ) -> tuple[list[TokenFolder], Tokenizer]:
     """The tokenized folder of every source and their tokenizer; what is not there yet is built in the cache.
 
-    A source whose path holds a manifest.json is taken as it is. Raises UserError (see the module's parts),
-    also when the tokenizer has more than `max_vocab` ids.
+    A source whose path holds a manifest.json is taken as it is. `of_weights`: see `open_data`. Raises
+    UserError (see the module's parts), also when the tokenizer has more than `max_vocab` ids.
     """
     specs = [
         replace(spec, path=str(staged(str(spec.path), f"data.sources[{number}].path", quiet)))
@@ -252,6 +268,7 @@ def prepare(
         for number, (spec, folder) in enumerate(zip(specs, ready, strict=True))
     ]
     loaded = _tokenizer(tokenizer, [text for text in texts if text], ready, holdout, max_vocab, quiet)
+    loaded = _agreed(loaded, of_weights)
     folders = []
     for number, (text, folder) in enumerate(zip(texts, ready, strict=True)):
         path = folder or (tokenized(text, loaded, holdout, workers, quiet) if text else Path())
@@ -299,6 +316,19 @@ def _tokenizer(
     return trained_tokenizer(texts, vocab, holdout, quiet)
 
 
+def _agreed(named: Tokenizer, of_weights: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of the weights in place of the one a recipe names, where their ids mean the same: it
+    knows about BOS and chat templates.
+    """
+    if of_weights is None or named is of_weights:
+        return named
+    if not difference(named, of_weights):
+        return of_weights
+    if extends(named, of_weights):
+        named.convention = of_weights.convention
+    return named
+
+
 def _check_vocab(size: int, limit: int | None, spec: str) -> None:
     if limit is not None and size > limit:
         raise UserError(
@@ -318,7 +348,8 @@ def open_data(
     """The data of a recipe: packed text, or examples to finetune on.
 
     Builds tokenizer and shards when they are not in the cache; every process of a run may call it at once.
-    `tokenizer` is the one of `init.from`, for recipes whose `data.tokenizer` is `init`.
+    `tokenizer` is the one of `init.from`: for recipes whose `data.tokenizer` is `init`, and in place of a
+    named one whose ids mean the same.
 
     Raises UserError: missing or empty source, one that holds the run folder, tokenizer and model or shards
     that do not fit, truncated shard, full disk.
@@ -331,12 +362,18 @@ def open_data(
             raise ValueError("data.tokenizer is 'init': open_data needs the tokenizer of init.from")
         spec = tokenizer
     if data.examples is not None:
-        loaded = spec if isinstance(spec, Tokenizer) else load_tokenizer(spec)
+        loaded = _agreed(spec if isinstance(spec, Tokenizer) else load_tokenizer(spec), tokenizer)
         _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
         return open_examples(recipe, loaded)
     specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
     folders, tokenizer = prepare(
-        specs, spec, data.holdout, max_vocab=recipe.model.vocab, workers=workers, quiet=quiet
+        specs,
+        spec,
+        data.holdout,
+        max_vocab=recipe.model.vocab,
+        workers=workers,
+        quiet=quiet,
+        of_weights=tokenizer,
     )
     return Data(
         folders,

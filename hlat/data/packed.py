@@ -1,10 +1,13 @@
 """The packed form of a source: token shards, document tables and a manifest in one folder.
 
-    train-00000.bin     ids of the documents, each followed by EOS, as little-endian uint16 (vocabularies up
-    to 65,536) or uint32 train-00000.docs    one row per document, three little-endian uint64: end in the
-    shard (EOS included), bytes of text, content hash holdout-00000.bin   the same for the held-out documents
-    tokenizer/          copy of the tokenizer's files manifest.json       counts, sha256 of every file, dtype,
-    tokenizer identity, source, what was dropped and why
+    train-00000.bin     ids of the documents, each followed by EOS (and after BOS, where the manifest has
+                        one), as little-endian uint16 (vocabularies up to 65,536) or uint32
+    train-00000.docs    one row per document, three little-endian uint64: end in the shard (EOS included),
+                        bytes of text, content hash
+    holdout-00000.bin   the same for the held-out documents
+    tokenizer/          copy of the tokenizer's files
+    manifest.json       counts, sha256 of every file, dtype, tokenizer identity, source, what was dropped and
+                        why
 
 Nothing depends on the sequence length, or on how many processes wrote it. A document is held out when its
 content hash is below `holdout_below`, whatever else the source holds; equal documents are therefore always on
@@ -23,9 +26,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hlat.data.convention import difference
 from hlat.data.readers import Document, read_pieces
 from hlat.data.sources import MANIFEST, InputFile, Piece
-from hlat.data.tokenizer import Tokenizer
+from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
 
 FORMAT, VERSION = "hlat-tokens", 1
@@ -152,10 +156,12 @@ class _ShardWriter:
             )
         if self._file is None:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close or discard)
-        packed = np.append(ids, eos).astype(self._dtype).tobytes()
+        bos = tokenizer.convention.bos
+        whole = np.append(ids if bos is None else np.append(bos, ids), eos).astype(self._dtype)
+        packed = whole.tobytes()
         self._file.write(packed)
         self._digest.update(packed)
-        self._tokens += len(ids) + 1
+        self._tokens += len(whole)
         self._rows.append((self._tokens, size, mark))
 
     def close(self) -> dict[str, Any] | None:
@@ -282,6 +288,8 @@ class TokenFolder:
             self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
             self.tokenizer_identity: str = self.manifest["tokenizer"]["identity"]
             self.eos_id = int(self.manifest["tokenizer"]["eos_id"])
+            bos = self.manifest["tokenizer"].get("bos_id")  # folders of earlier versions have none
+            self.bos_id: int | None = None if bos is None else int(bos)
             self.holdout = float(self.manifest["holdout"])
             self.shards: dict[Split, list[Shard]] = {split: self._shards(split) for split in SPLITS}
         except OSError as error:
@@ -305,15 +313,29 @@ class TokenFolder:
         return [Shard(self.folder, entry, self.dtype) for entry in entries]
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError unless this tokenizer wrote the shards."""
-        if tokenizer.identity != self.tokenizer_identity:
+        """Raises UserError unless this tokenizer wrote the shards, or one whose ids mean the same."""
+        if tokenizer.identity == self.tokenizer_identity:
+            return
+        if not self._same_ids(tokenizer):
+            fix = f"set data.tokenizer to '{self.folder}', or tokenize again"
+            if tokenizer.of_weights:
+                fix = (
+                    f"tokenize again with the weights' own: hlat data tokenize … --tokenizer {tokenizer.spec}"
+                )
             raise UserError(
                 f"the shards were written with another tokenizer (vocabulary {self.vocab_size:,})"
                 f" than '{tokenizer.spec}' "
                 f"(vocabulary {tokenizer.vocab_size:,})",
                 where=str(self.folder / MANIFEST),
-                fix=f"set data.tokenizer to '{self.folder}', or tokenize again",
+                fix=fix,
             )
+
+    def _same_ids(self, tokenizer: Tokenizer) -> bool:
+        try:
+            own = load_tokenizer(self.folder)
+        except UserError:  # an old folder may lack its tokenizer
+            return False
+        return own.identity == self.tokenizer_identity and not difference(tokenizer, own)
 
     def count(self, split: Split, what: Literal["count", "documents", "bytes"] = "count") -> int:
         """Tokens (EOS included), documents or bytes of text of a split."""

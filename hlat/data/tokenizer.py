@@ -1,7 +1,8 @@
 """Tokenizers: SentencePiece `.model`, `tokenizer.json`, and plain bytes.
 
-In HLAT's stream a document is its ids followed by one end-of-document id (EOS), with no BOS. `encode`
-therefore adds neither; the writer of the shards adds EOS. Text that happens to spell a special token (`</s>`)
+In HLAT's stream a document is its ids followed by one end-of-document id (EOS); BOS comes before it only
+where the weights that are trained on know one (`Tokenizer.convention`). `encode` adds neither; the writer of
+the shards does. Text that happens to spell a special token (`</s>`)
 is encoded as ordinary text, so EOS ids in a stream are document ends and nothing else.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hlat.data.convention import Convention
 from hlat.data.sources import MANIFEST
 from hlat.errors import UserError
 
@@ -42,6 +44,9 @@ class Tokenizer:
         False  # decode_bytes(encode(text)) is the text, and every id stands for a fixed number of bytes
     )
     identity: str  # hex sha256 of everything that decides the ids
+    convention = Convention()  # how the weights it is used with know texts
+    companions: tuple[Path, ...] = ()  # further files that go where the tokenizer goes: a chat template, …
+    of_weights = False  # whether it came with the weights that a run starts from
 
     def __init__(self, spec: str, files: list[Path]) -> None:
         self.spec, self._files = spec, files
@@ -49,6 +54,15 @@ class Tokenizer:
     def files(self) -> list[Path]:
         """The files that define the tokenizer (empty for `bytes`)."""
         return list(self._files)
+
+    def kept_files(self) -> list[Path]:
+        """Those, and their companions: what a checkpoint keeps."""
+        names = {path.name for path in self._files}
+        return [*self._files, *(path for path in self.companions if path.name not in names)]
+
+    def pieces(self) -> dict[int, str]:
+        """What each id stands for, as the vocabulary spells it."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
@@ -61,6 +75,15 @@ class Tokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each as int64 (n,); long texts piecewise where that gives the same ids."""
         return [np.asarray(ids, dtype=np.int64) for ids in self.encode_batch(texts)]
+
+    def encode_parts(self, texts: Sequence[str], *, begin: bool) -> list[np.ndarray]:
+        """Ids of prompts (`begin`) or of what follows them, as the convention says, each int64 (n,): a prompt
+        begins with BOS where the weights know one, unless it is spelled there already.
+        """
+        arrays, bos = self.encode_arrays(texts), self.convention.bos
+        if bos is None or not begin:
+            return arrays
+        return [ids if ids[:1].tolist() == [bos] else np.append(bos, ids).astype(np.int64) for ids in arrays]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens give nothing. Bytes that are no whole character become U+FFFD."""
@@ -82,6 +105,9 @@ class BytesTokenizer(Tokenizer):
         super().__init__("bytes", [])
         self.vocab_size, self.eos_id, self.byte_exact = 257, 256, True
         self.identity = hashlib.sha256(b"hlat bytes 257").hexdigest()
+
+    def pieces(self) -> dict[int, str]:
+        return {byte: spelled for spelled, byte in _byte_spellings().items()} | {256: "<|endoftext|>"}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
@@ -133,6 +159,16 @@ class HuggingFaceTokenizer(Tokenizer):
         run = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         return [encoding.ids for encoding in run(list(texts), add_special_tokens=False)]
 
+    def pieces(self) -> dict[int, str]:
+        return {index: piece for piece, index in self._vocabulary.items()}
+
+    def encode_parts(self, texts: Sequence[str], *, begin: bool) -> list[np.ndarray]:
+        self._backend.encode_special_tokens = not self.convention.special
+        try:
+            return super().encode_parts(texts, begin=begin)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         arrays = []
         for text in texts:
@@ -166,15 +202,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _byte_table(self) -> dict[int, bytes]:
-        """Bytes of each id.
-
-        Byte-level vocabularies spell a byte as a printable character (the GPT-2 convention).
-        """
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in printable]
-        spelled = {chr(byte): byte for byte in printable} | {
-            chr(256 + i): byte for i, byte in enumerate(others)
-        }
+        """Bytes of each id."""
+        spelled = _byte_spellings()
         table = {}
         added = {token["id"]: token for token in self._definition.get("added_tokens", [])}
         for piece, index in self._vocabulary.items():
@@ -223,6 +252,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._backend.bos_id() if self._backend.bos_id() >= 0 else None
         self.identity = hashlib.sha256(content).hexdigest()
 
+    def pieces(self) -> dict[int, str]:
+        return {index: self._backend.id_to_piece(index) for index in range(self.vocab_size)}
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._backend.encode(list(texts), out_type=int, num_threads=self._threads)
 
@@ -258,6 +290,13 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
             fix="name a .model, a tokenizer.json, a folder with one, 'bytes' or 'train:bpe-4096'",
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)
+
+
+def _byte_spellings() -> dict[str, int]:
+    """The printable character that byte-level vocabularies spell each byte with (the GPT-2 convention)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _inside(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hlat.data.convention import Convention
 from hlat.data.packed import write_unit
 from hlat.data.sources import InputFile, Piece
 from hlat.data.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ class Worker:
         self._units = job["units"]
         spec = job["tokenizer"]
         self._tokenizer = load_tokenizer(folder / spec if spec.startswith("tokenizer/") else spec, threads)
+        self._tokenizer.convention = Convention(bos=job["bos_id"])
         if self._tokenizer.identity != job["tokenizer_identity"]:
             raise UserError(
                 "the tokenizer's files changed while they were read", where=str(folder), fix="run again"

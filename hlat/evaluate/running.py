@@ -269,7 +269,8 @@ def _folders(include: str | None) -> list[str]:
 
 
 def _metadata(selection: Selection) -> dict[str, Any]:
-    return {"holdout": selection.holdout} if selection.holdout and selection.local else {}
+    own = any(name.startswith(OWN) for name in selection.tasks)
+    return {"holdout": selection.holdout} if selection.holdout is not None and own else {}
 
 
 def _known(manager: Any, name: str) -> bool:

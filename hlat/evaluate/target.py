@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
-from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights
+from hlat.checkpoint.provenance import offline_share
+from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
 from hlat.evaluate.chat import ChatTemplates
 from hlat.evaluate.live import LiveModel
@@ -52,9 +54,10 @@ class Target:
 
     @property
     def holdout(self) -> float | None:
-        """Fraction of its documents a run held out; None for imported weights."""
-        value = self.source.meta.get("recipe", {}).get("data", {}).get("holdout")
-        return float(value) if value else None
+        """Fraction of the documents that neither its run nor one it goes back to was trained on; None where
+        that is not known.
+        """
+        return offline_share(self.source)
 
 
 def open_target(path: str | Path) -> Target:
@@ -63,8 +66,7 @@ def open_target(path: str | Path) -> Target:
     Raises UserError for anything else.
     """
     source = open_weights(path)
-    name = Path(path).name if "huggingface" in source.meta else f"{_run_name(source.path)} {source.path.name}"
-    return Target(name, source)
+    return Target(source_name(source), source)
 
 
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
@@ -79,11 +81,6 @@ def all_checkpoints(path: str | Path) -> Iterator[Target]:
         raise UserError("no complete checkpoint here", where=str(path), fix=fix)
     for step in found:
         yield open_target(step)
-
-
-def _run_name(step_folder: Path) -> str:
-    parent = step_folder.resolve().parent
-    return parent.parent.name if parent.name == "checkpoints" else parent.name
 
 
 def choose_layout(source: WeightSource, world: int, tp: int, pp: int) -> Layout:
@@ -116,7 +113,7 @@ def load_team(
     """
     source = target.source
     config = model_config(source)
-    codec = codec_for(source, config.vocab, tokenizer)
+    codec = codec_for(source, config.vocab, tokenizer, _warn if backend.rank == 0 else lambda text: None)
     with torch.device("meta"):
         model = Decoder(config)
     parts = rank_parts(config, backend.layout, backend.place)
@@ -134,6 +131,10 @@ def load_team(
     chat = ChatTemplates.read(tokenizer or source.tokenizer)
     defaults = source.meta.get("huggingface", {}).get("generation_config", {})
     return Team(LiveModel(model.eval(), parts, backend), codec, beat, chat, defaults)
+
+
+def _warn(text: str) -> None:
+    print(f"hlat: warning: {text}", file=sys.stderr)
 
 
 def parse_dtype(name: str) -> torch.dtype:

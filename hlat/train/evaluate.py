@@ -103,7 +103,9 @@ def sample(run: Run, checkpoint: Path, tokens: int) -> str:
         prompt = [int(i) for i in run.data.holdout.prompts[0]]
         ids = generate(model, prompt, max_new_tokens=tokens, stop={tokenizer.eos_id}, known=known)
         return text + "".join(stream_text(tokenizer, prompt, ids))
-    prompt = [tokenizer.eos_id]  # every document of the stream but the first follows an end-of-document
+    bos = run.provenance.convention.bos
+    # Every document of the stream but the first follows an end-of-document.
+    prompt = [tokenizer.eos_id if bos is None else bos]
     ids = generate(
         model,
         prompt,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hlat.checkpoint.hf_tokenizer import tokenizer_texts
+from hlat.checkpoint.nxd import newest_nxd
 from hlat.checkpoint.peers import Peers
+from hlat.checkpoint.provenance import Provenance, provenance_of, recorded
 from hlat.checkpoint.reader import newest_in
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
+from hlat.data.tokenizer import load_tokenizer
 from hlat.errors import UserError
 from hlat.parallel.plan import Part
 from hlat.train.weights import Initial, initial_values
@@ -73,6 +80,8 @@ def initial_from(recipe: Recipe) -> tuple[Initial, str]:
 
     step = source.meta.get("step") or getattr(source, "step", 0)
     text = f"weights of {source.path}" + (f", step {step:,}" if step else "")
+    if (bos := provenance_of(source).convention.bos) is not None:
+        text += f"; their texts begin with BOS (id {bos})"
     if recipe.model.classes:
         known = f"{PREFIX}classifier.weight" in names
         text += f"; classifier {'from there too' if known else 'new'}"
@@ -80,17 +89,42 @@ def initial_from(recipe: Recipe) -> tuple[Initial, str]:
 
 
 def starting_tokenizer(recipe: Recipe, checkpoints: Path) -> Tokenizer | None:
-    """The tokenizer of a recipe whose `data.tokenizer` is `init`: that of the run's own newest checkpoint, so
-    that a resume needs nothing else, before there is one that of `init.from`. None for other recipes.
+    """The tokenizer of the weights that a run starts from, which knows how they saw texts: that of the run's
+    own newest checkpoint, so that a resume needs nothing else, before there is one that of `init.from`. None
+    for a recipe without `init.from`.
 
-    Raises UserError when there is none.
+    Raises UserError when there is none and `data.tokenizer` is `init`.
     """
-    if recipe.data.tokenizer != "init":
+    if recipe.init.from_ is None:
         return None
+    named = recipe.data.tokenizer != "init"
     newest, _ = newest_in(checkpoints, False, Peers()) if checkpoints.is_dir() else (None, {})
+    if named and newest is not None and recorded(newest.meta) is None:
+        return None  # an earlier version began this run, with nothing but what the recipe names
+    files = newest_nxd(checkpoints.with_name("nxd-checkpoints")) if newest is None else None
     source = newest or source_for(recipe)[0]
     tokenizer = source_tokenizer(source)
     if tokenizer is None:
+        if named:
+            return None
         fix = "set data.tokenizer to the one these weights were trained with"
         raise UserError("these weights have no tokenizer", where=f"{WHERE}: {source.path}", fix=fix)
+    tokenizer = _copied(tokenizer, source.tokenizer)
+    known = provenance_of(source) if files is None else recorded(files.meta) or Provenance()
+    tokenizer.convention, tokenizer.of_weights = known.convention, True
     return tokenizer
+
+
+def _copied(tokenizer: Tokenizer, folder: Path | None) -> Tokenizer:
+    """The tokenizer from a copy of its files and of what lies with them, which goes when the process ends:
+    the checkpoint that they come from may be deleted while the run needs them for its own.
+    """
+    if folder is None or not tokenizer.files():
+        return tokenizer
+    copies = Path(tempfile.mkdtemp(prefix="hlat-tokenizer-"))
+    atexit.register(shutil.rmtree, copies, ignore_errors=True)
+    for path in {path.name: path for path in [*tokenizer_texts(folder), *tokenizer.files()]}.values():
+        shutil.copyfile(path, copies / path.name)
+    copied = load_tokenizer(copies)
+    copied.spec, copied.companions = tokenizer.spec, tuple(tokenizer_texts(copies))
+    return copied

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hlat.backend.base import Backend
 from hlat.backend.native import NativeBackend
+from hlat.checkpoint.provenance import Provenance
 from hlat.data.skips import Skips
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
@@ -29,6 +30,7 @@ from hlat.train.assembly import Assembly
 from hlat.train.engine import Engine, compile_parts
 from hlat.train.nxd import NxdAssembly
 from hlat.train.nxd_pipeline import NxdPipelineEngine
+from hlat.train.origin import record_of
 from hlat.train.pipeline_engine import PipelineEngine
 from hlat.train.tasks import refuse_tasks
 from hlat.train.update import check_optimizer, needs_backward, schedule_of
@@ -47,8 +49,9 @@ class Run:
     `model` holds this rank's layers and parts of their parameters. `frozen` are the parameters that are not
     trained: global name -> what this rank holds. `step` counts global batches taken, `updates` (int64, ())
     those not skipped. `assembly` made the parts, and makes weights of masters. `skips`: which data is
-    left out. `tasks_due`: the tasks of `eval.tasks` belong to this step and are still to be run. `content`:
-    what the recipe's paths and names stand for (`hlat.train.fingerprint`), on the first rank.
+    left out. `provenance`: what the run and the weights it began from know and held out. `tasks_due`: the
+    tasks of `eval.tasks` belong to this step and are still to be run. `content`: what the recipe's paths and
+    names stand for (`hlat.train.fingerprint`), on the first rank.
     """
 
     recipe: Recipe
@@ -67,6 +70,7 @@ class Run:
     frozen: dict[str, tuple[Tensor, Part]]
     assembly: Assembly
     skips: Skips
+    provenance: Provenance = field(default_factory=Provenance)
     step: int = 0
     tasks_due: bool = False
     content: Mapping[str, str] = field(default_factory=dict)
@@ -187,8 +191,10 @@ def build_run(
     *,
     compiled: bool = False,
     initial: Initial | None = None,
+    origin: Provenance | None = None,
 ) -> Run:
-    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`.
+    """Put the parts together; weights are initialised from the recipe's seed, or are those of `initial`,
+    whose record is `origin`.
 
     Raises:
         UserError: a part of the recipe that cannot run here, with the reason.
@@ -229,6 +235,7 @@ def build_run(
         frozen=frozen,
         assembly=assembly,
         skips=Skips(recipe.data.skip),
+        provenance=record_of(recipe, data, origin),
     )
     run.initialise()
     return run

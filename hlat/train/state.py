@@ -122,6 +122,7 @@ def meta(run: Run) -> dict[str, Any]:
         "data_fingerprint": run.data.fingerprint,
         "content": dict(run.content),
         "model": recipe.model.model_dump(mode="json"),
+        "provenance": run.provenance.to_json(),
         "layout": str(run.backend.layout),
         "rng": rng_to_json(),
         "versions": {"hlat": hlat.__version__, "torch": torch.__version__},

@@ -22,7 +22,7 @@ from hlat.evaluate.running import (
     run_tasks,
 )
 from hlat.evaluate.team import Team
-from hlat.evaluate.text import TextCodec
+from hlat.evaluate.text import codec_of_run
 from hlat.parallel.pipeline import rank_parts
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ class TaskEvaluation:
         recipe, backend = run.recipe, run.backend
         parts = rank_parts(recipe.model, backend.layout, backend.place, recipe.parallel.cuts)
         live = LiveModel(run.model, parts, backend)  # type: ignore[arg-type]
-        self.team = Team(live, TextCodec(run.data.tokenizer), beat)
+        self.team = Team(live, codec_of_run(run.data.tokenizer, run.provenance), beat)
         self._loaded: Loaded | None = None
         if self.team.first:
             selection = Selection(
                 recipe.eval.tasks,
                 limit=recipe.eval.limit,
-                holdout=recipe.data.holdout or None,
+                holdout=run.provenance.offline_share,
                 where="eval.tasks",
             )
             self._loaded = load_tasks(selection)
