@@ -113,17 +113,17 @@ def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.build import build
     from hlat.data.cache import trained_tokenizer
     from hlat.data.packed import TokenFolder
-    from hlat.data.pool import available_cores
     from hlat.data.progress import tokenizing
     from hlat.data.tokenizer import load_tokenizer
     from hlat.data.train_tokenizer import trained_vocab
+    from hlat.host.limits import cores
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"{args.workers} processes cannot work", where="--workers", fix="give 1 or more")
     sources = _sources(args)
     vocab = trained_vocab(args.tokenizer)
     tokenizer = trained_tokenizer(sources, vocab, args.holdout) if vocab else load_tokenizer(args.tokenizer)
-    workers = args.workers or available_cores()
+    workers = args.workers or cores()
     with tokenizing(f"tokenized with {workers} processes") as bar:
         built = build(
             sources, tokenizer, args.out, holdout=args.holdout, workers=workers, progress=bar.update

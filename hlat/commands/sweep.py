@@ -182,6 +182,7 @@ def result(trial: Trial) -> Result | None:
     """What a run gave; None when it is not finished, or was of another recipe."""
     import yaml
 
+    from hlat.checkpoint.finished import lacking
     from hlat.observe.jsonl import read_rows
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.sweep import result_of
@@ -198,8 +199,7 @@ def result(trial: Trial) -> Result | None:
         return None
     if found.stopped:  # nothing would be different the next time, unless the guard is
         return found if saved.get("guard") == wanted["guard"] else None
-    finished = (folder.checkpoints / f"step-{last:08d}").is_dir()
-    return found if finished or (folder.nxd_checkpoints / f"step-{last:09d}" / "done").exists() else None
+    return None if lacking(folder, last) else found
 
 
 def gather(trials: Sequence[Trial]) -> list[Cell]:

@@ -281,6 +281,8 @@ def test_a_held_up_main_thread_is_reported_with_stacks(
     board = Board(store, 0, NAMES)
     ended = threading.Event()
     watchdog._exit = lambda *reason: ended.set()  # type: ignore[method-assign]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "stacks-rank-00000.txt").write_text("of an earlier job\n")
     watchdog.beat(5, "evaluation")
     watchdog.start(board, "this test")
     assert ended.wait(30)
@@ -288,6 +290,7 @@ def test_a_held_up_main_thread_is_reported_with_stacks(
     cause = board.cause()
     assert cause is not None and cause.kind == "late" and "step 5" in cause.text
     stacks = (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
+    assert stacks.startswith("of an earlier job\n")
     assert "step 5 (evaluation)" in stacks and "test_a_held_up_main_thread" in stacks
     assert json.loads(store.get("sign/0"))[2:4] == [5, "evaluation"]
 
