@@ -12,11 +12,12 @@ import os
 import site
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import hlat
 
-_PATH = "PYTHONPATH"
+_PATH, _NAME = "PYTHONPATH", "hlat"
 
 
 def module(name: str, *words: str, python: str = sys.executable) -> list[str]:
@@ -40,10 +41,18 @@ def environment(environ: Mapping[str, str] = os.environ, path: Sequence[str] | N
     """
     root = str(Path(hlat.__file__).resolve().parents[1])
     given = [entry for entry in environ.get(_PATH, "").split(os.pathsep) if entry]
-    known = {
-        os.path.realpath(entry) for entry in (*given, *site.getsitepackages(), site.getusersitepackages())
-    }
     here = {os.path.realpath(entry) for entry in (sys.path if path is None else path)}
-    if root in known or root not in here:
+    if root not in here or root in map(os.path.realpath, given) or installed():
         return dict(environ)
     return {**environ, _PATH: os.pathsep.join([root, *given])}
+
+
+def installed() -> bool:
+    """Whether every Python of this environment finds this very hlat: in its packages, or by the finder of an
+    editable installation.
+    """
+    packages = [*site.getsitepackages(), site.getusersitepackages()]
+    specs = [PathFinder.find_spec(_NAME, packages)]
+    specs += [finder.find_spec(_NAME, None) for finder in sys.meta_path if finder is not PathFinder]
+    found = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+    return os.path.realpath(hlat.__file__) in map(os.path.realpath, found)

@@ -272,6 +272,22 @@ def test_who_holds_up_the_others() -> None:
     assert who_is_late(members(), before, signs())[1].startswith("all ranks wait in step 17: training")
 
 
+def test_a_process_alone_keeps_to_its_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = torch.get_num_threads()
+    try:
+        for usable, expected in ((64, 3), (2, 2)):  # never more threads than torch would take
+            torch.set_num_threads(3)
+            monkeypatch.setattr("hlat.backend.cluster.cores", lambda: usable)  # noqa: B023
+            assert join(environ={}).choose_device() == "cpu" and torch.get_num_threads() == expected
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        assert join(environ={}).choose_device() == "cpu" and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_held_up_main_thread_is_reported_with_stacks(
     store: dist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,24 @@ def test_neither_a_module_nor_its_imports_come_from_the_working_directory(
 def test_a_child_finds_the_hlat_that_started_it(
     given: str, path: list[str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(python, "installed", lambda: False)
     monkeypatch.chdir(tmp_path)
     environ = {"PYTHONPATH": given} if given else {}
     assert environment(environ, path).get("PYTHONPATH") == expected
     monkeypatch.chdir(ROOT)
     assert environment({}, [""])["PYTHONPATH"] == ROOT
+    monkeypatch.setattr(python, "installed", lambda: True)
+    assert "PYTHONPATH" not in environment({}, [""])
+
+
+def test_whether_this_very_hlat_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    monkeypatch.setattr(python.site, "getusersitepackages", lambda: str(tmp_path))
+    for places, expected in (([ROOT], True), ([str(tmp_path)], False)):
+        monkeypatch.setattr(python.site, "getsitepackages", lambda: places)  # noqa: B023
+        assert python.installed() is expected
+    (tmp_path / "hlat.py").write_text("")  # another one
+    assert not python.installed()
 
 
 def test_every_child_is_started_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from hlat.checkpoint.codec import seal, write_bytes
 from hlat.checkpoint.finished import lacking
 from hlat.checkpoint.folder import FORMAT, MARKER, step_folder
+from hlat.commands.sweep import reason
 from hlat.observe.heartbeat import Pulse, unfinished
 from hlat.observe.jsonl import read_rows
 from hlat.observe.runfolder import RunFolder
-from hlat.supervise.attempt import Outcome, Place
+from hlat.supervise.attempt import Attempt, Outcome, Place
 from hlat.supervise.attempts import claim
 from hlat.supervise.events import FILE
 from hlat.supervise.logs import LogMirror
@@ -28,6 +30,22 @@ def test_the_mark_of_a_rank_that_is_not_done(tmp_path: Path) -> None:
     marks[0].finish()
     marks[0].finish()
     assert unfinished(tmp_path) == [7]
+
+
+@pytest.mark.parametrize(("writes", "code"), [("", 1), ('{"codes": {}}', 0)])
+def test_a_launcher_that_gives_no_account_of_its_ranks_has_not_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str, code: int
+) -> None:
+    script = "import sys; sys.argv[2] and open(sys.argv[1], 'w').write(sys.argv[2])"
+    monkeypatch.setattr(
+        "hlat.supervise.attempt.module",
+        lambda name, result, *rest: [sys.executable, "-c", script, result, writes],
+    )
+    monkeypatch.setattr("hlat.supervise.processes.end_all", lambda but: [])
+    attempt = Attempt(Place(), ["hlat", "train"], tmp_path / "logs", limits=Limits(), grace=1.0)
+    (attempt.scratch / "rank-00004.unfinished").touch()
+    outcome = attempt.run()
+    assert (outcome.code, outcome.codes, outcome.unfinished) == (code, {}, [4])
 
 
 def checkpoint(root: Path, step: int) -> Path:
@@ -54,6 +72,7 @@ def test_a_run_is_done_with_a_complete_checkpoint_of_its_last_step(tmp_path: Pat
     nxd = run.nxd_checkpoints / "step-000000020"
     nxd.mkdir(parents=True)
     assert lacking(run, 20) and not (nxd / "done").touch() and not lacking(run, 20)
+    assert reason(0, "") == "clean: every rank ended with status 0 before the run was done"  # of a sweep
 
 
 def test_attempts_are_numbered_over_jobs(tmp_path: Path) -> None:
