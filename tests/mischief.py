@@ -21,7 +21,7 @@ from hlat.registry import register
 @register("objective", "mischief")
 class Mischief(CausalLM):
     """file: holds `RANK WHAT [SECONDS]`; the rank does it once: sleep, raise, compile (a compiler works for
-    it), crash (SIGSEGV), nan (the loss of one micro-batch).
+    it), crash (SIGSEGV), leave (with status 0), nan (the loss of one micro-batch).
     """
 
     def __init__(self, *, file: str) -> None:
@@ -45,6 +45,8 @@ class Mischief(CausalLM):
             time.sleep(seconds)
         elif what == "raise":
             raise ValueError("a mistake in somebody's code")
+        elif what == "leave":
+            os._exit(0)
         elif what == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         elif what == "compile":

@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from hlat.backend.groups import Group
 from hlat.backend.rendezvous import STORE_SECONDS, Address, connect_store, read_address, serve
 from hlat.errors import UserError
+from hlat.host.limits import cores
 
 JOIN_SECONDS = 600.0  # a machine may still be starting; torchrun waits as long
 _FAREWELL_SECONDS = 30.0
@@ -183,8 +184,9 @@ class Cluster:
         no other GPU has. Raises UserError when there are fewer GPUs than processes.
         """
         if not torch.cuda.is_available():
-            if self.local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, _cores() // self.local_world))
+            if "OMP_NUM_THREADS" not in os.environ:
+                share = max(1, cores() // self.local_world)
+                torch.set_num_threads(share if self.local_world > 1 else min(share, torch.get_num_threads()))
             return "cpu"
         count = torch.cuda.device_count()
         if count > 1 and self.local_rank >= count:
@@ -271,10 +273,6 @@ def join(seconds: float = JOIN_SECONDS, environ: Mapping[str, str] | None = None
     """
     address = read_address(os.environ if environ is None else environ)
     return Cluster(address, seconds) if address else Cluster()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _this_process(rank: int) -> Member:

@@ -143,7 +143,7 @@ def pull_for(
     names, known = wanted(remote, compiler, key)
     if key and not known:
         say(f"{remote.url} does not know this recipe: taking all {len(names)} graphs of this compiler")
-    return pull(remote, cache, names)
+    return pull(remote, cache, names, say)
 
 
 def share(recipe: Recipe, push: bool) -> None:

@@ -115,10 +115,10 @@ def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.cache import trained_tokenizer
     from hlat.data.convention import Convention
     from hlat.data.packed import TokenFolder
-    from hlat.data.pool import available_cores
     from hlat.data.progress import tokenizing
     from hlat.data.tokenizer import load_tokenizer
     from hlat.data.train_tokenizer import trained_vocab
+    from hlat.host.limits import cores
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"{args.workers} processes cannot work", where="--workers", fix="give 1 or more")
@@ -128,7 +128,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     if args.bos and tokenizer.bos_id is None:
         raise UserError("the tokenizer has no BOS", where="--bos", fix="leave it out")
     tokenizer.convention = Convention(bos=tokenizer.bos_id if args.bos else None)
-    workers = args.workers or available_cores()
+    workers = args.workers or cores()
     with tokenizing(f"tokenized with {workers} processes") as bar:
         built = build(
             sources, tokenizer, args.out, holdout=args.holdout, workers=workers, progress=bar.update

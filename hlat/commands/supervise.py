@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         fix = "start training with torchrun instead"
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
     _check(args)
+    from hlat.checkpoint.finished import lacking
     from hlat.commands.recipe_file import load
     from hlat.observe.runfolder import RunFolder
     from hlat.supervise.node import node_findings
@@ -75,7 +76,8 @@ def main(args: argparse.Namespace) -> int:
     recipe = load(args.recipe, args.overrides)
     recipe.accumulate(args.nproc_per_node * args.nnodes)  # a layout that does not fit starts nothing
     run, place = Path(recipe.run.dir), _place(args)
-    RunFolder(run).check()  # the restart log lies in it, too
+    folder, last = RunFolder(run), recipe.run.stop_at_step or recipe.run.steps
+    folder.check()  # the restart log lies in it, too
     again = ["run.resume=auto"] if recipe.run.resume == "never" else []
     supervisor = Supervisor(
         ["hlat", "train", args.recipe, *args.overrides],
@@ -86,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
         budget=Budget(args.max_restarts, args.max_fruitless),
         again=again,
         checks=lambda: node_findings(recipe, nodes=args.nnodes, ranks=args.nproc_per_node),
+        lacking=lambda: lacking(folder, last),
     )
     supervisor.team = _team(args, place, recipe, supervisor)
     return supervisor.run()

@@ -282,6 +282,7 @@ def _figures(folder: RunFolder, last: int) -> Result | None:
 
 def result(trial: Trial) -> Result | None:
     """What a run gave; None when it is not finished, or was of something else."""
+    from hlat.checkpoint.finished import lacking
     from hlat.observe.runfolder import RunFolder
     from hlat.observe.skipped import wrong_skips
 
@@ -292,11 +293,7 @@ def result(trial: Trial) -> Result | None:
     if found.stopped:  # nothing would be different the next time, unless the guard is
         wrong = wrong_skips(folder.path, trial.recipe.to_dict()["guard"]).steps
         return None if wrong else found
-    ends = (
-        folder.checkpoints / f"step-{trial.last:08d}",
-        folder.nxd_checkpoints / f"step-{trial.last:09d}" / "done",
-    )
-    return found if any(end.exists() for end in ends) else None
+    return None if lacking(folder, trial.last) else found
 
 
 def other_versions(trials: Sequence[Trial]) -> list[str]:

@@ -58,7 +58,10 @@ def main(args: argparse.Namespace) -> int:
 
     with Signals().watch() as signals:
         try:
-            return _start(args, signals, pulse)
+            code = _start(args, signals, pulse)
+            if pulse is not None and code == 0:
+                pulse.finish()
+            return code
         except Terminated as stopped:  # in a job of one process; others have ended
             say(f"hlat: {stopped.line()}")
             return 128 + stopped.number
@@ -100,6 +103,7 @@ def _precompile(args: argparse.Namespace) -> int:
     from hlat.backend.nxd.precompile import commands, scratch
     from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
+    from hlat.host.python import environment
 
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
@@ -109,7 +113,7 @@ def _precompile(args: argparse.Namespace) -> int:
         share(recipe, push=False)
     with scratch(recipe.run.dir) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
-            status = subprocess.run(words, check=False).returncode
+            status = subprocess.run(words, check=False, env=environment()).returncode
             if status:
                 return status
     if recipe.compile_cache is not None and os.environ.get("NODE_RANK", "0") == "0":  # one writer

@@ -1,6 +1,6 @@
 """Worker processes that tokenize units.
 
-They are started as `python -m hlat.data.worker` rather than through multiprocessing, whose spawned children
+They are started as a module, hlat.data.worker, rather than through multiprocessing, whose spawned children
 import the caller's main module again: a script without a main guard would start itself once more. Requests
 and answers are lines of JSON.
 """
@@ -8,21 +8,16 @@ and answers are lines of JSON.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from hlat.host.limits import cores
+from hlat.host.python import environment, module
 
 
 def run(
@@ -33,7 +28,7 @@ def run(
     `advance` is called, in this thread, with bytes of text done. Raises UserError as the workers do; the
     others are then stopped.
     """
-    count = min(workers or available_cores(), len(numbers))
+    count = min(workers or cores(), len(numbers))
     if count <= 1:
         from hlat.data.worker import Worker
 
@@ -62,18 +57,10 @@ def run(
 
 
 def _start(folder: Path, holdout_below: int) -> subprocess.Popen[str]:
-    root = str(
-        Path(__file__).resolve().parents[2]
-    )  # the package may be imported from a path the child would not know
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "hlat.data.worker", str(folder), str(holdout_below)]
+    environ = {**environment(), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    command = module("hlat.data.worker", str(folder), str(holdout_below))
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environ
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from hlat.data.convention import Convention
 from hlat.data.sources import MANIFEST
 from hlat.errors import UserError
+from hlat.host.limits import cores
 
 # Names under which published tokenizers keep their end-of-document token, tried when no tokenizer_config.json
 # says it.
@@ -246,7 +247,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"not a SentencePiece model ({error})", where=str(path), fix="name a .model file"
             ) from error
-        self._threads = threads or -1
+        self._threads = threads or cores()
         self.vocab_size = self._backend.vocab_size()
         self.eos_id = self._backend.eos_id() if self._backend.eos_id() >= 0 else None
         self.bos_id = self._backend.bos_id() if self._backend.bos_id() >= 0 else None

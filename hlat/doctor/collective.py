@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hlat
 from hlat.backend.neuron.machine import neuron_devices
 from hlat.doctor import Case
 from hlat.doctor.finding import Finding
 from hlat.doctor.machine import Machine, Output
+from hlat.host import python
 
 _GLOO_SECONDS, _NEURON_SECONDS = 90, 900  # a first graph may compile for minutes
 
@@ -31,8 +29,9 @@ def check(machine: Machine, case: Case) -> Iterator[Finding]:
     elif case.platform != "trn1":
         yield Finding(name, "warn", f"not run: there is no such check for {case.platform} yet")
     else:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-        done = _python(machine, [*torchrun, "hlat.backend.neuron.probe"], _NEURON_SECONDS)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        words = [*torchrun, *python.torchrun_module(["hlat.backend.neuron.probe"])]
+        done = _python(machine, words, _NEURON_SECONDS)
         yield _judge(name, "two Neuron cores", done)
 
 
@@ -46,10 +45,8 @@ def _gloo(machine: Machine) -> Finding:
 
 def _python(machine: Machine, module: list[str], timeout: float) -> Output | None:
     """Run a module with this Python, in which this very hlat is found."""
-    here = str(Path(hlat.__file__).parents[1])
-    paths = [here, *filter(None, [machine.environ.get("PYTHONPATH", "")])]
-    environ = {**machine.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return machine.run([sys.executable, "-m", *module], timeout, environ)
+    environ = {**python.environment(machine.environ), "OMP_NUM_THREADS": "1"}
+    return machine.run(python.module(*module), timeout, environ)
 
 
 def _judge(check: str, what: str, done: Output | None) -> Finding:

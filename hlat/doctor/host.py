@@ -13,6 +13,7 @@ from hlat.doctor import Case
 from hlat.doctor.finding import Finding
 from hlat.doctor.machine import Machine
 from hlat.errors import UserError
+from hlat.host.limits import memory
 
 _FILES = 65535  # NxD's launch scripts
 _LIMITS_FILE = "/etc/security/limits.d/99-hlat.conf"
@@ -90,10 +91,13 @@ def _shared_memory(machine: Machine) -> Finding:
 
 
 def _memory(machine: Machine, case: Case) -> Finding:
-    total, free = (_meminfo(machine, key) / 2**20 for key in ("MemTotal", "MemAvailable"))
-    fact = f"host memory: {total:.0f} GiB, {free:.0f} GiB available"
-    if not total:
+    found = memory(machine.root)
+    if found is None:
         return Finding("limits.memory", "ok", "host memory: not known on this system")
+    total, free = found.total / _GIB, found.available / _GIB
+    fact = f"host memory: {total:.0f} GiB, {free:.0f} GiB available"
+    if found.limited:
+        fact += " (the limit of the control group)"
     small = instance_type(machine.root) == "trn1.2xlarge"
     if case.neuron and total < 64 and not small:
         fact += "; compiling graphs for 32 cores needs more"

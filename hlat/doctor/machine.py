@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from hlat.host.limits import cores
+
 _PLACEHOLDER_BYTES = 4096  # an empty package has one short module
 _TIME_ERROR = 5  # sys/timex.h: the clock is not synchronised
 _TIMEX_BYTES, _MAXERROR_AT = 512, 24  # more than struct timex needs; offset of its maxerror on 64-bit Linux
@@ -46,7 +48,7 @@ class Machine:
         self.environ: Mapping[str, str] = os.environ if environ is None else environ
         self.python = sys.version_info[:3]
         self.patience = float("inf")  # seconds a command gets at most
-        self.cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        self.cpus = cores(root)
 
     def read(self, path: str) -> str:
         """The text of a file under the root; empty when it cannot be read."""

@@ -12,6 +12,8 @@ import sys
 import time
 from datetime import timedelta
 
+from hlat.host.python import module
+
 RANKS, ELEMENTS, TIMEOUT = 2, 1024, timedelta(seconds=60)
 
 
@@ -39,7 +41,7 @@ def main(store: str, rank: int) -> int:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         sys.exit(main(sys.argv[1], int(sys.argv[2])))
-    other = subprocess.Popen([sys.executable, "-m", "hlat.doctor.probe", sys.argv[1], "1"])
+    other = subprocess.Popen(module("hlat.doctor.probe", sys.argv[1], "1"))
     try:
         code = main(sys.argv[1], 0)
         sys.exit(code or other.wait(timeout=30))

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from hlat.errors import UserError
+from hlat.host.python import module
 from hlat.launch.plan import Plan, allowed
 from hlat.launch.template import read
 
@@ -196,7 +197,8 @@ def _environment(plan: Plan) -> list[dict[str, str]]:
 
 def _supervise(plan: Plan) -> list[str]:
     """The recipe is the resolved one: it has the overrides in it."""
-    command = [plan.python, "-m", "hlat", "supervise", RECIPE, "--nproc-per-node", str(plan.processes)]
+    own = ("supervise", RECIPE, "--nproc-per-node", str(plan.processes))
+    command = module("hlat", *own, python=plan.python)
     return [*command, "--grace", str(plan.grace), "--nnodes", str(plan.nodes)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
+from hlat.host.python import module
 from hlat.launch.template import word
 from hlat.recipe import Recipe
 
@@ -65,7 +66,8 @@ class Plan:
     def command(self, verb: str, overrides: Sequence[str] | None = None) -> list[str]:
         """`hlat VERB RECIPE [key=value …]` as a list of words."""
         name = f"./{self.name}" if self.name.startswith("-") else self.name
-        return [self.python, "-m", "hlat", verb, name, *(self.overrides if overrides is None else overrides)]
+        words = self.overrides if overrides is None else overrides
+        return module("hlat", verb, name, *words, python=self.python)
 
     def before_python(self) -> list[Setting]:
         """Variables of the Neuron profile that must be there when Python starts; none on other machines."""

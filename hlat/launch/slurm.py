@@ -147,7 +147,7 @@ def _pattern(folder: Path) -> str:
 
 def _lines(command: Sequence[str]) -> str:
     """A command's words as lines of a shell array: the command, then an override a line."""
-    return "\n    ".join([words(command[:5]), *(word(value) for value in command[5:])])
+    return "\n    ".join([words(command[:6]), *(word(value) for value in command[6:])])
 
 
 def _cases(tasks: Sequence[Task]) -> str:

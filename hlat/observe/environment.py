@@ -6,7 +6,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hlat
+from hlat.host.limits import cores, memory
 from hlat.observe.redact import names_secret, redact, redact_all
 
 _PREFIXES = ("NEURON_", "XLA_", "OMP_", "NCCL_", "SLURM_", "FI_", "MALLOC_")
@@ -53,7 +53,7 @@ def describe(neuron_profile: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]
         "cpu": {
             "name": cpu_name(),
             "count": os.cpu_count(),
-            "usable": _usable_cpus(),
+            "usable": cores(),
             "memory_gib": _memory_gib(),
         },
         **_torch_facts(),
@@ -114,15 +114,9 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cpus() -> int | None:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-
-
 def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
+    found = memory()
+    return None if found is None else round(found.total / 2**30, 1)
 
 
 def _torch_facts() -> dict[str, Any]:

@@ -28,6 +28,7 @@ PARENT = "HLAT_PARENT"  # variable that names the process with which a run ends;
 STACKS_SIGNAL = signal.SIGUSR2
 FIRST_STEP, STEP = "first step", "training"  # phases of the loop; the first may compile
 _PR_SET_PDEATHSIG = 1
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,15 @@ class Pulse:
     def __init__(self, folder: Path, rank: int) -> None:
         self.path, self.rank, self.pace = folder / f"rank-{rank:05}.json", rank, Pace()
         self.look: Callable[[float], Mapping[str, Any]] = self.pace.look
+        self._mark = folder / f"rank-{rank:05}{_UNFINISHED}"
+        with contextlib.suppress(OSError):
+            self._mark.touch()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def finish(self) -> None:
+        """This rank has done all it had to do: its mark goes away (see `unfinished`)."""
+        with contextlib.suppress(OSError):
+            self._mark.unlink()
 
     def write(self) -> None:
         """Write it now."""
@@ -149,6 +158,14 @@ def read_all(folder: Path) -> dict[int, Heartbeat]:
             beat = Heartbeat(**json.loads(path.read_text()))
             found[beat.rank] = beat
     return found
+
+
+def unfinished(folder: Path) -> list[int]:
+    """The ranks on this machine that began and did not say that they are done, whatever their exit status. A
+    mark that is taken away says so, which a full disk allows too.
+    """
+    names = (path.name for path in sorted(folder.glob(f"rank-*{_UNFINISHED}")))
+    return [int(name.removeprefix("rank-").removesuffix(_UNFINISHED)) for name in names]
 
 
 def stacks_file(folder: Path, rank: int) -> Path:

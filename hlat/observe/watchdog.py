@@ -262,9 +262,9 @@ class Watchdog:
         step, phase, since = self.pace.now
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w") as file:
-                seconds = time.monotonic() - since
-                file.write(f"rank {self.rank}, step {step} ({phase}) for {seconds:.1f} s\n\n")
+            with open(path, "a") as file:  # after those of an earlier start
+                seconds, now = time.monotonic() - since, time.strftime("%Y-%m-%d %H:%M:%S %z")
+                file.write(f"rank {self.rank}, step {step} ({phase}) for {seconds:.1f} s, {now}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:

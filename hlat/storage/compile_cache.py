@@ -10,11 +10,14 @@ s3://bucket/compile-cache/sets/<key>.json          which modules a recipe needs
 A module's name holds the hash of its graph and of the compiler's flags, the folder above it the compiler's
 version: what has a name never changes, so pushing twice, or from two nodes, cannot harm. Only whole modules
 travel: a failed compilation leaves a folder without `model.neff`, one under way has no `model.done`.
+A process that compiles holds a file lock (`hlat.storage.module_lock`) in the module's folder: nothing there
+is touched meanwhile, and whoever replaces files there holds it, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hlat.errors import UserError
+from hlat.storage.module_lock import SUFFIX, holding, locked
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
 
@@ -33,7 +37,8 @@ MARKER, SETS = "hlat-module.json", "sets"
 _COMPILER = re.compile(r"neuronxcc-[\w.+-]+")
 _MODULE = re.compile(r"MODULE_[\w+-]+")
 _FILE = re.compile(r"[\w][\w.+-]*")
-_LOCK = ".hlat-cache.lock"
+_LOCK, _DONE = ".hlat-cache.lock", "model.done"
+_COMPILING = "left {name} as it is: it is being compiled here"
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,22 @@ def local_modules(cache: Path, compiler: str = "") -> dict[str, Path]:
     found = {}
     for done in cache.glob("neuronxcc-*/MODULE_*/model.done"):
         folder = done.parent
-        neff = folder / "model.neff"
-        whole = neff.is_file() and neff.stat().st_size > 0 and not any(folder.glob("*.lock"))
-        if whole and compiler in ("", folder.parent.name):
+        if compiler in ("", folder.parent.name) and _whole(folder) and not locked(folder):
             found[f"{folder.parent.name}/{folder.name}"] = folder
     return dict(sorted(found.items()))
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a compilation has come to its end here."""
+    neff = folder / "model.neff"
+    with contextlib.suppress(OSError):
+        return (folder / _DONE).is_file() and neff.stat().st_size > 0
+    return False
+
+
+def _content(folder: Path) -> list[Path]:
+    """The files of a module; a lock is not one of them."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix != SUFFIX)
 
 
 def left_out(cache: Path, compiler: str = "") -> list[str]:
@@ -115,18 +131,25 @@ def push(
     return len(sent), sum(module.bytes for module in sent)
 
 
-def pull(remote: Remote, cache: Path, names: Iterable[str]) -> tuple[int, int]:
-    """Download modules that are not whole here; one process of a machine at a time does it.
+def pull(
+    remote: Remote, cache: Path, names: Iterable[str], say: Callable[[str], None] = print
+) -> tuple[int, int]:
+    """Download modules that are not whole here; one process of a machine at a time does it. What is being
+    compiled here is left alone, and `say` is told.
 
     Returns modules and bytes downloaded. Raises StoreError, OSError, UserError for a damaged one.
     """
     cache.mkdir(parents=True, exist_ok=True)
     got = []
     with _alone(cache):
-        here = local_modules(cache)
         for name in names:
-            if name not in here:
-                got.append(_pull_module(remote, name, cache))
+            if _whole(cache / name):
+                continue
+            if locked(cache / name):
+                say(_COMPILING.format(name=name))
+            else:
+                module = _pull_module(remote, name, cache, say)
+                got += [module] if module is not None else []
     return len(got), sum(module.bytes for module in got)
 
 
@@ -140,7 +163,7 @@ def compare(remote: Remote, cache: Path, names: Iterable[str], compiler: str = "
     other = []
     for name in names:
         if name in here and (module := _stored(remote, name)) is not None:
-            local = {file.name: _fact(file) for file in here[name].iterdir() if file.name in module.files}
+            local = {file.name: _fact(file) for file in _content(here[name]) if file.name in module.files}
             if local != module.files:
                 other.append(name)
     return Difference(missing, other, sorted(here.keys() - set(names)))
@@ -163,7 +186,7 @@ def graph_key(facts: dict[str, object]) -> str:
 
 
 def _push_module(remote: Remote, name: str, folder: Path) -> Module:
-    files = {file.name: _fact(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    files = {file.name: _fact(file) for file in _content(folder)}
     side_by_side(lambda file: remote.upload(folder / file, f"{name}/{file}"), list(files))
     module = Module(name, files)
     content = {file: {"bytes": size, "sha256": digest} for file, (size, digest) in files.items()}
@@ -171,7 +194,8 @@ def _push_module(remote: Remote, name: str, folder: Path) -> Module:
     return module
 
 
-def _pull_module(remote: Remote, name: str, cache: Path) -> Module:
+def _pull_module(remote: Remote, name: str, cache: Path, say: Callable[[str], None]) -> Module | None:
+    """Fetch a module beside its place and put it there; None where it is, or was, compiled meanwhile."""
     module = _stored(remote, name)
     if module is None:
         raise UserError(f"there is no whole {name}", where=remote.url, fix="push it again")
@@ -187,12 +211,37 @@ def _pull_module(remote: Remote, name: str, cache: Path) -> Module:
                 raise UserError(
                     "does not match its sha256", where=where, fix="delete the module, push it again"
                 )
-        if final.exists():  # a failed compilation, or one that was killed
-            shutil.rmtree(final)
-        os.rename(partial, final)
+        if not _put(partial, final):
+            if not _whole(final):
+                say(_COMPILING.format(name=name))
+            return None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return module
+
+
+def _put(partial: Path, final: Path) -> bool:
+    """Move a fetched module to its place. Returns False where a compilation is under way, or has come to its
+    end meanwhile. What a dead one left there gives way; the folder and its lock stay what they are, since
+    another process may wait for that lock.
+    """
+    try:
+        os.rename(partial, final)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    with holding(final) as held:
+        if not held or _whole(final):
+            return False
+        new = {file.name for file in _content(partial)}
+        (final / _DONE).unlink(missing_ok=True)
+        for file in _content(final):
+            if file.name not in new:
+                file.unlink()
+        for name in sorted(new, key=lambda name: name == _DONE):  # it says that all others are there
+            os.replace(partial / name, final / name)
+    return True
 
 
 def _stored(remote: Remote, name: str) -> Module | None:

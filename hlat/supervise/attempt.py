@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hlat.observe.heartbeat import FOLDER, STACKS_SIGNAL, Heartbeat, read_all, stacks_file
+from hlat.host.limits import cores
+from hlat.host.python import environment, module, torchrun_module
+from hlat.observe.heartbeat import FOLDER, STACKS_SIGNAL, Heartbeat, read_all, stacks_file, unfinished
 from hlat.supervise import processes
 from hlat.supervise.logs import LogMirror
 from hlat.supervise.watch import Limits, kind_of, overdue, sign
@@ -56,7 +57,8 @@ class Outcome:
     codes: status of each rank that failed, as far as torchrun knows. hang: whether it was ended because a
     rank hung; why: in words; signs: what the ranks here said of themselves, twice, when that was found.
     stopped: the signal that the supervisor was sent. text: the end of the ranks' output. beats: their last
-    heartbeats. left: descendants that outlived their launcher and were ended.
+    heartbeats. left: descendants that outlived their launcher and were ended. unfinished: ranks that did not
+    say that they are done.
     """
 
     code: int = 1
@@ -68,6 +70,7 @@ class Outcome:
     text: str = ""
     beats: dict[int, Heartbeat] = field(default_factory=dict)
     left: int = 0
+    unfinished: list[int] = field(default_factory=list)
 
 
 class Attempt:
@@ -105,13 +108,13 @@ class Attempt:
         self.mirror = LogMirror(self.scratch / "logs", logs, place.node * place.nproc)
         self.logs = logs
         self._result = self.scratch / "result.json"
-        arguments = [*place.torchrun(), f"--log-dir={self.scratch / 'logs'}", "-m", *command]
-        words = [sys.executable, "-m", "hlat.supervise.agent", str(self._result), *arguments]
+        arguments = [*place.torchrun(), f"--log-dir={self.scratch / 'logs'}", *torchrun_module(command)]
+        words = module("hlat.supervise.agent", str(self._result), *arguments)
         self._process = subprocess.Popen(words, env=self._environment(os.environ), start_new_session=True)
 
     def _environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        chosen = {**environ, FOLDER: str(self.scratch)}
-        chosen.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.place.nproc)))
+        chosen = {**environment(environ), FOLDER: str(self.scratch)}
+        chosen.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.place.nproc)))
         chosen.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[${rank}] ")
         return chosen
 
@@ -124,6 +127,9 @@ class Attempt:
             self.on_look(outcome.beats)
             outcome.code = self._process.poll() if self._process.poll() is not None else 1  # type: ignore[assignment]
             outcome.codes = self._codes()
+            outcome.unfinished = unfinished(self.scratch)
+            if outcome.code == 0 and not self._result.exists():
+                outcome.code = 1  # whatever ended so was not the agent, or not at its end
         finally:
             outcome.left = len(processes.end_all(self._process.pid))
             self._process.wait()

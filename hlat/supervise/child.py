@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hlat.host.python import environment, module
 from hlat.observe.heartbeat import PARENT
 from hlat.observe.stopping import handling
 
 
 class Children:
-    """Runs `python -m ...` commands one after another.
+    """Runs modules, each given by its name and arguments, one after another.
 
     Attributes:
         received: the first signal that asked to stop; None so far.
@@ -48,11 +48,11 @@ class Children:
         with open(log, "ab") as file:
             start = file.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *words],
+                module(*words),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, PARENT: str(os.getpid())},
+                env={**environment(), PARENT: str(os.getpid())},
                 start_new_session=True,
             )
             if self.received is not None:  # it came while the process started

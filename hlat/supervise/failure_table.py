@@ -285,7 +285,15 @@ DEFECT = Row(
     "an exception that no other row explains; the same start would end the same way",
     "[hlat]",
 )
-CLEAN = Row("clean", "unknown", "stop", "status", "every rank ended with status 0", "[hlat]", codes=(0,))
+CLEAN = Row(
+    "clean",
+    "unknown",
+    "restart",
+    "status",
+    "every rank ended with status 0 before the run was done",
+    "[hlat]",
+    codes=(0,),
+)
 UNKNOWN = Row(
     "unknown", "unknown", "restart", "flag", "nothing says why; the budget of restarts bounds it", ""
 )

@@ -24,7 +24,7 @@ class LogMirror:
 
     def __init__(self, source: Path, target: Path, first: int = 0) -> None:
         self.source, self.target, self.first = source, target, first
-        self._copied: dict[Path, tuple[int, int]] = {}  # bytes read, bytes written
+        self._copied: dict[Path, tuple[int, int]] = {}  # bytes read, and where the copy ends
 
     def files(self) -> dict[Path, Path]:
         """Each rank's file here, and its place in the run folder."""
@@ -42,7 +42,9 @@ class LogMirror:
         """
         for path, copy in self.files().items():
             with contextlib.suppress(OSError), path.open("rb") as file:
-                read, written = self._copied.get(path, (0, 0))
+                if path not in self._copied:  # what is there already is not this attempt's: go on below it
+                    self._copied[path] = 0, _size(copy)
+                read, written = self._copied[path]
                 while block := _next(file, read, last):
                     clean = redact(block.decode(errors="surrogateescape")).encode(errors="surrogateescape")
                     self.target.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,13 @@ class LogMirror:
                 file.seek(max(0, path.stat().st_size - size))
                 parts.append((path.name, file.read().decode(errors="replace")))
         return "\n".join(text for _, text in sorted(parts, key=lambda part: part[0] == "stderr.log"))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _next(file: BinaryIO, read: int, last: bool) -> bytes:

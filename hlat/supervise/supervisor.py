@@ -18,6 +18,7 @@ from hlat.observe.heartbeat import STEP, Heartbeat
 from hlat.observe.stopping import SPOT, text_of
 from hlat.supervise import processes
 from hlat.supervise.attempt import Attempt, Outcome, Place
+from hlat.supervise.attempts import claim, folder_of
 from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
 from hlat.supervise.events import BAD_NODES, FOLDER, Events
 from hlat.supervise.goodput import Timeline, goodput, table
@@ -58,6 +59,10 @@ class Supervisor:
         budget: how often to start again.
         team: the other machines.
         checks: what speaks for and against starting on this machine, asked before each attempt.
+        lacking: what the run lacks to be done when all ranks have ended with status 0; empty: nothing.
+
+    Attributes:
+        attempt: the number of the newest one, over all jobs of the run; 0 before it.
     """
 
     def __init__(
@@ -72,10 +77,12 @@ class Supervisor:
         team: Team | None = None,
         again: Sequence[str] = (),
         checks: Callable[[], list[Finding]] = list,
+        lacking: Callable[[], str] = str,
     ) -> None:
         self.command, self.again, self.run_folder, self.place = list(command), list(again), run, place
         self.limits, self.grace, self.budget = limits, grace, budget or Budget()
-        self.team, self.checks = team or Team(), checks
+        self.team, self.checks, self.lacking = team or Team(), checks, lacking
+        self.attempt = 0
         self.logs = run / FOLDER
         self.events = Events(self.logs, quiet=place.node > 0)
         self.timeline = Timeline()
@@ -116,21 +123,22 @@ class Supervisor:
         if len(came) < self.team.count:
             missing = [str(node) for node in range(self.team.count) if node not in came]
             line = f"not all machines came to start; missing: node {', '.join(missing)}"
-            self.events.add("no-start", line, attempt=number)
+            self.events.add("no-start", line)
             return FAILED
         unfit = {host: what for host, what in came.values() if what}
         for host, what in unfit.items():
             if self.place.node == 0:
                 self._exclude(host)
-            self.events.add("no-start", f"{host} is unfit to train: {what}", attempt=number, node=host)
+            self.events.add("no-start", f"{host} is unfit to train: {what}", node=host)
         return BAD_NODE if unfit else None
 
     def _one(self, number: int) -> dict[str, Any]:
-        """One attempt, and what all machines decide after it."""
+        """This job's attempt of that number, and what all machines decide after it."""
+        self.attempt = self.team.number(number, lambda: claim(self.logs, self.attempt))
         began, self._steps = time.time(), False
         self.timeline.start(time.monotonic())
-        self.events.add("start", "" if number == 1 else f"attempt {number}", attempt=number)
-        logs = self.logs / f"attempt-{number}"
+        self.events.add("start", "" if self.attempt == 1 else f"attempt {self.attempt}", attempt=self.attempt)
+        logs = folder_of(self.logs, self.attempt)
         attempt = Attempt(
             self.place,
             [*self.command, *(self.again if number > 1 else ())],
@@ -153,7 +161,7 @@ class Supervisor:
         steps = next((beat for beat in beats.values() if beat.phase == STEP), None)
         if steps is not None and not self._steps:
             self._steps = True
-            self.events.add("stepping", attempt=len(self.timeline.spans), step=steps.first)
+            self.events.add("stepping", attempt=self.attempt, step=steps.first)
 
     def _report(self, outcome: Outcome, kernel: str) -> dict[str, Any]:
         """What the others must know of this machine's attempt."""
@@ -167,7 +175,8 @@ class Supervisor:
         reached = max(report["reached"] for report in shared.values())
         self._count_fruitless(reached)
         verdict, host = self._judge(shared)
-        end: dict[str, Any] = {"attempt": number, "step": reached, "kind": verdict.kind, "rule": verdict.rule}
+        end: dict[str, Any] = {"attempt": self.attempt, "step": reached}
+        end |= {"kind": verdict.kind, "rule": verdict.rule}
         end |= {"reason": verdict.reason, "rank": verdict.rank, "node": host}
         end["codes"] = {rank: code for report in shared.values() for rank, code in report["codes"].items()}
         end["left"] = sum(report["left"] for report in shared.values())
@@ -202,21 +211,34 @@ class Supervisor:
         if missing:
             names = ", ".join(f"node {node}" for node in missing)
             return Verdict("peer", "restart", f"no answer from {names}", "silent-node", None), names
-        if all(r["code"] == 0 for r in shared.values()):
+        early = self._early_end(shared) if all(r["code"] == 0 for r in shared.values()) else None
+        if early == "":
             return Verdict("done", "stop", "", "", None), ""
         if any(r["stopped"] is not None for r in shared.values()):
             codes = {code for r in shared.values() for code in r["codes"].values()}
             late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
-            saved = codes <= {128 + signal.SIGTERM} and not late
+            saved = early is None and codes <= {128 + signal.SIGTERM} and not late
             how = "state saved" if saved else f"{late or 'not all ranks saved'}: the newest checkpoint stands"
             return Verdict("preempted", "stop", f"stopped by a signal; {how}", "signal", None), ""
         hung = any(r["hang"] for r in shared.values())
         if hung:
             return self._name_the_hang(shared)
+        if early is not None:
+            clean = classify(Evidence({0: 0}))
+            return replace(clean, reason=f"{clean.reason}: {early}"), ""
         verdicts = [(self._classify(report), report["host"]) for report in shared.values()]
         rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
         verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
         return (self._again_bad(verdict, host) if verdict.kind == "node" else verdict), host
+
+    def _early_end(self, shared: dict[int, dict[str, Any]]) -> str:
+        """What is missing although all ranks ended with status 0; empty when the run is done. A library, or a
+        plug-in, may end a process so at any time.
+        """
+        ranks = sorted(rank for report in shared.values() for rank in report["unfinished"])
+        if lacking := self.lacking():
+            return lacking
+        return f"rank {', '.join(map(str, ranks))} had more to do" if ranks else ""
 
     def _again_bad(self, verdict: Verdict, host: str) -> Verdict:
         """A machine that shows the same fault again is excluded, where there are others."""

@@ -36,6 +36,10 @@ class Team:
         """
         return {0: (host, fault)}
 
+    def number(self, attempt: int, claim: Callable[[], int]) -> int:
+        """The number over all jobs that the first machine claims for an attempt of this one."""
+        return claim()
+
     def ended_elsewhere(self, attempt: int) -> bool:
         """Whether another machine's attempt has ended already."""
         return False
@@ -92,6 +96,10 @@ class Machines(Team):
         found = self._gather(f"{attempt}/ready", self.seconds)
         return {node: (name, what) for node, (name, what) in ((n, json.loads(t)) for n, t in found.items())}
 
+    def number(self, attempt: int, claim: Callable[[], int]) -> int:
+        """See `Team`."""
+        return int(self._agree(f"{attempt}/number", claim, "which number the attempt has"))
+
     def ended_elsewhere(self, attempt: int) -> bool:
         """See `Team`."""
         return bool(self._store.check([f"{attempt}/ended"]))
@@ -112,20 +120,23 @@ class Machines(Team):
 
     def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """See `Team`."""
-        key = f"{attempt}/decision"
-        if self.node == 0:
-            self._store.set(key, json.dumps(decision()))
-        deadline = time.monotonic() + self.seconds
-        while not self._store.check([key]):
-            if time.monotonic() > deadline:
-                raise UserError("the first machine does not say what comes next", where=f"node {self.node}")
-            time.sleep(_POLL)
-        told: dict[str, Any] = json.loads(self._store.get(key))
+        told: dict[str, Any] = self._agree(f"{attempt}/decision", decision, "what comes next")
         if self.node == 0:
             self._linger(attempt, told)
         else:
             self._store.set(f"{attempt}/read/{self.node}", "1")
         return told
+
+    def _agree(self, key: str, choose: Callable[[], Any], what: str) -> Any:
+        """What the first machine chooses, on each of them. Raises UserError when it does not say in time."""
+        if self.node == 0:
+            self._store.set(key, json.dumps(choose()))
+        deadline = time.monotonic() + self.seconds
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise UserError(f"the first machine does not say {what}", where=f"node {self.node}")
+            time.sleep(_POLL)
+        return json.loads(self._store.get(key))
 
     def _linger(self, attempt: int, told: dict[str, Any]) -> None:
         """The store ends with this process: the others read what was decided first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,6 +46,7 @@ class Job:
         for number in range(20):
             (folder / "text" / f"{number:02}.txt").write_text(f"{number} the quick brown fox. " * 60)
         (folder / "watched.yaml").write_text(RECIPE)
+        (folder / "random.py").write_text("raise SystemExit(0)")  # nothing is imported from here
         mischief.install(folder / "site")
         path = os.pathsep.join([str(folder / "site"), str(ROOT)])
         self.environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
@@ -52,7 +54,7 @@ class Job:
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, nproc: int = 2) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hlat", "supervise", "watched.yaml", f"run.dir={self.run}"]
+        command = [sys.executable, "-P", "-m", "hlat", "supervise", "watched.yaml", f"run.dir={self.run}"]
         command += [f"--nproc-per-node={nproc}", "--hang-seconds=8", *arguments]
         process = subprocess.Popen(
             command,
@@ -132,6 +134,11 @@ def test_a_signal_saves_and_asks_to_be_queued_again(job: Job) -> None:
     assert 8 <= reached < STEPS
     assert job.start().wait(120) == 0
     assert len(job.losses()) == STEPS
+    logs = job.run / "logs" / "supervisor"
+    first, second = ((logs / f"attempt-{n}" / "rank-00000-stdout.log").read_text() for n in (1, 2))
+    assert f"step {reached}/{STEPS}" in first and f"step {STEPS}/{STEPS}" not in first
+    assert f"step {STEPS}/{STEPS}" in second
+    assert [(e["attempt"], e["kind"]) for e in job.events("end")] == [(1, "preempted"), (2, "done")]
     first = json.loads((job.run / "environment.json").read_text())["starts"]
     assert len(first) == 2
 
@@ -189,6 +196,18 @@ def test_two_machines_restart_together(job: Job) -> None:
     ends = [e for e in job.events("end") if e["kind"] != "done"]
     assert [(e["kind"], e["rank"]) for e in ends] == [("peer", 1)]
     assert (job.run / "logs" / "supervisor" / "attempt-2" / "rank-00000-stdout.log").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_with_status_0_is_not_done(job: Job) -> None:
+    process = job.start(nproc=1)
+    job.steps(12)
+    job.do("0 leave")
+    assert process.wait(120) == 0, job.errors()
+    early, done = job.events("end")
+    assert (early["rule"], early["attempt"], done["kind"], done["attempt"]) == ("clean", 1, "done", 2)
+    assert re.search(r"the newest complete checkpoint is of step \d+ of 60", early["reason"]), early
+    assert len(job.losses()) == STEPS
 
 
 @pytest.mark.slow

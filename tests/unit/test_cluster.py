@@ -272,6 +272,22 @@ def test_who_holds_up_the_others() -> None:
     assert who_is_late(members(), before, signs())[1].startswith("all ranks wait in step 17: training")
 
 
+def test_a_process_alone_keeps_to_its_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = torch.get_num_threads()
+    try:
+        for usable, expected in ((64, 3), (2, 2)):  # never more threads than torch would take
+            torch.set_num_threads(3)
+            monkeypatch.setattr("hlat.backend.cluster.cores", lambda: usable)  # noqa: B023
+            assert join(environ={}).choose_device() == "cpu" and torch.get_num_threads() == expected
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        assert join(environ={}).choose_device() == "cpu" and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_held_up_main_thread_is_reported_with_stacks(
     store: dist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +297,8 @@ def test_a_held_up_main_thread_is_reported_with_stacks(
     board = Board(store, 0, NAMES)
     ended = threading.Event()
     watchdog._exit = lambda *reason: ended.set()  # type: ignore[method-assign]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "stacks-rank-00000.txt").write_text("of an earlier job\n")
     watchdog.beat(5, "evaluation")
     watchdog.start(board, "this test")
     assert ended.wait(30)
@@ -288,6 +306,7 @@ def test_a_held_up_main_thread_is_reported_with_stacks(
     cause = board.cause()
     assert cause is not None and cause.kind == "late" and "step 5" in cause.text
     stacks = (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
+    assert stacks.startswith("of an earlier job\n")
     assert "step 5 (evaluation)" in stacks and "test_a_held_up_main_thread" in stacks
     assert json.loads(store.get("sign/0"))[2:4] == [5, "evaluation"]
 

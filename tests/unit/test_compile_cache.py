@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def url(tmp_path: Path) -> str:
 
 
 def tree(cache: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    files = [file for name in names for file in (cache / name).iterdir()]
+    files = [file for name in names for file in (cache / name).iterdir() if file.suffix != ".lock"]
     return {str(file.relative_to(cache)): file.read_bytes() for file in files}
 
 
@@ -176,6 +179,107 @@ def test_processes_of_a_node_pull_once(
     for thread in threads:
         thread.join()
     assert len(seen) == len(set(seen)) == 8
+
+
+@contextmanager
+def compiling(folder: Path) -> Iterator[Path]:
+    """A process that compiles in a module's folder; gives its lock's file."""
+    lock = folder / "model.hlo_module.pb.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield lock
+        assert os.path.samestat(os.fstat(file.fileno()), lock.stat()), "the lock is another file now"
+
+
+def test_a_module_under_compilation_is_left_alone(cache: Path, url: str, tmp_path: Path, capsys: Any) -> None:
+    shared.push(Remote(url), cache, say=lambda line: None)
+    node = tmp_path / "node"
+    folder = node / GOOD
+    folder.mkdir(parents=True)
+    (folder / "model.hlo_module.pb").write_text("half")
+    arguments = ["--cache", str(node), "--compiler", VERSION]
+    with compiling(folder) as lock:
+        assert main(["cache", "pull", url, *arguments]) == 0
+        out = capsys.readouterr().out
+        assert f"left {GOOD} as it is: it is being compiled here" in out and "pulled 1 graphs" in out
+        assert sorted(file.name for file in folder.iterdir()) == ["model.hlo_module.pb", lock.name]
+        assert main(["cache", "verify", url, *arguments]) == 1 and "missing here" in capsys.readouterr().out
+    assert lock.exists()  # of a process that was killed
+    assert main(["cache", "pull", url, *arguments]) == 0 and "pulled 1 graphs" in capsys.readouterr().out
+    assert tree(node, (GOOD, OTHER)) == tree(cache, (GOOD, OTHER)) and lock.exists()
+
+
+def test_a_dead_lock_stops_neither_push_nor_verify_and_does_not_travel(
+    cache: Path, url: str, tmp_path: Path, capsys: Any
+) -> None:
+    (cache / GOOD / "model.hlo_module.pb.lock").touch()
+    arguments = ["--cache", str(cache), "--compiler", VERSION]
+    with compiling(cache / OTHER):  # again, as after a change of the compiler's own files
+        assert main(["cache", "push", url, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "pushed 1 graphs" in out and f"left out {OTHER}" in out
+    assert not [path for path in Remote(url).files() if path.endswith(".lock")]
+    assert main(["cache", "push", url, *arguments]) == 0
+    capsys.readouterr()
+    assert main(["cache", "verify", url, *arguments]) == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compilation_that_begins_during_the_download(
+    cache: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    remote, node, said = Remote(url), tmp_path / "node", []
+    shared.push(remote, cache, say=lambda line: None)
+    download = Remote.download
+
+    with ExitStack() as stack:
+
+        def begin(self: Remote, path: str, file: Path) -> None:
+            download(self, path, file)
+            if not (node / GOOD).exists():
+                module(node, GOOD, b"its own")
+                if not whole:
+                    (node / GOOD / "model.done").unlink()
+                    stack.enter_context(compiling(node / GOOD))
+
+        monkeypatch.setattr(Remote, "download", begin)
+        monkeypatch.setattr(shared, "side_by_side", lambda work, items: [work(item) for item in items])
+        assert shared.pull(remote, node, [GOOD], said.append)[0] == 0
+        assert (node / GOOD / "model.neff").read_bytes() == b"its own"
+        assert said == ([] if whole else [f"left {GOOD} as it is: it is being compiled here"])
+        assert not list(node.rglob("*.partial"))
+
+
+def test_who_waits_for_the_lock_finds_a_whole_module(
+    cache: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that comes while files are replaced: it waits, and its lock is the one at the path."""
+    shared.push(Remote(url), cache, say=lambda line: None)
+    folder = tmp_path / "node" / GOOD
+    folder.mkdir(parents=True)
+    (folder / "model.log").write_text("F137")
+    lock, found, waiting = folder / "model.hlo_module.pb.lock", [], threading.Event()
+
+    def compiler() -> None:
+        with lock.open("a") as file:
+            waiting.set()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            found.append(sorted(path.name for path in folder.iterdir()))
+            found.append(os.path.samestat(os.fstat(file.fileno()), lock.stat()))
+
+    thread = threading.Thread(target=compiler)
+    replace = os.replace
+
+    def slowly(source: Path, target: Path) -> None:
+        if not waiting.is_set():
+            thread.start()
+            assert waiting.wait(30)
+        replace(source, target)
+
+    monkeypatch.setattr(shared.os, "replace", slowly)
+    assert shared.pull(Remote(url), tmp_path / "node", [GOOD])[0] == 1
+    thread.join(30)
+    assert found == [sorted([*(file.name for file in (cache / GOOD).iterdir()), lock.name]), True]
 
 
 @pytest.fixture

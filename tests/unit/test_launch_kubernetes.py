@@ -129,7 +129,7 @@ def test_an_indexed_job(recipe, tmp_path, capsys) -> None:
     (container,) = pod["spec"]["containers"]
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
     assert container["command"] == [
-        "python", "-m", "hlat", "supervise", "/etc/hlat/recipe.yaml", "--nproc-per-node", "8",
+        "python", "-P", "-m", "hlat", "supervise", "/etc/hlat/recipe.yaml", "--nproc-per-node", "8",
         "--grace", "300", "--nnodes", "4", "--node-rank", "$(NODE_RANK)",
         "--master-addr", "my-run-1-0.my-run-1", "--master-port", "29500",
     ]  # fmt: skip

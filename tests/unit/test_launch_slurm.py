@@ -164,7 +164,8 @@ def test_trn1_compiles_ahead(neuron, stub_cluster, tmp_path, capsys) -> None:
         (folder / "precompile.sbatch").read_text().replace(f"{sys.executable} ", f"{stub_cluster.python} ")
     )
     assert done.returncode == 0, done.stderr
-    assert stub_cluster.words("argv-1") == ["-m", "hlat", "train", *neuron[:1], *neuron[3:], "--precompile"]
+    wanted = ["-P", "-m", "hlat", "train", *neuron[:1], *neuron[3:], "--precompile"]
+    assert stub_cluster.words("argv-1") == wanted
     environ = dict(item.split("=", 1) for item in stub_cluster.words("environ-1"))
     wanted = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "10014", "CORES": "32"}
     wanted |= {"FI_PROVIDER": "efa", "MALLOC_ARENA_MAX": "64"}
@@ -198,7 +199,7 @@ def test_a_sweep_is_a_job_array(small_recipe, stub_cluster, tmp_path, capsys) ->
         array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)}
         assert stub_cluster.run(text, CODES="75 75", **array).returncode == 75
         argv = stub_cluster.words("argv-1")
-        overrides = argv[4 : argv.index("--nproc-per-node")]
+        overrides = argv[5 : argv.index("--nproc-per-node")]
         made = load(small_recipe, overrides)
         seen.append((made.optim.lr, made.run.seed, made.run.steps))
         assert (
@@ -217,8 +218,9 @@ def test_each_node_gets_its_number_and_the_first_node(small_recipe, stub_cluster
     assert done.returncode == 0, done.stderr
     for node in range(2):
         assert stub_cluster.words(f"argv-{node}") == [
-            "-m", "hlat", "supervise", small_recipe, "run.steps=3", "--nproc-per-node", "2", "--grace", "77",
-            "--nnodes", "2", "--master-addr", "node1", "--master-port", "16912", "--node-rank", str(node),
+            "-P", "-m", "hlat", "supervise", small_recipe, "run.steps=3", "--nproc-per-node", "2",
+            "--grace", "77", "--nnodes", "2", "--master-addr", "node1", "--master-port", "16912",
+            "--node-rank", str(node),
         ]  # fmt: skip
         assert (plan.run_dir / f"logs/slurm/job-123456/attempt-0/node-{node}-node{node + 1}.txt").exists()
 
@@ -248,7 +250,7 @@ def test_hostile_words_arrive_and_do_nothing(tmp_path, launch_stubs, stub_cluste
     assert script.count("%%/train-%j.out") == 1 and "\r" not in script and "\x1b" not in script
     done = stub_cluster.run(script)
     assert done.returncode == 0, done.stderr
-    assert stub_cluster.words("argv-1")[3 : 4 + len(overrides)] == [name, *overrides]
+    assert stub_cluster.words("argv-1")[4 : 5 + len(overrides)] == [name, *overrides]
     new = {file.name for file in set(stub_cluster.folder.rglob("*")) - before}
     assert "x" not in new and not (tmp_path / "x").exists()
 
@@ -279,7 +281,7 @@ def test_any_words_arrive(launch_stubs, words: list[str], folder: str) -> None:
         ):
             done = cluster.run(script, **environ)
             assert done.returncode == 0, done.stderr
-            assert cluster.words("argv-0")[4 : 4 + len(words)] == words
+            assert cluster.words("argv-0")[5 : 5 + len(words)] == words
         assert (run_dir / "logs/slurm/job-7_0/attempt-0/exit-code-0").read_text() == "0\n"
 
 

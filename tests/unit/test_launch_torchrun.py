@@ -41,7 +41,7 @@ def test_by_hand_on_each_node(recipe, tmp_path, capsys) -> None:
     done = subprocess.run(["bash", file, "1", "10.0.0.1"], cwd="/", capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert words(tmp_path) == [
-        "-m", "hlat", "supervise", recipe, "run.name=odd", override, "--nproc-per-node", "2",
+        "-P", "-m", "hlat", "supervise", recipe, "run.name=odd", override, "--nproc-per-node", "2",
         "--grace", "300", "--nnodes", "2", "--node-rank", "1",
         "--master-addr", "10.0.0.1", "--master-port", "29500",
     ]  # fmt: skip

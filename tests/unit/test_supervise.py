@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hlat.cli import main
 from hlat.doctor.finding import Finding
 from hlat.observe.heartbeat import FIRST_STEP, STEP, Heartbeat, Pace, Pulse, read_all
+from hlat.observe.jsonl import read_rows
 from hlat.recipe import load
 from hlat.supervise import processes
 from hlat.supervise.attempt import Outcome, Place
@@ -272,6 +273,23 @@ def test_what_comes_next(tmp_path: Path, outcome: Outcome, status: int | None) -
     assert decide(made, outcome)["exit"] == status
     bad = made.logs / "bad-nodes.txt"
     assert (bad.read_text() if bad.exists() else "") == ("node-a\n" if status == 76 else "")
+
+
+def test_status_0_is_not_done(tmp_path: Path) -> None:
+    """Neither before the last checkpoint nor when a rank had more to do, an upload for example."""
+    made = supervisor(tmp_path, lacking=lambda: "there is no complete checkpoint; the last step is 9")
+    for number in (1, 2, 3):
+        assert decide(made, Outcome(code=0), number=number)["exit"] is None
+    assert decide(made, Outcome(code=0), number=4)["exit"] == 1, "within the budget"
+    made = supervisor(tmp_path)
+    assert decide(made, Outcome(code=0, unfinished=[3]))["exit"] is None
+    assert decide(made, Outcome(code=0, unfinished=[3], stopped=signal.SIGTERM), number=2)["exit"] == 75
+    assert decide(made, Outcome(code=0, stopped=signal.SIGTERM), number=3)["exit"] == 0
+    rows = [row for row in read_rows(made.events.path) if row["event"] == "end"]
+    assert [row["kind"] for row in rows] == [*["unknown"] * 5, "preempted", "done"]
+    assert rows[0]["rule"] == "clean" and rows[0]["reason"].endswith("checkpoint; the last step is 9")
+    assert rows[4]["reason"].endswith(": rank 3 had more to do")
+    assert "state saved" not in rows[5]["reason"]
 
 
 def test_a_warning_is_not_why_a_rank_ended(tmp_path: Path) -> None:

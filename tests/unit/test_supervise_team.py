@@ -26,5 +26,6 @@ def test_after_a_signal_the_first_machine_waits_until_the_others_have_read() -> 
     assert not ended  # the store would have ended with it
     read = time.monotonic()
     assert second.decide(1, lambda: {"exit": 1}) == {"exit": 75}
+    assert first.number(2, lambda: 7) == second.number(2, lambda: 8) == 7
     thread.join(15)
     assert told == [{"exit": 75}] and ended[0] >= read

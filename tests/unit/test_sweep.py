@@ -219,7 +219,8 @@ raise SystemExit(128 + said[0])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_other_signals_reach_the_run(recipe: str, tmp_path: Path, monkeypatch, capsys, number) -> None:
     (tmp_path / "hlat.py").write_text(SIGNALLED.replace("NUMBER", str(int(number))))
-    monkeypatch.chdir(tmp_path)  # where `python -m` looks first
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hlat.supervise.child.module", lambda *words: [sys.executable, "hlat.py", *words])
     former = signal.getsignal(number)
     assert cli.main(["sweep", recipe, "optim.lr=[1e-3, 2e-3]", "--out", "o"]) == 128 + number
     said = capsys.readouterr()

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
+from hlat.host.python import module, torchrun_module
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -68,7 +68,7 @@ def commands(
     if tool is None:
         raise UserError(f"{_TOOL} is not on the PATH", where="hlat train --precompile", fix=_FIX)
     nodes = environ.get("NODES", "1")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", environ.get("CORES", "32")]
+    launch = module("torch.distributed.run", "--nproc_per_node", environ.get("CORES", "32"))
     if nodes != "1":
         launch += ["--nnodes", nodes, "--node_rank", environ.get("NODE_RANK", "0")]
         launch += ["--master_addr", environ.get("MASTER_ADDR", "localhost")]
@@ -76,7 +76,7 @@ def commands(
     short = [f"run.dir={folder}", f"eval.every={_EVERY}", f"checkpoint.every={_EVERY}", "log.every=2"]
     if recipe.reduce.options.get("start_step", 0) > _EVERY:  # a reducer that is dense for so many steps
         short.append(f"reduce.start_step={_EVERY}")
-    train = [tool, *launch, "-m", "hlat", "train", name, *overrides, *short]
+    train = [tool, *launch, *torchrun_module(["hlat", "train", name, *overrides, *short])]
     rounds = 2 * recipe.method.options.get("anchor_every", 0)  # a method with two kinds of steps
     stops = dict.fromkeys(min(stop + rounds, recipe.run.steps) for stop in _STOPS)
     return [[*train, f"run.stop_at_step={stop}", "run.resume=auto"] for stop in stops]
