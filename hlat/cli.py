@@ -27,6 +27,9 @@ VERBS = {
     "doctor": "check this machine, and print the lines that repair it",
 }
 
+# The work of one process: a launcher that starts several of them is refused.
+ONCE = ("generate", "convert", "sweep", "launch")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, or 2 for wrong input (one line on stderr)."""
@@ -48,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         args = parser.read(arguments)
+        if args.verb in ONCE:
+            from hlat.backend.launcher import refuse_tasks
+
+            refuse_tasks(args.verb)
         return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact

@@ -83,6 +83,9 @@ def evaluation(args: argparse.Namespace) -> Any:
     for option, least, value in bounds:
         if value is not None and value < least:
             raise UserError(f"{value} is out of range", where=option, fix=f"write {least} or more")
+    from hlat.backend.launcher import take_place
+
+    take_place()
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from hlat.evaluate.harness import require_harness

@@ -71,7 +71,10 @@ def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="", metavar="P")
     parser.add_argument("--account", default="", metavar="A")
     parser.add_argument(
-        "--time", default="", metavar="T", help="time limit, as 2-00:00:00 (default: the partition's)"
+        "--time",
+        default="",
+        metavar="T",
+        help="time limit, as 2-00:00:00; 0: none (default: the partition's)",
     )
     parser.add_argument(
         "--sbatch",

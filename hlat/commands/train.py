@@ -48,6 +48,9 @@ def main(args: argparse.Namespace) -> int:
     """
     if getattr(args, "precompile", False):
         return _precompile(args)
+    from hlat.backend.launcher import take_place
+
+    take_place()
     os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; read when torch imports tqdm
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
@@ -98,9 +101,11 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
+    from hlat.backend.slurm import node_variables
     from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
 
+    os.environ.update(node_variables(os.environ))
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
