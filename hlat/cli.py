@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import hlat
 from hlat.cli_parser import Parser
-from hlat.errors import UserError
+from hlat.errors import UserError, names_explained
 
 VERBS = {
     "train": "train a model from a recipe",
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from hlat.backend.launcher import refuse_tasks
 
             refuse_tasks(args.verb)
-        return int(args.run(args) or 0)
+        with names_explained():
+            return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact
 
@@ -74,4 +75,7 @@ def entry() -> None:
     from hlat.observe.redact import print_exception
 
     sys.excepthook = print_exception
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks ends no run
     sys.exit(main())

@@ -291,7 +291,9 @@ def _process(pid: int) -> tuple[str, str]:
     is none.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return fields[0], fields[19]
     except (OSError, IndexError):
         pass
@@ -307,7 +309,7 @@ def _process(pid: int) -> tuple[str, str]:
 def _space() -> str:
     """What makes process ids comparable: this boot and this container's numbering."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8", errors="replace").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""

@@ -190,7 +190,7 @@ def result(trial: Trial) -> Result | None:
     folder, wanted = RunFolder(trial.folder), trial.recipe.to_dict()
     last = trial.recipe.run.stop_at_step or trial.recipe.run.steps
     try:
-        saved = yaml.safe_load(folder.resolved.read_text())
+        saved = yaml.safe_load(folder.resolved.read_text(encoding="utf-8"))
         if identity_diff(saved, wanted):
             return None
         found = result_of(read_rows(folder.metrics), last)

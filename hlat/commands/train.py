@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hlat.errors import UserError
+from hlat.errors import UserError, names_explained
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
@@ -79,7 +79,8 @@ def _start(args: argparse.Namespace, signals: Signals, pulse: Pulse | None) -> i
         return _main(args, job)
     job.watch()
     try:
-        return _main(args, job)
+        with names_explained():
+            return _main(args, job)
     except BaseException as error:
         job.note(error)
         if job.ending is not None:
@@ -196,7 +197,7 @@ def _work(
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
     _check_resume(recipe, data, folder, console)
-    text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
+    text, description = find_recipe(args.recipe).read_bytes(), describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description):
         job.watchdog.before_exit = folder.close
         try:

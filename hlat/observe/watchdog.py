@@ -262,7 +262,7 @@ class Watchdog:
         step, phase, since = self.pace.now
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 seconds = time.monotonic() - since
                 file.write(f"rank {self.rank}, step {step} ({phase}) for {seconds:.1f} s\n\n")
                 file.flush()
