@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LONGEST_NAME = 255  # bytes, on nearly all file systems
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on nearly all file systems; on Linux
 
 
 class UserError(Exception):
@@ -69,7 +69,7 @@ def names_explained() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise _too_long(os.fsdecode(error.filename or "")) from error
+        raise too_long(os.fsdecode(error.filename or "")) from error
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8" or error.encoding.lower().replace("latin-1", "iso8859-1") != encoding:
@@ -81,7 +81,22 @@ def names_explained() -> Iterator[None]:
         ) from error
 
 
-def _too_long(path: str) -> UserError:
+def check_length(path: str | os.PathLike[str], room: int = 0) -> None:
+    """Raise UserError for a path that no file system can have, before anything is made of it.
+
+    Args:
+        path: absolute.
+        room: bytes that longer paths will need behind it.
+    """
+    with names_explained():
+        names = [os.fsencode(name) for name in os.fspath(path).split("/")]
+    whole = sum(map(len, names)) + len(names) + room
+    if max(map(len, names)) > _LONGEST_NAME or whole > _LONGEST_PATH:
+        raise too_long(os.fspath(path))
+
+
+def too_long(path: str) -> UserError:
+    """The error for a path with a name, or as a whole, too long for a file system."""
     name = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
     size = len(os.fsencode(name))
     if size > _LONGEST_NAME:

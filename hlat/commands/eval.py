@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.backend.launcher import take_place
 from hlat.errors import UserError
 from hlat.observe.output import check_output
 
@@ -50,6 +51,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate and print a table. Raises UserError for bad input."""
+    take_place()
     if args.html and not args.all_checkpoints:
         raise UserError("draws curves over tokens", where="--html", fix="add --all-checkpoints")
     check_output(args.html, "--html")
@@ -83,9 +85,6 @@ def evaluation(args: argparse.Namespace) -> Any:
     for option, least, value in bounds:
         if value is not None and value < least:
             raise UserError(f"{value} is out of range", where=option, fix=f"write {least} or more")
-    from hlat.backend.launcher import take_place
-
-    take_place()
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from hlat.evaluate.harness import require_harness

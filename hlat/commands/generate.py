@@ -38,8 +38,9 @@ def main(args: argparse.Namespace) -> int:
     from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
     from hlat.evaluate.generate import check_prompt, generate, stream_text
     from hlat.evaluate.target import parse_device
-    from hlat.observe.text import printable
+    from hlat.observe.text import argument_text, printable
 
+    text = argument_text(args.prompt, "--prompt")
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_weights(args.checkpoint)
     tokenizer = source_tokenizer(source)
@@ -48,9 +49,9 @@ def main(args: argparse.Namespace) -> int:
             "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
         )
     if "huggingface" in source.meta and source.tokenizer is not None:
-        prompt = prompt_ids(source.tokenizer, args.prompt)
+        prompt = prompt_ids(source.tokenizer, text)
     else:
-        prompt = tokenizer.encode(args.prompt)  # HLAT's stream has no BOS
+        prompt = tokenizer.encode(text)  # HLAT's stream has no BOS
     check_prompt(prompt, model_config(source).max_seq_len)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=generation_stops(source.meta).union(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
     )
-    print(args.prompt, end="", flush=True)
+    print(text, end="", flush=True)
     shown = printable if sys.stdout.isatty() else str
     for piece in stream_text(tokenizer, prompt, new_ids):
         print(shown(piece), end="", flush=True)

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import SaveFailed, UserError, names_explained
+from hlat.errors import SaveFailed, UserError, check_length
 from hlat.observe import environment
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import Lock
 from hlat.observe.sinks import METRICS_FILE
 
 _FOLDERS = ("logs", "checkpoints")
-_LONGEST_PATH, _ROOM = 4096, 256  # bytes: Linux's limit, and what the paths in a run folder need of it
+_ROOM = 256  # bytes that the paths of files in a run folder need behind its own
 
 
 class RunFolder:
@@ -42,20 +42,12 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
-        with names_explained():
-            self._check_names()
+        check_length(self.path, room=_ROOM)
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         if not existing.is_dir():
             raise self._error(f"{existing} is not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise self._error(f"no permission to write in {existing}")
-
-    def _check_names(self) -> None:
-        """Raise OSError when a name is too long, be it that of a file this run will write later on."""
-        path = os.fsencode(self.path)
-        if len(path) + _ROOM >= _LONGEST_PATH:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(self.path))
-        self.path.exists()
 
     def start(
         self, recipe_text: bytes | str, resolved_text: str, *, description: Mapping[str, Any] | None = None

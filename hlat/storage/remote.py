@@ -34,7 +34,8 @@ _S3_TIMES = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempt
 # Answers that no waiting changes. botocore's codes, and the exceptions that s3fs makes of them.
 _LASTING = re.compile(
     r"NoSuchBucket|InvalidBucketName|AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
-    r"|credentials|bucket does not exist|Access Denied",
+    r"|credentials|bucket does not exist|Access Denied"
+    r"|File name too long|KeyTooLong",
     re.IGNORECASE,
 )
 

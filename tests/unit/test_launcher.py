@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import socket
@@ -17,6 +18,7 @@ from hlat import cli
 from hlat.backend.cluster import join
 from hlat.backend.launcher import count_tasks, launcher_variables, refuse_tasks, take_place
 from hlat.backend.slurm import FIRST_PORT, PORTS, hosts, node_variables, step_port
+from hlat.commands import supervise
 from hlat.errors import UserError
 
 # What srun sets for the sixth of eight tasks on four nodes.
@@ -228,6 +230,28 @@ def test_a_task_that_stands_for_its_node() -> None:
     assert node_variables({}) == node_variables(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
     with pytest.raises(UserError, match=r"8 tasks on 4; start it with srun --ntasks-per-node=1"):
         node_variables(STEP)
+
+
+def test_a_supervisor_takes_its_node_from_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+    for name, value in one.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "NODES", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    alone = {"nnodes": 1, "node_rank": 0, "master_addr": None, "master_port": None}
+
+    def place(**given: object) -> argparse.Namespace:
+        args = argparse.Namespace(**alone | given)
+        supervise._take_node(args)
+        return args
+
+    port = int(PLACE["MASTER_PORT"])
+    assert vars(place()) == {"nnodes": 4, "node_rank": 2, "master_addr": "trn-007", "master_port": port}
+    assert place(master_port=7).master_port == 7
+    given = {"nnodes": 2, "node_rank": 1, "master_addr": "a"}  # as `hlat launch slurm` gives it
+    assert vars(place(**given)) == alone | given
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert vars(place()) == alone
 
 
 @pytest.mark.parametrize(
