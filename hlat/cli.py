@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import hlat
 from hlat.cli_parser import Parser
-from hlat.errors import UserError
+from hlat.errors import UserError, names_explained
 
 VERBS = {
     "train": "train a model from a recipe",
@@ -26,6 +26,9 @@ VERBS = {
     "cache": "share a node's Neuron compile cache through a store",
     "doctor": "check this machine, and print the lines that repair it",
 }
+
+# The work of one process: a launcher that starts several of them is refused.
+ONCE = ("generate", "convert", "sweep", "launch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         args = parser.read(arguments)
-        return int(args.run(args) or 0)
+        if args.verb in ONCE:
+            from hlat.backend.launcher import refuse_tasks
+
+            refuse_tasks(args.verb)
+        with names_explained():
+            return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact
 
@@ -67,4 +75,7 @@ def entry() -> None:
     from hlat.observe.redact import print_exception
 
     sys.excepthook = print_exception
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks ends no run
     sys.exit(main())

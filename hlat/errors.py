@@ -6,6 +6,14 @@ HLAT and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on nearly all file systems; on Linux
+
 
 class UserError(Exception):
     """Wrong input: what is wrong, where it is (file, key) and what to write instead.
@@ -49,6 +57,53 @@ class SaveFailed(StorageFailed):
     """State could not be written: a full disk, a store that does not answer. What was complete before is
     untouched.
     """
+
+
+@contextmanager
+def names_explained() -> Iterator[None]:
+    """Turn what Python raises for a file name that cannot exist, wherever it is used first, into a UserError:
+    one that is too long for the file system, or that the locale's encoding does not have.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise too_long(os.fsdecode(error.filename or "")) from error
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8" or error.encoding.lower().replace("latin-1", "iso8859-1") != encoding:
+            raise
+        text = error.object if len(error.object) <= 80 else f"{error.object[:80]}…"
+        what = f"{text!a} is no file name in this locale, whose encoding is {encoding}"
+        raise UserError(
+            what, fix="set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
+        ) from error
+
+
+def check_length(path: str | os.PathLike[str], room: int = 0) -> None:
+    """Raise UserError for a path that no file system can have, before anything is made of it.
+
+    Args:
+        path: absolute.
+        room: bytes that longer paths will need behind it.
+    """
+    with names_explained():
+        names = [os.fsencode(name) for name in os.fspath(path).split("/")]
+    whole = sum(map(len, names)) + len(names) + room
+    if max(map(len, names)) > _LONGEST_NAME or whole > _LONGEST_PATH:
+        raise too_long(os.fspath(path))
+
+
+def too_long(path: str) -> UserError:
+    """The error for a path with a name, or as a whole, too long for a file system."""
+    name = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
+    size = len(os.fsencode(name))
+    if size > _LONGEST_NAME:
+        what = f"the name '{name[:40]}…' has {size} bytes, and a file system takes {_LONGEST_NAME}"
+    else:
+        what = f"the path '{path[:40]}…' has {len(os.fsencode(path))} bytes, too many for this system"
+    return UserError(what, fix="choose a shorter one")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

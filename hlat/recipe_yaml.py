@@ -7,6 +7,7 @@ and the line.
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,17 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise UserError("is a folder, not a recipe file", where=str(path), fix=fix)
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a recipe", where=str(path))
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        data = data.removeprefix(codecs.BOM_UTF8)
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", where=str(path)) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"is not UTF-8 text (byte {error.start})"
+        raise UserError(what, where=f"{path}:{line}", fix="save it as UTF-8") from None
     values, lines = parse_yaml(text, str(path))
     if values is None:
         raise UserError("is empty", where=str(path), fix="a recipe needs at least model and data")

@@ -95,7 +95,7 @@ def public(version: str) -> str:
 
 def torch_range(pyproject: Path) -> Range:
     """The supported range, read from the dependency line `torch>=LOW,<HIGH` of pyproject.toml."""
-    dependencies = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    dependencies = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     line = next(item for item in dependencies if item.startswith("torch"))
     match = re.fullmatch(r"torch>=([\d.]+),<([\d.]+)", line.replace(" ", ""))
     if match is None:
@@ -142,14 +142,14 @@ class Environment:
         self.root, self.path = root, root / ".venv"
         self.python = self.path / "bin" / "python"
         file = self.path / STATE
-        self.state: dict = json.loads(file.read_text()) if file.is_file() else {}
+        self.state: dict = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def save(self, **changes: object) -> None:
         """Merge `changes` into the state file; renamed into place, so that it is never half there."""
         self.state.update(changes)
         self.path.mkdir(exist_ok=True)
         part = self.path / (STATE + ".part")
-        part.write_text(json.dumps(self.state, indent=1) + "\n")
+        part.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
         part.replace(self.path / STATE)
 
     def site_packages(self) -> Path | None:
@@ -185,7 +185,13 @@ class Environment:
         """It must run, be new enough and hold pip."""
         probe = f"import sys; print(sys.version_info[:2] >= {OLDEST})"
         try:
-            answer = subprocess.run([str(self.python), "-c", probe], capture_output=True, text=True).stdout
+            answer = subprocess.run(
+                [str(self.python), "-c", probe],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            ).stdout
         except OSError:
             answer = ""
         if answer.strip() != "True":
@@ -205,13 +211,13 @@ class Environment:
         if self.made_by_hlat():
             config = self.path / "pyvenv.cfg"
             switch = rf"\g<1>{'true' if visible and by_switch else 'false'}"
-            text = re.sub(r"(include-system-site-packages = )\w+", switch, config.read_text())
-            config.write_text(text)
+            text = re.sub(r"(include-system-site-packages = )\w+", switch, config.read_text(encoding="utf-8"))
+            config.write_text(text, encoding="utf-8")
         site = self.site_packages()
         assert site is not None, "check() ran before"
         (site / PARENT_PTH).unlink(missing_ok=True)
         if visible and not by_switch:
-            (site / PARENT_PTH).write_text("".join(f"{path}\n" for path in parent_paths()))
+            (site / PARENT_PTH).write_text("".join(f"{path}\n" for path in parent_paths()), encoding="utf-8")
 
     def install(self, plan: Plan, extras: list[str]) -> None:
         """torch first, if it is to be installed; then HLAT (editable), with torch pinned to what is there."""
@@ -222,7 +228,7 @@ class Environment:
             version = self.own_torch() or version
             self.save(default_torch=version if plan.version == TESTED_TORCH else None)
         constraints = self.path / "constraints.txt"
-        constraints.write_text(f"torch=={version}\n")
+        constraints.write_text(f"torch=={version}\n", encoding="utf-8")
         target = f"{self.root}[{','.join(extras)}]" if extras else str(self.root)
         call([*pip, "--constraint", str(constraints), "--editable", target])
         self.check_torch(version)
@@ -230,7 +236,9 @@ class Environment:
     def check_torch(self, expected: str) -> None:
         """torch must import inside the environment and be the one the plan named."""
         probe = [str(self.python), "-c", "import torch; print(torch.__version__)"]
-        done = subprocess.run(probe, capture_output=True, text=True, cwd=self.path)
+        done = subprocess.run(
+            probe, capture_output=True, text=True, cwd=self.path, encoding="utf-8", errors="replace"
+        )
         found = done.stdout.strip()
         if done.returncode or public(found) != public(expected):
             reason = found or (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -241,7 +249,9 @@ class Environment:
 def parent_paths() -> list[str]:
     """The folders that `site` put on the calling Python's path: its packages and what its .pth files name."""
     probe = [sys.executable, "-S", "-c", "import sys; print('\\n'.join(sys.path))"]
-    bare = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.splitlines()
+    bare = subprocess.run(
+        probe, capture_output=True, text=True, check=True, encoding="utf-8", errors="replace"
+    ).stdout.splitlines()
     bare.append(str(Path(__file__).resolve().parent))
     return [path for path in sys.path if path and path not in bare and os.path.isdir(path)]
 
@@ -281,7 +291,11 @@ def leave_own_venv(environment: Environment) -> None:
 
 def fingerprint(root: Path, plan: Plan) -> str:
     """What the set-up depends on, as one hash: when it is the recorded one there is nothing to do."""
-    facts = [str(root), (root / "pyproject.toml").read_text(), Path(__file__).read_text()]
+    facts = [
+        str(root),
+        (root / "pyproject.toml").read_text(encoding="utf-8"),
+        Path(__file__).read_text(encoding="utf-8"),
+    ]
     facts += [str(plan.source == "parent"), public(plan.version)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -1,9 +1,10 @@
 """Joining a job of several processes: who they are, a key-value store they share, process groups.
 
 A launcher (torchrun, or anything that sets the same variables) gives each process RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT. What the processes say to each other outside training (facts at the
-start, signs of life, failures) goes through the store: it works before there are process groups and after
-they have broken. Under torchrun the store lives in the launcher and so outlives every rank.
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT; what others set is translated (`hlat.backend.launcher`). What the
+processes say to each other outside training (facts at the start, signs of life, failures) goes through the
+store: it works before there are process groups and after they have broken. Under torchrun the store lives in
+the launcher and so outlives every rank.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from hlat.backend.groups import Group
+from hlat.backend.launcher import launcher_variables
 from hlat.backend.rendezvous import STORE_SECONDS, Address, connect_store, read_address, serve
 from hlat.errors import UserError
 from hlat.host.limits import cores
@@ -191,7 +193,8 @@ class Cluster:
         count = torch.cuda.device_count()
         if count > 1 and self.local_rank >= count:
             what = f"process {self.local_rank} of this machine, but it has {count} GPUs"
-            raise UserError(what, where=self.me.host, fix=f"start at most {count} processes on it")
+            fix = f"start at most {count} processes on it, or let each see one GPU (srun --gpus-per-task=1)"
+            raise UserError(what, where=self.me.host, fix=fix)
         # One GPU: it is this process's own, launchers may show each process no other.
         self.device = torch.device("cuda", self.local_rank if count > 1 else 0)
         torch.cuda.set_device(self.device)
@@ -271,7 +274,8 @@ def join(seconds: float = JOIN_SECONDS, environ: Mapping[str, str] | None = None
     Raises UserError for an environment that makes no sense, a port that is refused or taken, and processes
     that do not come within `seconds`.
     """
-    address = read_address(os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    address = read_address({**environ, **launcher_variables(environ)})
     return Cluster(address, seconds) if address else Cluster()
 
 
@@ -285,7 +289,9 @@ def _process(pid: int) -> tuple[str, str]:
     is none.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return fields[0], fields[19]
     except (OSError, IndexError):
         pass
@@ -301,7 +307,7 @@ def _process(pid: int) -> tuple[str, str]:
 def _space() -> str:
     """What makes process ids comparable: this boot and this container's numbering."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8", errors="replace").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""

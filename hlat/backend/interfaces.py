@@ -63,7 +63,7 @@ def addresses_of(name: str) -> list[tuple[Any, ...]]:
         with contextlib.suppress(OSError):  # no such interface, or no IPv4
             found.append((socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]), 0))
     try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+        lines = Path("/proc/net/if_inet6").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     for words in map(str.split, lines):

@@ -156,7 +156,7 @@ def has_native_bf16(device: torch.device) -> bool:
 def _cpu_flags() -> set[str]:
     """CPU features by the kernel's names; empty where /proc/cpuinfo does not exist."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.lower().startswith(("flags", "features")):
                     return set(line.split(":", 1)[1].split())

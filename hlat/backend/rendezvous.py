@@ -68,9 +68,8 @@ def read_address(environ: Mapping[str, str]) -> Address | None:
 def _machines(environ: Mapping[str, str], world: int) -> int:
     """At least so many machines there are, by what SLURM says of this step and torchrun of this machine."""
     nodes, local = environ.get("SLURM_STEP_NUM_NODES", ""), environ.get("LOCAL_WORLD_SIZE", "")
-    if nodes.isdecimal():
-        return int(nodes)
-    return 2 if local.isdecimal() and int(local) < world else 1
+    several = local.isdecimal() and int(local) < world
+    return max(int(nodes) if nodes.isdecimal() else 1, 2 if several else 1)
 
 
 def _number(environ: Mapping[str, str], name: str, least: int) -> int:

@@ -234,10 +234,15 @@ def _process_start(pid: int) -> float | None:
     except OSError:
         pass  # it belongs to somebody else: it lives
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
         boot = next(
             line.split()[1]
-            for line in Path("/proc/stat").read_text().splitlines()
+            for line in Path("/proc/stat").read_text(encoding="utf-8", errors="replace").splitlines()
             if line.startswith("btime")
         )
         return int(boot) + ticks / os.sysconf("SC_CLK_TCK")

@@ -208,8 +208,10 @@ class Mirror:
         for file in KEPT_BESIDE:
             path = self.root.parent / file
             if path.is_file():
-                data = path.read_bytes()  # as it is now: metrics.jsonl grows
-                self.remote.write(f"{name}/{RUN_FILES}/{file}", data[: data.rfind(b"\n") + 1])
+                data = path.read_bytes()
+                if file == METRICS:  # as it is now: it grows, and its last row may be half there
+                    data = data[: data.rfind(b"\n") + 1]
+                self.remote.write(f"{name}/{RUN_FILES}/{file}", data)
 
     def _fetch_beside(self, copy: Copy) -> None:
         """The metrics so far come back as well, and what they stand for, where those on the disk end before

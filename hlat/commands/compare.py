@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hlat.backend.launcher import take_place
 from hlat.commands.eval import add_selection, evaluation, refuse_without_figures, selection
 from hlat.errors import UserError
 from hlat.observe.output import check_output
@@ -25,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate each and print the table. Raises UserError for bad input."""
+    take_place()
     if len(args.targets) < 2:
         raise UserError("one model has nothing to be compared with", where="TARGET", fix="name two or more")
     for option in ("markdown", "html", "json"):

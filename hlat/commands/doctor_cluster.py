@@ -30,11 +30,11 @@ def examine_all(args: argparse.Namespace) -> int:
     """
     _check(args)
     from hlat.backend.cluster import join
-    from hlat.backend.slurm import launcher_variables
+    from hlat.backend.launcher import take_place
     from hlat.commands.recipe_file import load
     from hlat.supervise.cluster_check import examine
 
-    os.environ.update(launcher_variables(os.environ))
+    take_place()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     recipe: Recipe | UserError

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.backend.launcher import take_place
 from hlat.errors import UserError
 from hlat.observe.output import check_output
 
@@ -64,6 +65,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate and print a table. Raises UserError for bad input."""
+    take_place()
     if args.html and not args.all_checkpoints:
         raise UserError("draws curves over tokens", where="--html", fix="add --all-checkpoints")
     check_output(args.html, "--html")

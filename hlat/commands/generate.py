@@ -39,8 +39,9 @@ def main(args: argparse.Namespace) -> int:
     from hlat.evaluate.generate import check_prompt, generate, room_after, stream_text
     from hlat.evaluate.target import parse_device
     from hlat.evaluate.text import codec_for
-    from hlat.observe.text import printable
+    from hlat.observe.text import argument_text, printable
 
+    text = argument_text(args.prompt, "--prompt")
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_weights(args.checkpoint)
     if source_tokenizer(source) is None:
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
         )
     config = model_config(source)
     codec = codec_for(source, config.vocab)
-    prompt = codec.encode(args.prompt) or [codec.prefix_id]
+    prompt = codec.encode(text) or [codec.prefix_id]
     longest = config.max_seq_len
     check_prompt(prompt, longest)
     model = load_model(source, DTYPES[args.dtype], device)
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     pieces = stream_text(codec.tokenizer, prompt, _noting(new_ids, made))
     begin = next(pieces, "")  # a model that has diverged says so before anything is printed
     shown = printable if sys.stdout.isatty() else str
-    print(f"{args.prompt}{shown(begin)}", end="", flush=True)
+    print(f"{text}{shown(begin)}", end="", flush=True)
     for piece in pieces:
         print(shown(piece), end="", flush=True)
     print()

@@ -71,7 +71,10 @@ def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="", metavar="P")
     parser.add_argument("--account", default="", metavar="A")
     parser.add_argument(
-        "--time", default="", metavar="T", help="time limit, as 2-00:00:00 (default: the partition's)"
+        "--time",
+        default="",
+        metavar="T",
+        help="time limit, as 2-00:00:00; 0: none (default: the partition's)",
     )
     parser.add_argument(
         "--sbatch",
@@ -293,7 +296,9 @@ def _find(command: str, file: Path) -> None:
 def _run(command: Sequence[str], file: Path) -> str:
     """What a command prints. Raises UserError when there is no such command, or when it fails."""
     _find(command[0], file)
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         lines = done.stderr.strip() or f"exit code {done.returncode}"
         raise UserError(f"{command[0]} refused it: {lines}", where=str(file))

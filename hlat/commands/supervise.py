@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     if sys.platform != "linux":
         fix = "start training with torchrun instead"
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
+    _take_node(args)
     _check(args)
     from hlat.checkpoint.finished import lacking
     from hlat.commands.recipe_file import load
@@ -92,6 +94,18 @@ def main(args: argparse.Namespace) -> int:
     )
     supervisor.team = _team(args, place, recipe, supervisor)
     return supervisor.run()
+
+
+def _take_node(args: argparse.Namespace) -> None:
+    """This machine's number and where the others are, in a step of SLURM that has a task on each of them."""
+    from hlat.backend.slurm import node_variables
+
+    if args.nnodes != 1 or args.master_addr:
+        return
+    if place := node_variables(os.environ):
+        args.nnodes, args.node_rank = int(place["NODES"]), int(place["NODE_RANK"])
+        args.master_addr = place["MASTER_ADDR"]
+        args.master_port = args.master_port or int(place["MASTER_PORT"])
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hlat.errors import UserError
+from hlat.errors import UserError, names_explained
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
@@ -48,6 +48,9 @@ def main(args: argparse.Namespace) -> int:
     """
     if getattr(args, "precompile", False):
         return _precompile(args)
+    from hlat.backend.launcher import take_place
+
+    take_place()
     os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; read when torch imports tqdm
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # torch tells of a broken connection with pages of C++ frames; what is to be said of it we say.
@@ -79,7 +82,8 @@ def _start(args: argparse.Namespace, signals: Signals, pulse: Pulse | None) -> i
         return _main(args, job)
     job.watch()
     try:
-        return _main(args, job)
+        with names_explained():
+            return _main(args, job)
     except BaseException as error:
         job.note(error)
         if job.ending is not None:
@@ -101,10 +105,12 @@ def _precompile(args: argparse.Namespace) -> int:
     import subprocess
 
     from hlat.backend.nxd.precompile import commands, scratch
+    from hlat.backend.slurm import node_variables
     from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
     from hlat.host.python import environment
 
+    os.environ.update(node_variables(os.environ))
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
@@ -195,7 +201,7 @@ def _work(
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
     _check_resume(recipe, data, folder, console)
-    text, description = find_recipe(args.recipe).read_text(), describe(job.neuron_profile)
+    text, description = find_recipe(args.recipe).read_bytes(), describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description):
         job.watchdog.before_exit = folder.close
         try:

@@ -80,6 +80,7 @@ class Machine:
                 timeout=min(timeout, self.patience),
                 stdin=subprocess.DEVNULL,
                 env=None if environ is None else dict(environ),
+                encoding="utf-8",
             )
         except subprocess.TimeoutExpired:
             return Output(None, "", f"no answer in {min(timeout, self.patience):g} s")

@@ -117,7 +117,7 @@ def _has_repository(machine: Machine) -> bool:
     texts = []
     for file in files:
         try:
-            texts.append(file.read_text(errors="replace"))
+            texts.append(file.read_text(errors="replace", encoding="utf-8"))
         except OSError:
             continue
     return any("repos.neuron.amazonaws.com" in text for text in texts)

@@ -257,14 +257,13 @@ def note_lines(said: Mapping[str, Any]) -> list[str]:
 def _open_team(pretrained: str | Team, dtype: str, tokenizer: str | None, device: str | None) -> Team:
     if not isinstance(pretrained, str):
         return pretrained
-    import os
-
     import torch
 
+    from hlat.backend.launcher import count_tasks
     from hlat.backend.native import NativeBackend
     from hlat.evaluate.target import load_team, open_target, parse_device, parse_dtype
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if count_tasks() > 1:
         fix = "use one process, or: torchrun … -m hlat eval"
         raise UserError("the harness's own command runs this model in one process", fix=fix)
     if (device or "").startswith("cuda") and not torch.cuda.is_available():

@@ -22,11 +22,13 @@ from hlat.launch.template import read
 
 RECIPE = "/etc/hlat/recipe.yaml"
 PORT = 29500
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # a DNS label: RFC 1123
-_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+_LABEL = re.compile(r"(?=.{1,63}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # a DNS label: RFC 1123
+_CLAIM = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_LABEL_VALUE = re.compile(r"(?=.{1,63}$)[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _MEMORY = re.compile(r"[1-9][0-9]*[KMGT]i")
 _LONGEST = 63
+_PREFIX = "hlat-"  # before the name of a run that begins with a digit, as 160m
 _CORES = 2  # of a Trainium1 chip
 _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -62,7 +64,7 @@ class Options:
         allowed("--shared-volume", self.claim, _CLAIM)
         allowed("--namespace", self.namespace, _LABEL)
         allowed("--memory", self.memory, _MEMORY)
-        allowed("--instance-type", self.instance, _CLAIM)
+        allowed("--instance-type", self.instance, _LABEL_VALUE)
         allowed("--secret", self.secret, _CLAIM)
         allowed("--service-account", self.account, _CLAIM)
         if self.efa < 0:
@@ -216,11 +218,16 @@ def _labels(name: str) -> dict[str, str]:
 
 
 def _job_name(plan: Plan) -> str:
-    """A DNS label, so short that a pod's number fits behind it."""
+    """A label of RFC 1035, as the names of a Service and a PyTorchJob must be: it begins with a letter, and
+    is so short that what pods and their services have behind it fits. A run's name that begins with a digit
+    gets a word before it; one that was given for the job is refused.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", plan.job_name.lower()).strip("-")
+    if name[:1].isdigit() and plan.job_name == plan.recipe.run.name:
+        name = f"{_PREFIX}{name}"
     longest = _LONGEST - len(f"-worker-{plan.nodes}")
-    if not name or len(name) > longest:
-        fix = f"give --job-name with 1 to {longest} letters, digits and dashes"
+    if not name or len(name) > longest or name[0].isdigit():
+        fix = f"give --job-name with 1 to {longest} letters, digits and dashes, a letter first"
         raise UserError(f"{plan.job_name!r} makes no name for a Kubernetes job", where="--job-name", fix=fix)
     return name
 

@@ -12,7 +12,7 @@ from hlat.launch.plan import Plan, allowed
 from hlat.launch.template import fill, word, words
 
 _WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+/=-]*")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
 # An option of sbatch, without what its parser of #SBATCH lines interprets: quotes, backslash, space, #.
 _OPTION = re.compile(r"[a-z][a-z-]*(?:=[A-Za-z0-9_.,:;@+/=&|*()\[\]%!<>~-]+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\\"]")
@@ -38,7 +38,8 @@ class Options:
             allowed("--sbatch", option, _OPTION)
         if self.at_once < 0:
             raise UserError(f"{self.at_once} is out of range", where="--at-once", fix="write 1 or more")
-        if self.time and (limit := seconds(self.time)) <= grace:
+        limit = seconds(self.time) if self.time else None
+        if limit is not None and limit <= grace:
             fix = f"write a --grace under {limit}, or a longer --time"
             raise UserError(f"the time limit of {limit} s is within --grace {grace}", where="--time", fix=fix)
 
@@ -51,11 +52,15 @@ class Task:
     run_dir: Path
 
 
-def seconds(text: str) -> int:
-    """A time limit as SLURM reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError."""
+def seconds(text: str) -> int | None:
+    """A time limit as SLURM reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None for no limit (0, UNLIMITED,
+    INFINITE). Raises UserError.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return None
     match = _TIME.fullmatch(text)
     if match is None:
-        fix = "write minutes, hours:minutes:seconds, or days-hours"
+        fix = "write minutes, hours:minutes:seconds, days-hours, or UNLIMITED"
         raise UserError(f"{text!r} is no time limit", where="--time", fix=fix)
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
@@ -63,7 +68,8 @@ def seconds(text: str) -> int:
         units: tuple[int, ...] = (3600, 60, 1)
     else:
         units = (60, 1) if len(numbers) < 3 else (3600, 60, 1)
-    return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+    total = int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+    return total or None
 
 
 def train_script(plan: Plan, options: Options, folder: Path, tasks: Sequence[Task] = ()) -> str:

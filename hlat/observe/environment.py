@@ -93,7 +93,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         command = ["git", "-c", "core.fsmonitor=false", *arguments]
         environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=10, check=True
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
         )
         return done.stdout.strip()
 
@@ -106,7 +114,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def cpu_name() -> str:
     """The processor's marketing name where the system tells it, else its architecture."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -285,7 +285,9 @@ def write_error_file(error: BaseException) -> None:
         get_error_handler().record_exception(error)
         path = Path(file)
         if path.exists():  # it may lie in the run folder
-            path.write_text(json.dumps(redact_all(json.loads(path.read_text()))))
+            path.write_text(
+                json.dumps(redact_all(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8"
+            )
     except Exception as trouble:  # only torchrun's own summary is poorer for it
         say(f"hlat: no error file for torchrun: {first_line(trouble)}")
 

@@ -140,7 +140,7 @@ class Pulse:
         now = time.monotonic()
         beat = Heartbeat(self.rank, os.getpid(), stamp=now, **self.look(now))
         partial = self.path.with_suffix(".new")
-        partial.write_text(json.dumps(asdict(beat)))
+        partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
         partial.replace(self.path)
 
     def _run(self) -> None:
@@ -155,7 +155,7 @@ def read_all(folder: Path) -> dict[int, Heartbeat]:
     found = {}
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            beat = Heartbeat(**json.loads(path.read_text()))
+            beat = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
             found[beat.rank] = beat
     return found
 
@@ -192,7 +192,7 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     folder = supervised(environ)
     if folder is not None:
         with contextlib.suppress(OSError, ValueError):
-            file = stacks_file(folder, int(environ.get("RANK", "0"))).open("w")
+            file = stacks_file(folder, int(environ.get("RANK", "0"))).open("w", encoding="utf-8")
             faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 

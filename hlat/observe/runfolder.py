@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import SaveFailed, UserError
+from hlat.errors import SaveFailed, UserError, check_length
 from hlat.observe import environment
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import Lock
 from hlat.observe.sinks import METRICS_FILE
 
 _FOLDERS = ("logs", "checkpoints")
+_ROOM = 256  # bytes that the paths of files in a run folder need behind its own
 
 
 class RunFolder:
@@ -41,6 +42,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
+        check_length(self.path, room=_ROOM)
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         if not existing.is_dir():
             raise self._error(f"{existing} is not a folder")
@@ -48,12 +50,12 @@ class RunFolder:
             raise self._error(f"no permission to write in {existing}")
 
     def start(
-        self, recipe_text: str, resolved_text: str, *, description: Mapping[str, Any] | None = None
+        self, recipe_text: bytes | str, resolved_text: str, *, description: Mapping[str, Any] | None = None
     ) -> RunFolder:
         """Create the folder, or continue in it, and hold its lock until `close`. For the first rank only.
 
         Args:
-            recipe_text: the user's recipe file, kept verbatim as recipe.yaml.
+            recipe_text: the user's recipe file, kept as recipe.yaml to the last byte.
             resolved_text: the recipe with bases, overrides and defaults resolved, kept as resolved.yaml.
             description: this start's entry of environment.json (default: `environment.describe()`).
 
@@ -69,12 +71,12 @@ class RunFolder:
             for name in _FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
             starts = self.starts()
-            texts = ((self.recipe, recipe_text), (self.resolved, resolved_text))
+            texts = ((self.recipe, _bytes(recipe_text)), (self.resolved, _bytes(resolved_text)))
             archived = [_archived(path, self.logs, len(starts)) for path, _ in texts]
             files = (self.recipe, self.resolved, self.environment, *archived)
             self._former = {path: path.read_bytes() if path.exists() else None for path in files}
-            for (path, text), old in zip(texts, archived, strict=True):
-                _replace_text(path, text, old)
+            for (path, data), old in zip(texts, archived, strict=True):
+                _replace(path, data, old)
             starts.append(dict(description) if description is not None else environment.describe())
             replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
         except OSError as error:
@@ -91,7 +93,7 @@ class RunFolder:
     def starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json, one a start, oldest first; empty without a readable file."""
         try:
-            starts = json.loads(self.environment.read_text())["starts"]
+            starts = json.loads(self.environment.read_text(encoding="utf-8"))["starts"]
         except (OSError, ValueError, KeyError, TypeError):
             return []
         return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
@@ -166,10 +168,14 @@ def _archived(path: Path, archive: Path, start: int) -> Path:
     return archive / f"{path.stem}-until-start-{start}{path.suffix}"
 
 
-def _replace_text(path: Path, text: str, archived: Path) -> None:
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _replace(path: Path, data: bytes, archived: Path) -> None:
     if path.exists():
         old = path.read_bytes()
-        if old == text.encode():
+        if old == data:
             return
         replace_file(archived, old)
-    replace_file(path, text.encode())
+    replace_file(path, data)

@@ -172,7 +172,7 @@ def _number(value: Any) -> float:
 
 def _flat_recipe(path: Path) -> dict[str, Any]:
     try:
-        return flatten(yaml.safe_load(path.read_text()))
+        return flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:

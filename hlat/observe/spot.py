@@ -49,7 +49,7 @@ def base_url(environ: Mapping[str, str], wanted: bool | str, vendor: Path = _VEN
     if base or wanted is True:
         return base or BASE
     try:
-        return BASE if vendor.read_text().strip() == "Amazon EC2" else None
+        return BASE if vendor.read_text(encoding="utf-8", errors="replace").strip() == "Amazon EC2" else None
     except OSError:
         return None
 

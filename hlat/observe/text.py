@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from hlat.errors import UserError
 
 
 def duration(seconds: float) -> str:
@@ -54,6 +57,18 @@ def byte_size(size: int) -> str:
     if size < 1000:
         return f"{size} B"
     return f"{size / 1000:.0f} kB" if size < 1_000_000 else f"{size / 1e6:.1f} MB"
+
+
+def argument_text(text: str, where: str) -> str:
+    """A text of the command line as UTF-8, whatever encoding the locale has. Raises UserError for other
+    bytes.
+    """
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UserError("is not UTF-8 text", where=where, fix="write it in UTF-8") from None
 
 
 def printable(text: str) -> str:

@@ -262,7 +262,7 @@ class Watchdog:
         step, phase, since = self.pace.now
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as file:  # after those of an earlier start
+            with open(path, "a", encoding="utf-8") as file:  # after those of an earlier start
                 seconds, now = time.monotonic() - since, time.strftime("%Y-%m-%d %H:%M:%S %z")
                 file.write(f"rank {self.rank}, step {step} ({phase}) for {seconds:.1f} s, {now}\n\n")
                 file.flush()

@@ -270,7 +270,7 @@ def _set_path(key: str) -> str:
 
 @contextlib.contextmanager
 def _alone(cache: Path) -> Iterator[None]:
-    with open(cache / _LOCK, "w") as handle:
+    with open(cache / _LOCK, "w", encoding="utf-8") as handle:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

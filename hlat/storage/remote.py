@@ -11,22 +11,31 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError, missing_extra
+from hlat.storage.transfer import side_by_side
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://(?!/*$)[^?#\s]+")
 PART = 64 << 20  # bytes of a part of a large upload, and of one read
 MOST_PARTS = 10_000  # S3's limit; a larger file gets larger parts
+_PAGE = 1000  # objects that one request of S3 deletes
 _LOGIN = re.compile(r"://[^/]*@")
+_REFUSED = (
+    (re.compile(r"\s"), "a space or another blank"),
+    (re.compile(r"\?"), "a '?' (a query, or a version of one object)"),
+    (re.compile(r"#"), "a '#' (a fragment)"),
+    (re.compile(r"::"), "'::' (a chain of file systems)"),
+)
 _DEFECTS = (TypeError, AttributeError, NameError, AssertionError)
 _S3_TIMES = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
 # Answers that no waiting changes. botocore's codes, and the exceptions that s3fs makes of them.
 _LASTING = re.compile(
     r"NoSuchBucket|InvalidBucketName|AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
-    r"|credentials|bucket does not exist|Access Denied",
+    r"|credentials|bucket does not exist|Access Denied"
+    r"|File name too long|KeyTooLong",
     re.IGNORECASE,
 )
 
@@ -49,9 +58,9 @@ def check_url(url: str) -> str:
     """What is wrong with the URL of a folder in a store, or ""."""
     if _LOGIN.search(url):
         return "it holds a login, which belongs into the environment"
-    if "::" in url or not URL.fullmatch(url):
-        return "it is not the URL of a folder"
-    return ""
+    if refused := next((name for character, name in _REFUSED if character.search(url)), ""):
+        return f"it holds {refused}, so it is not the URL of a folder"
+    return "" if URL.fullmatch(url) else "it is not the URL of a folder"
 
 
 class Remote:
@@ -77,13 +86,12 @@ class Remote:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Name, relative to this `Remote`, and bytes of every file under a folder. Raises StoreError."""
-        with _told(f"listing {self.url}"):
-            try:
-                found = self._fs.find(self.at(folder), detail=True)
-            except FileNotFoundError:
-                return {}
-            start = len(self.root) + 1
-            return {name[start:]: int(item["size"]) for name, item in found.items() if item["type"] == "file"}
+        start = len(self.root) + 1
+        return {
+            name[start:]: int(item["size"])
+            for name, item in self._find(folder).items()
+            if item["type"] == "file" and name.startswith(f"{self.root}/")
+        }
 
     def read(self, path: str) -> bytes:
         """A small file. Raises FileNotFoundError, StoreError."""
@@ -138,11 +146,21 @@ class Remote:
             os.fsync(out.fileno())
 
     def delete(self, folder: str, first: str) -> None:
-        """Delete a folder, its file `first` before the others. Raises StoreError."""
-        with _told(f"deleting {self.url}/{folder}"):
-            for path, options in ((f"{folder}/{first}", {}), (folder, {"recursive": True})):
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.rm(self.at(path), **options)
+        """Delete a folder, its file `first` before the others. Raises StoreError.
+
+        Each file by its exact name: fsspec's `rm` reads `[`, `]`, `*` and `?` as a pattern, and would delete
+        what other runs have in the store.
+        """
+        self._delete_file(f"{folder}/{first}")
+        files = list(self.files(folder))
+        if self._is_s3:  # it has no folders
+            for start in range(0, len(files), _PAGE):
+                self._delete_page(folder, files[start : start + _PAGE])
+        else:
+            side_by_side(self._delete_file, files)
+            found = self._find(folder, withdirs=True)
+            for name in sorted((n for n, item in found.items() if item["type"] != "file"), reverse=True):
+                self._delete_empty(name)
 
     def abort_uploads(self) -> int:
         """Drop the parts of uploads that a killed process left unfinished; S3 keeps (and bills) them unseen.
@@ -153,7 +171,13 @@ class Remote:
         bucket, _, prefix = self.root.partition("/")
         with _told(f"listing unfinished uploads of {self.url}"):
             ask = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
-            uploads = self._fs.call_s3("list_multipart_uploads", **ask).get("Uploads", [])
+            uploads: list[dict[str, Any]] = []
+            while True:  # S3 names 1,000 at a time
+                answer = self._fs.call_s3("list_multipart_uploads", **ask)
+                uploads += answer.get("Uploads", [])
+                if not answer.get("IsTruncated"):
+                    break
+                ask |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
             for upload in uploads:
                 which = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._fs.call_s3("abort_multipart_upload", **which)
@@ -166,13 +190,47 @@ class Remote:
         name = f".probe-{os.getpid()}-{time.time_ns()}"
         try:
             self.write(name, b"hlat")
-            with _told(f"deleting {self.url}/{name}"):
-                self._fs.rm_file(self.at(name))
+            self._delete_file(name)
         except StoreError as error:
             if error.lasting:
                 fix = "correct the URL, the credentials in the environment, or their permissions"
                 raise UserError(str(error), where="checkpoint.remote", fix=fix) from error
             raise
+
+    def _find(self, folder: str, withdirs: bool = False) -> dict[str, dict[str, Any]]:
+        """What fsspec knows of everything under a folder, by the store's own names."""
+        with _told(f"listing {self.url}"):
+            try:
+                return dict(self._fs.find(self.at(folder), detail=True, withdirs=withdirs))
+            except FileNotFoundError:
+                return {}
+
+    def _delete_file(self, path: str) -> None:
+        with _told(f"deleting {self.url}/{path}"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.at(path))
+
+    def _delete_page(self, folder: str, paths: Sequence[str]) -> None:
+        """Up to 1,000 objects of S3 in one request."""
+        bucket = self.root.partition("/")[0]
+        keys = [{"Key": self.at(path).removeprefix(f"{bucket}/")} for path in paths]
+        with _told(f"deleting {self.url}/{folder}"):
+            wanted = {"Objects": keys, "Quiet": True}
+            failed = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=wanted).get("Errors", [])
+            if failed:
+                text = f"{failed[0].get('Code')} {failed[0].get('Message', '')}".strip()
+                raise StoreError(
+                    f"deleting {self.url}/{folder}: {len(failed)} of {len(keys)} objects: {text}",
+                    str(failed[0].get("Code")),
+                    bool(_LASTING.search(text)),
+                )
+
+    def _delete_empty(self, name: str) -> None:
+        try:
+            self._fs.rmdir(name)
+        except _DEFECTS:
+            raise
+        except Exception:  # not empty, or a store without folders: what is left holds nothing
+            return
 
     def _blocks(self, path: str, size: int) -> Iterator[bytes]:
         for start in range(0, size, PART):

@@ -36,7 +36,7 @@ def main() -> int:
         elastic_launch(config=config, entrypoint=command)(*command_args)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    result.write_text(json.dumps({"codes": codes}))
+    result.write_text(json.dumps({"codes": codes}), encoding="utf-8")
     return 1 if codes else 0
 
 

@@ -201,7 +201,7 @@ class Attempt:
 
     def _codes(self) -> dict[int, int]:
         try:
-            codes = json.loads(self._result.read_text())["codes"]
+            codes = json.loads(self._result.read_text(encoding="utf-8"))["codes"]
         except (OSError, ValueError, KeyError):
             return {}
         return {int(rank): int(code) for rank, code in codes.items()}

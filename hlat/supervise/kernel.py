@@ -50,7 +50,13 @@ def _from_device(start: float) -> str:
 def _from_dmesg(start: float) -> str:
     try:
         done = subprocess.run(
-            ["dmesg"], capture_output=True, text=True, errors="replace", timeout=5, check=True
+            ["dmesg"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=5,
+            check=True,
+            encoding="utf-8",
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -50,7 +50,7 @@ def every() -> dict[int, Process]:
 def look(pid: int) -> Process | None:
     """One process; None when there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     head, _, tail = text.rpartition(")")

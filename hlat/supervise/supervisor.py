@@ -281,9 +281,9 @@ class Supervisor:
 
     def _exclude(self, host: str) -> None:
         path = self.logs / BAD_NODES
-        known = path.read_text().split() if path.exists() else []
+        known = path.read_text(encoding="utf-8").split() if path.exists() else []
         with contextlib.suppress(OSError):
-            path.write_text("".join(f"{name}\n" for name in dict.fromkeys([*known, host])))
+            path.write_text("".join(f"{name}\n" for name in dict.fromkeys([*known, host])), encoding="utf-8")
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds

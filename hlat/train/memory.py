@@ -33,7 +33,7 @@ def peak_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:  # getrusage may remember the process that started this one
-        lines = _STATUS.read_text().splitlines()
+        lines = _STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

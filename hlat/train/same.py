@@ -65,7 +65,9 @@ def neuron_software(root: Path = Path("/")) -> str:
     """Neuron packages and driver with their versions, in a line; "nothing" without any."""
     found = {name: version for name, version in versions().items() if name in _NEURON}
     with contextlib.suppress(OSError):
-        found["driver"] = (root / "sys/module/neuron/version").read_text().strip()
+        found["driver"] = (
+            (root / "sys/module/neuron/version").read_text(encoding="utf-8", errors="replace").strip()
+        )
     return ", ".join(f"{name} {version}" for name, version in found.items()) or "nothing"
 
 
@@ -144,7 +146,7 @@ def check_shared(cluster: Cluster, folder: Path, seconds: float) -> None:
 
 def _content(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

@@ -12,7 +12,6 @@ from hlat.backend import interfaces
 from hlat.backend.cluster import join
 from hlat.backend.interfaces import addresses_of, listen
 from hlat.backend.rendezvous import Address, connect_store, read_address, serve
-from hlat.backend.slurm import first_host, launcher_variables
 from hlat.errors import UserError
 from hlat.supervise.rendezvous import create
 
@@ -149,35 +148,7 @@ def test_what_launchers_say() -> None:
     assert read(GLOO_SOCKET_IFNAME="eth0, ib0", LOCAL_WORLD_SIZE="2") == (("eth0", "ib0"), 2)
     assert read(LOCAL_WORLD_SIZE="4") == ((), 1)
     assert read(SLURM_STEP_NUM_NODES="8", LOCAL_WORLD_SIZE="4") == ((), 8)
-
-
-STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-
-
-def test_a_task_of_srun_is_a_rank() -> None:
-    given = STEP | {"SLURM_STEP_NODELIST": "trn-[007-012,20],head"}
-    place = {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "trn-007",
-        "MASTER_PORT": "29500",
-    }
-    assert launcher_variables(given) == place
-    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}
-    assert launcher_variables(given | chosen) == place | chosen
-    assert launcher_variables(given | {"WORLD_SIZE": "4"}) == {}  # torchrun inside of srun
-    assert launcher_variables(given | {"SLURM_STEP_NUM_TASKS": "1"}) == {} and launcher_variables({}) == {}
-    with pytest.raises(UserError, match="SLURM_STEP_NODELIST: SLURM does not say"):
-        launcher_variables(STEP)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("a1,a2", "a1"), ("c[1-2]n[03-04],x", "c1n03"), ("gpu[7,9-12]", "gpu7"), ("one", "one"), ("", "")],
-)
-def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    assert read(SLURM_STEP_NUM_NODES="1", LOCAL_WORLD_SIZE="2") == ((), 2)
 
 
 def test_a_job_that_would_be_open_everywhere_does_not_start() -> None:

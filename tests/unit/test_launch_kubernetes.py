@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -201,6 +202,12 @@ def test_the_table_of_fields_can_fail(recipe, capsys) -> None:
         ([*WORDS, "--image", "x\n  privileged: true"], "--image"),
         ([*WORDS, "--job-name", "_._"], "--job-name"),
         ([*WORDS, "--job-name", "x" * 60], "--job-name"),
+        ([*WORDS, "--job-name", "160m"], "--job-name: '160m' makes no name"),
+        ([*WORDS, "--job-name", "160m", "--kind", "pytorchjob"], "--job-name"),
+        ([*WORDS, f"run.name={'x' * 60}"], "--job-name"),
+        ([*WORDS, "--namespace", "n" * 64], "--namespace"),
+        ([*WORDS, "--secret", "a..b"], "--secret"),
+        ([*WORDS, "--instance-type", "trn1."], "--instance-type"),
         ([*WORDS, "--memory", "lots"], "--memory"),
         ([*WORDS, "--mount-path", "fsx"], "--mount-path"),
         ([*WORDS, "run.dir=/elsewhere/run"], "not on the shared volume"),
@@ -224,6 +231,27 @@ def test_submission(recipe, tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(["launch", "kubernetes", recipe, *WORDS]) == 2
     said = capsys.readouterr().err
     assert "no command kubectl" in said and str(file) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["run.name=160m"], "hlat-160m"),
+        (["run.name=1_B.v2"], "hlat-1-b-v2"),
+        (["run.name=Llama-1B"], "llama-1b"),
+        (["run.name=160m", "--job-name", "b160"], "b160"),
+        ([f"run.name={'x' * 53}"], "x" * 53),
+        ([f"run.name=1{'x' * 47}"], f"hlat-1{'x' * 47}"),
+    ],
+)
+def test_names_of_services_begin_with_a_letter(recipe, capsys, kind, words, name) -> None:
+    """RFC 1035, with what the names of pods have behind it."""
+    documents = dry(capsys, recipe, *WORDS, *words, "--kind", kind)
+    assert {document["metadata"]["name"] for document in documents} == {name}
+    label = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+    for pod in (f"{name}-3", f"{name}-3-abcde", f"{name}-master-0", f"{name}-worker-3"):
+        assert re.fullmatch(label, pod) and len(pod) <= 63
 
 
 def expand(words: list[str], **values: str) -> list[str]:

@@ -101,10 +101,29 @@ def test_mistakes_are_one_line_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:10", 95410)],
+    [
+        *(("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400)),
+        *(("1-2:30:10", 95410), ("0:30", 30), ("0-1", 3600), ("90:00", 5400), ("0:0:1", 1)),
+        *((text, None) for text in ("0", "0:00", "00:00:00", "0-0", "UNLIMITED", "infinite", "Unlimited")),
+    ],
 )
-def test_time_limits(text: str, seconds: int) -> None:
+def test_time_limits(text: str, seconds: int | None) -> None:
     assert slurm.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-1", "1:", "1-", "1:2:3:4", "1-2:3:4:5", "1h", "١", "30 ", "never", "1.5"]
+)
+def test_no_time_limits(text: str) -> None:
+    with pytest.raises(UserError, match="is no time limit"):
+        slurm.seconds(text)
+
+
+@pytest.mark.parametrize("text", ["0", "UNLIMITED", "INFINITE"])
+def test_a_job_without_a_time_limit(small_recipe, capsys, text: str) -> None:
+    words = [small_recipe, "--nodes", "1", "--nproc-per-node", "1", "--time", text, "--dry-run"]
+    assert cli.main(["launch", "slurm", *words]) == 0
+    assert f"\n#SBATCH --time={text}\n" in capsys.readouterr().out
 
 
 def test_submission(small_recipe, stub_cluster, tmp_path, capsys) -> None:

@@ -117,6 +117,22 @@ def call_problems(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{where}: runs text as code"
         if given.get("trust_remote_code", "False") != "False":
             yield f"{where} with trust_remote_code"
+        if "encoding" not in given and is_of_text(node, name, given):
+            yield f"{where} without an encoding: the locale's may be any"
+
+
+def is_of_text(node: ast.Call, name: str, given: dict[str, str]) -> bool:
+    """Whether a call reads or writes text."""
+    last = name.rpartition(".")[2]
+    if name in STARTS:
+        return "text" in given or "universal_newlines" in given
+    if last in ("read_text", "write_text"):
+        return name.rpartition(".")[0] not in ("", "found")  # `found`: a distribution's metadata
+    if last != "open" or name in ("os.open", "gzip.open", "self._opener.open"):
+        return False
+    place = 1 if name == "open" else 0
+    mode = ast.unparse(node.args[place]) if len(node.args) > place else given.get("mode", "'r'")
+    return "b" not in mode
 
 
 def is_text(node: ast.AST) -> bool:

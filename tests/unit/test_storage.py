@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -88,12 +89,15 @@ def test_a_store_that_changes_bytes_is_found_out(
         ("s3://key:secret@bucket/x", "login"),
         ("bucket/x", "not the URL"),
         ("s3://", "not the URL"),
-        ("simplecache::s3://bucket/x", "not the URL"),
-        ("s3://bucket/x?versionId=1", "not the URL"),
+        ("simplecache::s3://bucket/x", "a chain"),
+        ("s3://bucket/x?versionId=1", r"'\?' \(a query"),
+        ("s3://bucket/a b", "a space"),
+        ("s3://bucket/a\nb", "a space or another blank"),
+        ("s3://bucket/a#b", "'#'"),
     ],
 )
 def test_urls_that_are_refused(url: str, word: str) -> None:
-    assert word in check_url(url)
+    assert re.search(word, check_url(url))
     with pytest.raises(UserError, match=word) as caught:
         Remote(url)
     assert "secret" not in caught.value.line()
@@ -363,3 +367,16 @@ def test_a_store_that_fails_gets_the_newest_when_it_is_back(
     away.clear()
     assert uploader.wait(20) is None
     assert [copy.entry.step for copy in uploader.mirror.copies()] == [3]
+
+
+def test_the_files_beside_a_copy_are_those_of_the_run_folder(
+    remote: Remote, store: CheckpointStore, tmp_path: Path
+) -> None:
+    """A recipe to its last byte; of the metrics no half row."""
+    recipe = b"\xef\xbb\xbfrun: {name: a}\r\n# the end"
+    (tmp_path / "run" / "recipe.yaml").parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / "recipe.yaml").write_bytes(recipe)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
+    copy = Mirror(remote, store.root, keep=2).upload(save(store, 1))
+    assert copy is not None and remote.read(f"{copy.name}/run/recipe.yaml") == recipe
+    assert remote.read(f"{copy.name}/run/metrics.jsonl") == b'{"step": 1}\n'

@@ -20,7 +20,7 @@ from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
 from hlat.storage import remote as storage
 from hlat.storage.journal import Journal
-from hlat.storage.remote import Remote
+from hlat.storage.remote import Remote, StoreError
 from hlat.train import loop, remote
 
 pytest.importorskip("s3fs")
@@ -323,6 +323,40 @@ def test_s3_names_the_checksum_of_an_upload_in_one_piece_or_in_parts(
     if size:
         file.write_bytes(bytes(size))
         assert not store.same(file, "file")
+
+
+def test_a_folder_in_s3_is_deleted_by_its_exact_name(place: Path) -> None:
+    everything, names = Remote("s3://bucket/runs"), ("a[1]b", "a1b", "a*", "run", "run2", "a%20+", "a +")
+    for name in names:
+        everything.write(f"{name}/step-1/data", b"x")
+    for name in ("a[1]b", "a*", "run", "a%20+"):
+        run = Remote(f"s3://bucket/runs/{name}")
+        assert run.files() == {"step-1/data": 1}
+        run.delete("step-1", "complete.json")
+        assert run.files() == {}
+    assert set(everything.files()) == {f"{name}/step-1/data" for name in ("a1b", "run2", "a +")}
+
+
+@pytest.mark.slow
+def test_more_objects_than_s3_names_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Remote("s3://bucket/runs/many")
+    store._fs.pipe({store.at(f"step-1/data-{number:05}"): b"" for number in range(1005)})
+    store.write("step-10/data", b"")
+    assert len(store.files("step-1")) == 1005
+    store.delete("step-1", "data-00007")
+    assert store.files() == {"step-10/data": 0}
+    denied = {
+        "Errors": [{"Key": "runs/many/step-10/data", "Code": "AccessDenied", "Message": "Access Denied"}]
+    }
+    answer = store._fs.call_s3
+    monkeypatch.setattr(
+        store._fs,
+        "call_s3",
+        lambda name, **words: denied if name == "delete_objects" else answer(name, **words),
+    )
+    with pytest.raises(StoreError, match="1 of 1 objects: AccessDenied") as caught:
+        store.delete("step-10", "complete.json")
+    assert caught.value.lasting
 
 
 def test_another_run_is_not_continued(place: Path, capsys) -> None:
