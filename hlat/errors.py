@@ -51,6 +51,14 @@ class SaveFailed(StorageFailed):
     """
 
 
+class FolderLost(UserError):
+    """Another process has taken over the run folder: this one writes nothing more. What starts runs again
+    (`hlat supervise`, the batch script) leaves one that ended so alone, as its successor trains.
+    """
+
+    exit_code = 77
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
     """The error for an optional package that is not installed, with the line that installs it."""
     return UserError(f"{purpose} needs the package '{package}'", fix=f"run: pip install 'hlat[{extra}]'")

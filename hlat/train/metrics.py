@@ -36,13 +36,14 @@ def open_metrics(
         compiled, began: for the banner: whether it is compiled and why; what it started from.
     """
     recipe = run.recipe
-    guard = GuardWatch(run, None if console is None else folder.logs)
+    guard = GuardWatch(run, None if console is None else folder.logs, folder.claim)
     if console is None:
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
     console.start(run.step, mfu_note=str(peak) if peak else "")
     console.banner(banner(run, folder.path, saved, compiled, peak, began))
-    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    more = ["tensorboard"] if recipe.log.tensorboard else []
+    sinks = open_sinks(more, folder.path, run.step, folder.claim, console.warn)
     work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     every_token = getattr(run.objective, "every_token", True)
     buffer = MetricBuffer(

@@ -58,7 +58,7 @@ def rows(folder: str, kind: str = "train") -> list[dict]:
 
 def numbers(row: dict) -> dict:
     """The row without what depends on the clock and on the process's memory."""
-    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
+    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes", "by")
     return {k: v for k, v in row.items() if k not in measured}
 
 
