@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object a line, appended in whole lines, readable after a crash at any byte.
 
-Each process that trains begins with a row of kind `start`, and its rows name it (`by`). Rows that name another
-one than the last such row were written by a process that had lost the folder: they do not count.
+Each process that trains begins with a row of kind `start`, and its rows name it (`by`). Rows that name
+another one than the last such row were written by a process that had lost the folder: they do not count.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises FileNotFoundError when the file is missing.
     """
-    order = _Order()
+    order = _Order(path)
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
@@ -55,16 +55,32 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class _Order:
-    """Whose turn it is, row by row."""
+    """Whose turn it is in a metrics file, row by row from its beginning.
 
-    def __init__(self) -> None:
-        self._by: Any = None
+    A process that finds rows of others among its own begins anew: what lies between its two beginnings is not
+    theirs, whatever it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            marks = [row for line in file if b'"start"' in line and (row := _decode(line)) is not None]
+        turns = [str(row.get("by")) for row in marks if row.get("kind") == START]
+        first = {by: number for number, by in reversed(list(enumerate(turns)))}
+        self._between: set[int] = set()
+        last = len(turns) - 1  # whoever began last is right, then whoever began last before it
+        while last >= 0:
+            begun = first[turns[last]]
+            self._between |= {n for n in range(begun, last) if turns[n] != turns[last]}
+            last = begun - 1
+        self._number, self._by = -1, None
 
     def is_late(self, row: Row) -> bool:
         """Whether a process wrote the next row after another one had begun to train."""
         by = row.get("by")
         if row.get("kind") == START:
-            self._by = by
+            self._number += 1
+            if self._number not in self._between:
+                self._by = by
         return by is not None and self._by is not None and by != self._by
 
 
@@ -108,7 +124,7 @@ def _cut(
     """Remove torn lines, late rows and the rows that go, after `before` was given them; returns them."""
     if not path.exists():
         return []
-    order = _Order()
+    order = _Order(path)
     kept: list[bytes] = []
     removed: list[bytes] = []
     at_the_end = True
@@ -197,7 +213,7 @@ class MetricsFile:
         path: of the file.
         claim: asked before rows are written; its name stands in them.
         step: from which the run continues.
-        warn: receives a line about rows that wait, and about a file that somebody else has changed.
+        warn: receives a line about a file that somebody else has changed.
 
     Attributes:
         trouble: why rows are waiting; None when all that were flushed are in the file.
@@ -244,7 +260,7 @@ class MetricsFile:
         except OSError as error:
             if self.trouble is None:
                 what = f"{_write_error(self.path, error).line()}; rows wait in memory until it can be written"
-                self._warn(what)
+                warnings.warn(what, stacklevel=2)
             self.trouble = error
             if len(block) > MOST_WAITING:
                 raise _write_error(self.path, error) from error
@@ -332,8 +348,8 @@ class MetricsFile:
             pass
 
     def close(self) -> None:
-        """Flush and close; calling it again does nothing. Raises what `flush` raises, and SaveFailed when rows
-        are lost with it.
+        """Flush and close; calling it again does nothing. Raises what `flush` raises, and SaveFailed when
+        rows are lost with it.
         """
         if self._closed:
             return

@@ -150,7 +150,7 @@ class Lock(Claim):
                 content = self._read()
                 holder = None if content is None else _parse(content)
                 changed, silence = _age(self._path, self.token)
-                alive = False
+                alive: bool | None = False
                 if holder is not None and not _is_copy(holder, self._me, folder):
                     alive = judge(holder, self._me, silence)
                 if alive is False and self._install(content):
@@ -167,14 +167,14 @@ class Lock(Claim):
             if first is None:
                 first = content, changed
                 say(
-                    f"process {holder.pid} on {holder.host} has the lock of {folder} and cannot be asked from "
-                    f"here: waiting up to {STALE_SECONDS - abs(silence):.0f} s for a sign of it"
+                    f"process {holder.pid} on {holder.host} has the lock of {folder} and cannot be seen "
+                    f"from here: waiting up to {STALE_SECONDS - abs(silence):.0f} s for a sign of it"
                 )
             time.sleep(_POLL)
 
     def _install(self, former: bytes | None) -> bool:
-        """Make the lock this process's, in place of one of that content. Returns False when another process
-        was faster.
+        """Make the lock this process's, in place of one of that content. Returns False when another one was
+        faster.
         """
         own = self._path.with_name(f"{LOCK_FILE}.{self.token}")
         try:
@@ -193,7 +193,7 @@ class Lock(Claim):
         return self._read() == self._content
 
     def _take_away(self, content: bytes) -> bool:
-        """Remove the lock if it has this content. It is moved aside first, as that only one process can do."""
+        """Remove the lock if it has this content. Moved aside first, it is this process's to look at."""
         aside = self._path.with_name(f"{LOCK_FILE}.{self.token}.former")
         try:
             os.rename(self._path, aside)

@@ -322,7 +322,7 @@ class NxdSaves(Saves):
 
     def _confirm(self) -> None:
         """Raise on every rank alike what the claim raises on the first: a rank alone would be waited for."""
-        words = None
+        words: tuple[type[UserError], str, str, str] | None = None
         try:
             self._claim.confirm()
         except FolderLost as lost:

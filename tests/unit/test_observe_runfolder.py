@@ -171,7 +171,13 @@ def test_who_counts_as_alive(tmp_path):
     ]:
         assert judge(holder, me, silence) is alive, holder
     away = dataclasses.replace(other, boot="b", job="7", restart="1")
-    for job, restart, alive in (("7", "2", False), ("7", "1", None), ("7", "0", None), ("8", "2", None), ("7", "?", None)):
+    for job, restart, alive in (
+        ("7", "2", False),
+        ("7", "1", None),
+        ("7", "0", None),
+        ("8", "2", None),
+        ("7", "?", None),
+    ):
         assert judge(away, dataclasses.replace(me, job=job, restart=restart), fresh) is alive
 
 

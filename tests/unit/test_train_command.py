@@ -53,12 +53,13 @@ def train(*overrides: str) -> int:
 
 def rows(folder: str, kind: str = "train") -> list[dict]:
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    found = [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return [{k: v for k, v in row.items() if k != "by"} for row in found]
 
 
 def numbers(row: dict) -> dict:
     """The row without what depends on the clock and on the process's memory."""
-    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes", "by")
+    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
     return {k: v for k, v in row.items() if k not in measured}
 
 
