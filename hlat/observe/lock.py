@@ -259,9 +259,14 @@ def judge(holder: Holder, me: Holder, silence: float) -> bool | None:
     if holder.job and holder.job == me.job and _count(holder.restart) < _count(me.restart):
         return False
     old = abs(silence) >= STALE_SECONDS  # one from the future was refreshed by a clock that was put back
-    if holder.boot and holder.birth and (holder.boot, holder.namespace) == (me.boot, me.namespace):
+    if _comparable(holder, me):
         return not old and process.runs(holder.pid, holder.birth)
     return False if old else None
+
+
+def _comparable(holder: Holder, me: Holder) -> bool:
+    """Whether the holder's process id and start time mean here what they mean there."""
+    return bool(holder.boot and holder.birth) and (holder.boot, holder.namespace) == (me.boot, me.namespace)
 
 
 def _count(restart: str) -> int:
@@ -270,11 +275,11 @@ def _count(restart: str) -> int:
 
 def _is_copy(holder: Holder, me: Holder, folder: Path) -> bool:
     """Whether the lock was copied with its folder: the holder's own is still where it took it, in a folder
-    that is not this one. Names and inode numbers do not tell that, as they may differ from machine to machine
-    and from mount to mount, so a file made here is looked for there.
+    that is not this one. Inode numbers do not tell that, as they may differ from mount to mount, so a file
+    made here is looked for there. On another machine the same name may be another folder: age decides.
     """
     original = Path(holder.path)
-    if not holder.token or holder.path == me.path or not original.is_absolute():
+    if not _comparable(holder, me) or holder.path == me.path or not original.is_absolute():
         return False
     with contextlib.suppress(OSError):
         there = read_holder(original / LOCK_FILE)

@@ -2,8 +2,9 @@
 
 A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for
 a fresh one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and
-`close()`. A method `flush()`, if there is one, is called after each window, and `rewind(step)` when the run
-goes back to the end of an earlier step.
+`close()`. A method `flush()`, if there is one, is called after each window, `rewind(step)` when the run goes
+back to the end of an earlier step, and `sync()` before a checkpoint: it returns once all rows are on the
+disk, or an OSError that forbids the checkpoint.
 """
 
 from __future__ import annotations

@@ -169,8 +169,12 @@ def test_a_copied_folder_is_free_and_the_same_one_by_another_name_is_not(tmp_pat
     (tmp_path / "mount").symlink_to(tmp_path / "run")
     holder = read_holder(tmp_path / "run" / LOCK_FILE)
     assert holder is not None
-    there = dataclasses.replace(holder, path=str(tmp_path / "mount"), inode=1, boot="b")
+    there = dataclasses.replace(holder, path=str(tmp_path / "mount"), inode=1)
     assert not lock._is_copy(there, Holder.this_process(tmp_path / "run"), tmp_path / "run")
+    copied = Holder.this_process(tmp_path / "copy")
+    assert lock._is_copy(holder, copied, tmp_path / "copy")
+    elsewhere = dataclasses.replace(holder, boot="b")  # where that name is another folder, a copy of this one
+    assert not lock._is_copy(elsewhere, copied, tmp_path / "copy")
     mine.release()
 
 
