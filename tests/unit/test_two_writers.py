@@ -233,7 +233,8 @@ def test_a_checkpoint_that_was_under_way_cannot_get_its_name_any_more(tmp_path: 
     def stopped(partial: Path, final: Path) -> None:
         with pytest.MonkeyPatch.context() as inside:
             inside.setattr(folders, "commit", commit)
-            inside.setattr(folders, "_writing", set())  # of another process
+            inside.setattr(folders, "_writing", set())  # of another process,
+            inside.setattr(folders.process, "namespace", lambda: "pid:[1]")  # which cannot see the first one
             os.utime(tmp_path / LOCK_FILE, (1000, 1000))
             successor = CheckpointStore(root, keep=3, claim=Lock(tmp_path))
             assert successor.newest().step == 1
