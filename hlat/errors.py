@@ -59,6 +59,14 @@ class SaveFailed(StorageFailed):
     """
 
 
+class FolderLost(UserError):
+    """Another process has taken over the run folder: this one writes nothing more. What starts runs again
+    (`hlat supervise`, the batch script) leaves one that ended so alone, as its successor trains.
+    """
+
+    exit_code = 77
+
+
 @contextmanager
 def names_explained() -> Iterator[None]:
     """Turn what Python raises for a file name that cannot exist, wherever it is used first, into a UserError:

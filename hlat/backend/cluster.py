@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from hlat import process
 from hlat.backend.groups import Group
 from hlat.backend.launcher import launcher_variables
 from hlat.backend.rendezvous import STORE_SECONDS, Address, connect_store, read_address, serve
@@ -51,10 +51,9 @@ class Member:
 
     def exists(self) -> bool | None:
         """Whether the process runs; None when it is on another machine and cannot be seen from here."""
-        if (self.host, self.space) != (socket.gethostname(), _space()):
+        if (self.host, self.space) != (socket.gethostname(), process.space()):
             return None
-        state, born = _process(self.pid)
-        return state not in ("", "Z", "X") and (not born or born == self.born)
+        return process.runs(self.pid, self.born)
 
 
 class Cluster:
@@ -281,36 +280,7 @@ def join(seconds: float = JOIN_SECONDS, environ: Mapping[str, str] | None = None
 
 def _this_process(rank: int) -> Member:
     pid = os.getpid()
-    return Member(rank, socket.gethostname(), pid, _process(pid)[1], _space())
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process here (fields 3 and 22 of /proc/pid/stat); "" and "" if there
-    is none.
-    """
-    try:
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
-        return fields[0], fields[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "", ""
-    except OSError:
-        pass
-    return "?", ""
-
-
-def _space() -> str:
-    """What makes process ids comparable: this boot and this container's numbering."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8", errors="replace").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+    return Member(rank, socket.gethostname(), pid, process.birth(pid), process.space())
 
 
 def _ranks(ranks: list[int]) -> str:

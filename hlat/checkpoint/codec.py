@@ -166,17 +166,6 @@ def flush_to_disk(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Make new and changed names in a folder survive a power cut, where the filesystem offers it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
 def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
     """Write and flush a small file; returns its `bytes` and `sha256` for the marker. Raises OSError."""
     with path.open("xb") as file:

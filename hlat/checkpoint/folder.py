@@ -8,8 +8,9 @@ checkpoints/step-00000300/
     data-00000.safetensors      one file per process that saved
     tokenizer/
 ```
-A folder is built as `.step-00000300.partial-<pid>-<host>`, flushed to the disk and renamed in one move, so a
-process that is killed leaves the old state or the new one. Deleting goes the other way: renamed to
+A folder is built as `.step-00000300.partial-<pid>-<host>~<id>`, flushed to the disk and renamed in one move,
+so a process that is killed leaves the old state or the new one. The id tells processes of one number apart
+that are in two containers, or of which one is dead. Deleting goes the other way: renamed to
 `.step-….deleted-…` first. Replacing an existing step is two renames; in between the old one is called
 `.step-….replaced-…` and still found by readers.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -28,8 +30,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hlat.checkpoint.codec import hash_file, seal, sync_folder, unseal, write_bytes
+from hlat import process
+from hlat.checkpoint.codec import hash_file, seal, unseal, write_bytes
 from hlat.checkpoint.retention import Entry
+from hlat.observe.durable import sync_folder
 
 FORMAT = 1
 MARKER, INDEX, META, TOKENIZER = "complete.json", "index.json", "meta.json", "tokenizer"
@@ -39,7 +43,9 @@ FOREIGN_IDLE_SECONDS = (
 )  # a partial folder of another machine that nobody has written to for this long is dead
 
 _STEP = re.compile(r"step-(\d{8,})")
-_SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|deleted|replaced)-(?P<pid>\d+)-(?P<host>.+)")
+_SCRATCH = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>partial|deleted|replaced)-(?P<pid>\d+)-(?P<host>[^~]+)(?:~(?P<id>.*))?"
+)
 _writing: set[Path] = set()  # partial folders this very process is filling
 
 
@@ -57,7 +63,16 @@ def step_folder(root: Path, step: int) -> Path:
 
 def scratch(final: Path, kind: str) -> Path:
     """The hidden name beside `final` under which this process builds, replaces or deletes it."""
-    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{socket.gethostname()}")
+    own = _process_id(os.getpid())
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{socket.gethostname()}~{own}")
+
+
+def _process_id(pid: int) -> str:
+    """What a process of this number has here that no other has: where numbers mean the same, and its start;
+    empty where that is not known.
+    """
+    space, birth = process.space(), process.birth(pid)
+    return f"{hashlib.sha256(space.encode()).hexdigest()[:8]}-{birth}" if space and birth else ""
 
 
 def step_folders(root: Path) -> dict[int, Path]:
@@ -166,6 +181,7 @@ def seal_folder(
 def commit(partial: Path, final: Path) -> None:
     """Give a sealed partial folder its name, in place of an older folder of that name. Raises OSError."""
     replaced = scratch(final, "replaced")
+    partial.stat()  # gone when another process has taken the run folder: then nothing is to be moved
     if final.exists():
         remove(replaced)
         os.rename(final, replaced)
@@ -187,67 +203,47 @@ def remove(folder: Path) -> None:
         return
     hidden = _SCRATCH.fullmatch(folder.name)
     deleted = scratch(folder.with_name(hidden["name"] if hidden else folder.name), "deleted")
-    shutil.rmtree(deleted, ignore_errors=True)
-    os.rename(folder, deleted)
+    if folder != deleted:
+        shutil.rmtree(deleted, ignore_errors=True)
+        os.rename(folder, deleted)
     shutil.rmtree(deleted)
 
 
-def clean(root: Path, warn: Callable[[str], None]) -> None:
+def clean(root: Path, warn: Callable[[str], None], alone: bool = False) -> None:
     """Tidy up after processes that were killed: partial and deleted folders go, an interrupted replacement is
-    undone.
+    undone. What cannot be removed is reported to `warn`.
 
-    Folders of processes that still run are left alone. On another machine that cannot be asked, so there a
-    folder counts as dead when nothing in it has changed for 15 minutes. What cannot be removed is reported to
-    `warn`.
+    Args:
+        root: the checkpoints folder.
+        warn: receives a line.
+        alone: this process holds the run folder: whoever else is still writing here has lost it, and shall
+            not complete a checkpoint any more. Otherwise folders of processes that still run are left alone;
+            where that cannot be asked, those in which something has changed within 15 minutes.
     """
     for path in sorted(root.glob(".*")) if root.is_dir() else []:
         hidden = _SCRATCH.fullmatch(path.name)
-        if not hidden or not path.is_dir() or not _stale(path, int(hidden["pid"]), hidden["host"]):
+        if not hidden or not path.is_dir() or path in _writing:
             continue
         try:
+            if not alone and not _stale(path, int(hidden["pid"]), hidden["id"] or ""):
+                continue
             if hidden["kind"] == "replaced" and not path.with_name(hidden["name"]).exists():
                 os.rename(path, path.with_name(hidden["name"]))
             else:
-                shutil.rmtree(path)
+                remove(path)
                 if hidden["kind"] == "partial":
                     warn(f"removed {path}: process {hidden['pid']} ended before this checkpoint was complete")
         except OSError as error:
             warn(f"could not tidy up {path}: {error.strerror}")
 
 
-def _stale(path: Path, pid: int, host: str) -> bool:
-    if pid == os.getpid() and host == socket.gethostname():
-        return path not in _writing  # an earlier process had our number, as happens in containers
-    if host != socket.gethostname():
-        newest = max((item.stat().st_mtime for item in [path, *path.rglob("*")]), default=0.0)
-        return time.time() - newest > FOREIGN_IDLE_SECONDS
-    started = _process_start(pid)
-    return started is None or started > path.stat().st_mtime + 2  # the boot time is known to the second
-
-
-def _process_start(pid: int) -> float | None:
-    """Unix time at which a process began, 0 if the system does not say, None if there is no such process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass  # it belongs to somebody else: it lives
-    try:
-        ticks = int(
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()[19]
-        )
-        boot = next(
-            line.split()[1]
-            for line in Path("/proc/stat").read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.startswith("btime")
-        )
-        return int(boot) + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, StopIteration):
-        return 0.0
+def _stale(path: Path, pid: int, owner: str) -> bool:
+    """Whether the process that made a folder has ended; see `_process_id` for `owner`."""
+    space = _process_id(os.getpid()).partition("-")[0]
+    if owner and owner.partition("-")[0] == space:
+        return pid == os.getpid() or _process_id(pid) != owner or not process.runs(pid, "")
+    newest = max((item.stat().st_mtime for item in [path, *path.rglob("*")]), default=0.0)
+    return time.time() - newest > FOREIGN_IDLE_SECONDS
 
 
 def tokenizer_files(tokenizer: Path | Sequence[Path] | None) -> list[Path]:

@@ -25,6 +25,7 @@ from hlat.checkpoint.codec import unseal
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.reader import Checkpoint
 from hlat.checkpoint.retention import Entry, expired
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import read_rows
 from hlat.storage.fingerprint import FILE as FINGERPRINT
 from hlat.storage.remote import Remote
@@ -63,10 +64,11 @@ class Mirror:
         remote: the run's folder there.
         root: the checkpoints folder on the disk.
         keep: newest checkpoints to keep, at least 1.
+        claim: asked before each file that is uploaded and each copy that is deleted or fetched.
     """
 
-    def __init__(self, remote: Remote, root: Path, keep: int) -> None:
-        self.remote, self.root, self.keep = remote, root, keep
+    def __init__(self, remote: Remote, root: Path, keep: int, claim: Claim = UNCLAIMED) -> None:
+        self.remote, self.root, self.keep, self.claim = remote, root, keep, claim
         self.unusable: set[str] = set()  # names of copies that turned out to be damaged
         self._markers: dict[str, dict[str, Any]] = {}
 
@@ -82,7 +84,9 @@ class Mirror:
             Gone: the step was deleted or saved anew in the meantime.
             Broken: the checkpoint on the disk is damaged; it is not uploaded.
             StoreError: the store did not take it; what is there so far is no checkpoint.
+            FolderLost: another process has taken the run folder.
         """
+        self.claim.confirm()
         text = self._marker_text(path)
         marker = unseal(text)
         name = f"{path.name}-{_checksum(text)}"
@@ -95,6 +99,7 @@ class Mirror:
             def send(item: str) -> None:
                 target = f"{name}/{item}"
                 if target not in present or not self.remote.same(path / item, target):
+                    self.claim.confirm()
                     self.remote.upload(path / item, target)
 
             side_by_side(send, list(marker["files"]))
@@ -107,6 +112,7 @@ class Mirror:
             raise
         if self._marker_text(path) != text:  # renamed under our feet: the files may be of two checkpoints
             raise Gone(str(path))
+        self.claim.confirm()
         self.remote.write(f"{name}/{folders.MARKER}", text)
         return _copy(name, marker)
 
@@ -128,6 +134,7 @@ class Mirror:
             side_by_side(lambda item: self.remote.download(f"{copy.name}/{item}", partial / item), names)
             self.remote.download(f"{copy.name}/{folders.MARKER}", partial / folders.MARKER)
             Checkpoint(partial).verify()
+            self.claim.confirm()
             self._fetch_beside(copy)
             folders.commit(partial, final)
         except FileNotFoundError as error:
@@ -152,6 +159,7 @@ class Mirror:
         names = {copy.entry: copy for copy in newest.values()}
         old += [names[entry] for entry in expired(kept, self.keep)]
         for name in [copy.name for copy in old] + self._unfinished(listed, copies):
+            self.claim.confirm()
             self.remote.delete(name, folders.MARKER)
         return old
 

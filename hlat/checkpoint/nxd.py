@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hlat.checkpoint.store import CheckpointStore
 from hlat.errors import UserError
+from hlat.observe.lock import Lock
 
 _RANK = re.compile(r"dp_rank_(\d+)_tp_rank_(\d+)_pp_rank_(\d+)\.pt")
 
@@ -90,18 +91,23 @@ def from_nxd(source: str | Path, run: str | Path) -> list[str]:
         Warnings.
 
     Raises:
-        UserError: a source that is not complete.
+        UserError: a source that is not complete, or a process trains in the run folder.
     """
     source = Path(source)
     inside = source / "nxd-checkpoints"
     found = newest_nxd(inside if inside.is_dir() else source) or open_nxd(source)
     wholes = read_nxd(found)
-    store = CheckpointStore(Path(run) / "checkpoints", keep=1 << 30)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / Path(name).name for name in found.tokenizer]
-        for file, content in zip(files, found.tokenizer.values(), strict=True):
-            file.write_bytes(content.numpy().tobytes())
-        store.save(found.step, wholes, found.meta, int(found.meta["tokens"]), tokenizer=files, wait=True)
+    Path(run).mkdir(parents=True, exist_ok=True)
+    lock = Lock(Path(run))
+    try:
+        store = CheckpointStore(Path(run) / "checkpoints", keep=1 << 30, claim=lock)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / Path(name).name for name in found.tokenizer]
+            for file, content in zip(files, found.tokenizer.values(), strict=True):
+                file.write_bytes(content.numpy().tobytes())
+            store.save(found.step, wholes, found.meta, int(found.meta["tokens"]), tokenizer=files, wait=True)
+    finally:
+        lock.release()
     return []
 
 

@@ -36,7 +36,8 @@ from hlat.checkpoint.peers import Peers
 from hlat.checkpoint.reader import Checkpoint, first_failure, newest_in, open_checkpoint, skipped_lines
 from hlat.checkpoint.retention import expired, is_permanent
 from hlat.checkpoint.stream import write_weights
-from hlat.errors import SaveFailed, UserError
+from hlat.errors import FolderLost, SaveFailed, UserError
+from hlat.observe.claim import UNCLAIMED, Claim
 
 __all__ = [
     "Checkpoint",
@@ -65,6 +66,8 @@ class CheckpointStore:
             CPU).
         warn: called with one line about each skipped checkpoint and each folder tidied up; the log by
             default.
+        claim: asked, on the first process, before a checkpoint is begun, gets its name or is deleted. With
+            a name it says that nobody else may write here: what others have begun goes.
 
     Raises:
         UserError: `keep` or `permanent_every_tokens` below 1.
@@ -78,13 +81,14 @@ class CheckpointStore:
         permanent_every_tokens: int | None = None,
         async_: bool = False,
         warn: Callable[[str], None] | None = None,
+        claim: Claim = UNCLAIMED,
     ) -> None:
         for key, value in (("keep", keep), ("permanent_every_tokens", permanent_every_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"{value} is too small", where=f"checkpoint.{key}", fix="write 1 or more")
         self.root, self.keep, self.every, self.async_ = Path(root), keep, permanent_every_tokens, async_
         self._warn = warn or logging.getLogger(__name__).warning
-        self._peers = Peers.meet()
+        self._peers, self._claim = Peers.meet(), claim
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.keep_back: Callable[[int], bool] = lambda step: False
@@ -96,7 +100,8 @@ class CheckpointStore:
         """Step -> why the last `newest` did not take its checkpoint; the same on every process."""
         self._remarks: list[str] = []  # from the background thread, passed on by the next call
         if self._peers.rank == 0:
-            folders.clean(self.root, self._warn)
+            claim.confirm()
+            folders.clean(self.root, self._warn, alone=bool(claim.name))
 
     def save(
         self,
@@ -122,6 +127,7 @@ class CheckpointStore:
         Raises:
             SaveFailed: this save (or, in the background, the one before it) failed: disk full, not writable.
                 The same on every process. What was complete before is untouched, nothing half-written stays.
+            FolderLost: another process has taken the run folder. The same on every process.
             TypeError: a value in `meta` that is not JSON, or in `tensors` that is not a tensor.
         """
         self.wait()
@@ -210,6 +216,7 @@ class CheckpointStore:
                 "permanent": is_permanent(step, tokens, existing, self.every),
             }
             folders.seal_folder(partial, sorted(index.headers), index.to_json(), meta, tokenizer, marker)
+            self._claim.confirm()
             folders.commit(partial, final)
             self.skipped.pop(step, None)
             self._delete_expired()
@@ -232,15 +239,16 @@ class CheckpointStore:
                 folders.abandon(partial)
 
     def _begin(self, final: Path, obstacle: OSError | None) -> Path:
-        """The partial folder, made by rank 0 for all. Raises its OSError on every rank."""
-        answer: Path | OSError = final
+        """The partial folder, made by rank 0 for all. Raises its OSError or FolderLost on every rank."""
+        answer: Path | OSError | FolderLost = final
         if self._peers.rank == 0:
             try:
+                self._claim.confirm()
                 answer = obstacle or folders.begin(final)
-            except OSError as error:
+            except (OSError, FolderLost) as error:
                 answer = error
         answer = self._peers.from_first(answer)
-        if isinstance(answer, OSError):
+        if not isinstance(answer, Path):
             raise answer
         return answer
 
@@ -250,6 +258,7 @@ class CheckpointStore:
             if self.keep_back(entry.step):
                 continue
             try:
+                self._claim.confirm()
                 folders.remove(folders.step_folders(self.root)[entry.step])
             except OSError as error:
                 self._remarks.append(f"could not delete the old checkpoint of step {entry.step}: {error}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.mirror import Gone, Mirror
+from hlat.errors import FolderLost
 from hlat.storage.journal import Journal
 from hlat.storage.remote import StoreError
 
@@ -33,7 +34,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._current: Path | None = None
-        self._hurry = False
+        self._hurry = self._lost = False
         self._error = ""
         self.uploaded: int | None = None
         """Step of the newest checkpoint that is known to be complete in the store."""
@@ -42,6 +43,8 @@ class Uploader:
     def submit(self, folder: Path) -> None:
         """Upload a complete step folder after the one that is under way, in place of one that waits."""
         with self._changed:
+            if self._lost:
+                return
             skipped, self._waiting = self._waiting, folder
             self._changed.notify_all()
         if skipped is not None and skipped != folder:
@@ -75,6 +78,13 @@ class Uploader:
         return ", ".join(words)
 
     def _run(self) -> None:
+        with contextlib.suppress(FolderLost):  # the main thread finds out for itself, and ends the run
+            self._work()
+        with self._changed:
+            self._lost, self._waiting, self._current = True, None, None
+            self._changed.notify_all()
+
+    def _work(self) -> None:
         self._clean()
         while True:
             with self._changed:
@@ -99,6 +109,8 @@ class Uploader:
                 line = f"{folder} is damaged on the disk and was not uploaded: {error}"
                 self._failed(folder, line, f"damaged {folder.name}", start)
                 return
+            except FolderLost:
+                raise
             except Exception as error:  # also a defect must not end the uploads in silence
                 line = f"checkpoint of step {_step(folder):,} was not uploaded: {_text(error)}"
                 kind = error.kind if isinstance(error, StoreError) else type(error).__name__
@@ -119,6 +131,7 @@ class Uploader:
         """Once at the start: what killed processes left unfinished."""
         self._tidy(0)
         with contextlib.suppress(StoreError):  # `_tidy` has told
+            self.mirror.claim.confirm()
             self.mirror.remote.abort_uploads()
 
     def _tidy(self, step: int) -> None:

@@ -202,7 +202,7 @@ def _work(
         return _train(recipe, data, folder, None, job)
     _check_resume(recipe, data, folder, console)
     text, description = find_recipe(args.recipe).read_bytes(), describe(job.neuron_profile)
-    with folder.start(text, recipe.to_yaml(), description=description):
+    with folder.start(text, recipe.to_yaml(), description=description, say=console.warn):
         job.watchdog.before_exit = folder.close
         try:
             cluster.from_first("started", True, limit)
@@ -339,7 +339,8 @@ def _saves(
     from hlat.train.saves import kind_of_saves
 
     make, tokenizer = kind_of_saves(recipe), data.tokenizer.kept_files()
-    return make(folder.checkpoints, folder.nxd_checkpoints, recipe, warn, tokenizer, cluster.exchange)
+    checkpoints, files = folder.checkpoints, folder.nxd_checkpoints
+    return make(checkpoints, files, recipe, warn, tokenizer, cluster.exchange, folder.claim)
 
 
 def _tasks(run: Any, job: Job) -> Any:

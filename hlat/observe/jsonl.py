@@ -1,4 +1,8 @@
-"""`metrics.jsonl`: one JSON object a line, appended in whole lines, readable after a crash at any byte."""
+"""`metrics.jsonl`: one JSON object a line, appended in whole lines, readable after a crash at any byte.
+
+Each process that trains begins with a row of kind `start`, and its rows name it (`by`). Rows that name
+another one than the last such row were written by a process that had lost the folder: they do not count.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hlat.errors import SaveFailed
+from hlat.observe import durable
+from hlat.observe.claim import UNCLAIMED, Claim
 
 Row = dict[str, Any]
+START = "start"  # kind of the row that each process begins with
 MOST_WAITING = 256 << 20  # bytes of rows kept in memory while the file cannot be written
 
 
@@ -34,19 +41,52 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a metrics file in file order; lines that are not a JSON object (torn) are passed over.
+    """The rows of a metrics file in file order; lines that are not a JSON object (torn) are passed over, and
+    rows of a process that had lost the folder.
 
     Raises FileNotFoundError when the file is missing.
     """
+    order = _Order(path)
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
-            if row is not None:
+            if row is not None and not order.is_late(row):
                 yield row
 
 
+class _Order:
+    """Whose turn it is in a metrics file, row by row from its beginning.
+
+    A process that finds rows of others among its own begins anew: what lies between its two beginnings is not
+    theirs, whatever it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            marks = [row for line in file if b'"start"' in line and (row := _decode(line)) is not None]
+        turns = [str(row.get("by")) for row in marks if row.get("kind") == START]
+        first = {by: number for number, by in reversed(list(enumerate(turns)))}
+        self._between: set[int] = set()
+        last = len(turns) - 1  # whoever began last is right, then whoever began last before it
+        while last >= 0:
+            begun = first[turns[last]]
+            self._between |= {n for n in range(begun, last) if turns[n] != turns[last]}
+            last = begun - 1
+        self._number, self._by = -1, None
+
+    def is_late(self, row: Row) -> bool:
+        """Whether a process wrote the next row after another one had begun to train."""
+        by = row.get("by")
+        if row.get("kind") == START:
+            self._number += 1
+            if self._number not in self._between:
+                self._by = by
+        return by is not None and self._by is not None and by != self._by
+
+
 def truncate_after(path: Path, step: int) -> int:
-    """Remove every row whose `step` is greater than `step`, and torn lines; rows without a step stay.
+    """Remove every row whose `step` is greater than `step`, torn lines, and rows of a process that had lost
+    the folder; rows without a step stay, and those of kind `start`.
 
     Rows at the end are cut off in place, which a full disk allows; else the file is rewritten beside itself
     and renamed, so a crash leaves either the old or the new one.
@@ -61,8 +101,8 @@ def truncate_after(path: Path, step: int) -> int:
 
 def move_after(path: Path, step: int, to: Path) -> int:
     """`truncate_after` of a run that goes back to `step`: what is removed is first appended to the file `to`
-    (a crash in between leaves it in both, a full disk loses it), and the records of earlier times the run
-    went back stay.
+    and on the disk there (a crash in between leaves it in both, a full disk loses it), and the records of
+    earlier times the run went back stay.
     """
 
     def move(lines: list[bytes]) -> None:
@@ -81,16 +121,17 @@ def _taken_back(row: Row, step: int) -> bool:
 def _cut(
     path: Path, goes: Callable[[Row], bool], before: Callable[[list[bytes]], None] = lambda lines: None
 ) -> list[bytes]:
-    """Remove torn lines and the rows that go, after `before` was given them; returns them."""
+    """Remove torn lines, late rows and the rows that go, after `before` was given them; returns them."""
     if not path.exists():
         return []
+    order = _Order(path)
     kept: list[bytes] = []
     removed: list[bytes] = []
     at_the_end = True
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
-            gone = row is None or goes(row)
+            gone = row is None or order.is_late(row) or goes(row)
             (removed if gone else kept).append(line)
             at_the_end = at_the_end and (gone or not removed)
     if not removed:
@@ -107,12 +148,43 @@ def _cut(
 
 
 def append(path: Path, lines: bytes) -> None:
-    """Add whole lines to a file. Raises UserError when it cannot be written."""
+    """Add whole lines to a file; they are on the disk when this returns. A last line that a crash tore is cut
+    off first.
+
+    Raises SaveFailed, with nothing added, when it cannot be written.
+    """
     try:
-        with path.open("ab") as file:
-            file.write(lines)
+        file, new = durable.open_to_append(path)
+        try:
+            _end_line(file)
+            durable.add(file, lines)
+        finally:
+            os.close(file)
+        if new:
+            durable.sync_folder(path.parent)
     except OSError as error:
         raise _write_error(path, error) from error
+
+
+def _end_line(file: int) -> None:
+    """Let an open file end with a whole line. A last one without its end is cut off, or ended if it is a row:
+    editors leave out the last end of line.
+    """
+    size = os.fstat(file).st_size
+    end = size
+    while end:  # read backwards: the torn line may be longer than one block
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end == size:
+        return
+    if _decode(os.pread(file, size - end, end) + b"\n") is not None:
+        durable.write_all(file, b"\n")
+    else:
+        os.ftruncate(file, end)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -127,102 +199,164 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    durable.sync_folder(path.parent)
 
 
 class MetricsFile:
-    """Appends rows to `metrics.jsonl`. Rows wait in memory until `flush`, which writes them with one call.
+    """Appends rows to `metrics.jsonl`. Rows wait in memory until `flush`, which writes them with one call to
+    the file that is at the path then: it may have been edited, rotated or removed since.
 
     Opening cuts off a last line that a crash tore. A write that fails part-way (full disk) is undone, so the
     file never holds half a row; its rows stay in memory and are written, in order, once there is room.
+
+    Args:
+        path: of the file.
+        claim: asked before rows are written; its name stands in them.
+        step: from which the run continues.
+        warn: receives a line about a file that somebody else has changed.
 
     Attributes:
         trouble: why rows are waiting; None when all that were flushed are in the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        claim: Claim = UNCLAIMED,
+        step: int = 0,
+        warn: Callable[[str], None] = lambda line: warnings.warn(line, stacklevel=2),
+    ) -> None:
+        self.path, self._claim, self._step, self._warn = path, claim, step, warn
         self.trouble: OSError | None = None
         self._waiting: list[bytes] = []
         self._whole: int | None = None  # size to go back to, where undoing half a write has failed
+        self._first = bool(claim.name)  # no row of this process is there yet
+        self._started = not claim.name  # whether the file says that this process writes now
+        self._unsynced = self._closed = False
+        self._known = (0, 0, 0)  # which file it was, and its size, when this process left it
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            with self._opened(look=False) as file:
+                _end_line(file)
         except OSError as error:
             raise _write_error(path, error) from error
-        self._cut_torn_line()
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Queue one row."""
-        self._waiting.append(encode(row))
+        self._waiting.append(encode({**row, "by": self._claim.name} if self._claim.name else row))
 
     def flush(self) -> None:
-        """Append the queued rows, or keep them and set `trouble`. Raises SaveFailed when too many wait."""
+        """Append the queued rows, or keep them and set `trouble`.
+
+        Raises:
+            SaveFailed: too many wait.
+            FolderLost: another process has taken the folder; nothing was written.
+        """
         if not self._waiting:
             return
-        block = memoryview(b"".join(self._waiting))
-        size = len(block)
+        block = b"".join(self._waiting)
         try:
+            self._claim.confirm()
             self._append(block)
         except OSError as error:
             if self.trouble is None:
                 what = f"{_write_error(self.path, error).line()}; rows wait in memory until it can be written"
                 warnings.warn(what, stacklevel=2)
             self.trouble = error
-            if size > MOST_WAITING:
+            if len(block) > MOST_WAITING:
                 raise _write_error(self.path, error) from error
             return
         self._waiting.clear()
         self.trouble = None
 
-    def _append(self, block: memoryview) -> None:
-        if self._whole is not None:
-            os.ftruncate(self._file, self._whole)
-        self._whole = os.fstat(self._file).st_size
+    def sync(self) -> OSError | None:
+        """Flush, and wait until all rows are on the disk. Returns why they are not, or None."""
+        self.flush()
+        if self.trouble is not None or not self._unsynced:
+            return self.trouble
         try:
-            while block:
-                block = block[os.write(self._file, block) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._whole)
-                self._whole = None
-            raise
+            with self._opened() as file:
+                durable.sync(file)
+        except OSError as error:
+            return error
+        self._unsynced = False
+        return None
+
+    def _append(self, block: bytes) -> None:
+        if self._first:
+            self._drop_late()
+        with self._opened() as file:
+            if not self._started:
+                block = encode({"kind": START, "step": self._step, "by": self._claim.name}) + block
+            self._whole = os.fstat(file).st_size
+            try:
+                durable.write_all(file, block)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, self._whole)
+                    self._whole = None
+                raise
+            self._whole, self._first, self._started, self._unsynced = None, False, True, True
+
+    @contextlib.contextmanager
+    def _opened(self, look: bool = True) -> Iterator[int]:
+        """The file at the path; `look` whether it is as this process left it."""
+        file, new = durable.open_to_append(self.path)
+        try:
+            if look:
+                self._meet(file, new)
+            yield file
+        finally:
+            self._known = durable.identity(file)
+            os.close(file)
+        if new:
+            durable.sync_folder(self.path.parent)
+
+    def _meet(self, file: int, new: bool) -> None:
+        """Take over a file that somebody else has changed: it has to say again who writes now."""
+        found, whole = durable.identity(file), self._whole
+        if whole is not None and found[:2] == self._known[:2] and found[2] >= whole:
+            os.ftruncate(file, whole)
+        elif found != self._known:
+            self._started = not self._claim.name
+            _end_line(file)
+            how = "is gone" if new else "was changed by somebody else"
+            self._warn(f"{self.path} {how} while the run trains; further rows go to the file of that name")
         self._whole = None
+
+    def _drop_late(self) -> None:
+        """Before the first row: a process that had lost the folder may have added rows after those beyond the
+        step from which this one continues were removed.
+        """
+        try:
+            truncate_after(self.path, self._step)
+        except SaveFailed as error:
+            raise error.__cause__ or error from None
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            self._known = durable.identity(file.fileno())
 
     def take_back(self, step: int, to: Path) -> None:
         """The run goes back to `step`: move the rows after it to the file `to`. See `move_after`."""
         self.flush()
+        self._claim.confirm()
         waiting = [(line, _decode(line)) for line in self._waiting]
         self._waiting = [line for line, row in waiting if row is not None and not _taken_back(row, step)]
         if not self._waiting:
             self.trouble = None
         move_after(self.path, step, to)
-        os.close(self._file)  # the file may be another one now
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._whole = None
+        with contextlib.suppress(OSError), self._opened(look=False):
+            pass
 
     def close(self) -> None:
-        """Flush and close; calling it again does nothing. Raises SaveFailed when rows are lost with it."""
-        if self._file < 0:
+        """Flush and close; calling it again does nothing. Raises what `flush` raises, and SaveFailed when
+        rows are lost with it.
+        """
+        if self._closed:
             return
-        try:
-            self.flush()
-            if self.trouble is not None:
-                raise _write_error(self.path, self.trouble) from self.trouble
-        finally:
-            os.close(self._file)
-            self._file = -1
-
-    def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
-        while end:  # read backwards: the torn line may be longer than one block
-            start = max(0, end - 65536)
-            newline = os.pread(self._file, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end != size:
-            os.ftruncate(self._file, end)
+        self._closed = True
+        self.flush()
+        if self.trouble is not None:
+            raise _write_error(self.path, self.trouble) from self.trouble
 
 
 def _decode(line: bytes) -> Row | None:
@@ -237,7 +371,7 @@ def _decode(line: bytes) -> Row | None:
 
 def _is_after(row: Row, step: int) -> bool:
     number = row.get("step")
-    return isinstance(number, (int, float)) and number > step
+    return isinstance(number, (int, float)) and number > step and row.get("kind") != START
 
 
 def _write_error(path: Path, error: OSError) -> SaveFailed:

@@ -152,12 +152,10 @@ class MetricBuffer:
         return rows
 
     def trouble(self) -> OSError | None:
-        """Why rows handed out so far are not written, after another attempt; None when they are."""
-        for sink in self._sinks:
-            if getattr(sink, "trouble", None) is not None:
-                self._send([])
-                return getattr(sink, "trouble", None)
-        return None
+        """Why rows handed out so far are not on the disk, after another attempt; None when they are. A sink
+        that writes files has a method `sync` that sees to it.
+        """
+        return next((error for sink in self._sinks if (error := getattr(sink, "sync", _nothing)())), None)
 
     def eval(self, step: int, values: Mapping[str, Any], kind: str = "eval") -> Row:
         """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) or `tasks` (`<task>/<metric>`)
@@ -255,6 +253,10 @@ class MetricBuffer:
                 self._sinks.remove(sink)
                 what = f"metric sink {type(sink).__name__} failed ({error}); it gets no more rows"
                 warnings.warn(what, stacklevel=2)
+
+
+def _nothing() -> None:
+    """What a sink without a method does."""
 
 
 def _pack(tensors: list[Tensor]) -> list[Tensor]:

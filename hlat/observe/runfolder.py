@@ -11,12 +11,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import SaveFailed, UserError, check_length
 from hlat.observe import environment
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import Lock
 from hlat.observe.sinks import METRICS_FILE
@@ -40,6 +41,11 @@ class RunFolder:
         self._created: list[Path] = []
         self._former: dict[Path, bytes | None] = {}  # what `start` has replaced; None: there was no such file
 
+    @property
+    def claim(self) -> Claim:
+        """What to ask before writing here: the lock, on the rank that holds it."""
+        return UNCLAIMED if self._lock is None else self._lock
+
     def check(self) -> None:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
         check_length(self.path, room=_ROOM)
@@ -50,7 +56,12 @@ class RunFolder:
             raise self._error(f"no permission to write in {existing}")
 
     def start(
-        self, recipe_text: bytes | str, resolved_text: str, *, description: Mapping[str, Any] | None = None
+        self,
+        recipe_text: bytes | str,
+        resolved_text: str,
+        *,
+        description: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> RunFolder:
         """Create the folder, or continue in it, and hold its lock until `close`. For the first rank only.
 
@@ -58,6 +69,7 @@ class RunFolder:
             recipe_text: the user's recipe file, kept as recipe.yaml to the last byte.
             resolved_text: the recipe with bases, overrides and defaults resolved, kept as resolved.yaml.
             description: this start's entry of environment.json (default: `environment.describe()`).
+            say: receives a line where it has to wait for the lock.
 
         A start in an existing folder replaces both recipes; a text that differs from the new one moves to
         `logs/<name>-until-start-<n>.yaml`. Raises SaveFailed when the disk is full, UserError when the folder
@@ -67,7 +79,7 @@ class RunFolder:
         self.check()
         try:
             self._create()
-            self._lock = Lock(self.path)
+            self._lock = Lock(self.path, say)
             for name in _FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
             starts = self.starts()
@@ -78,7 +90,8 @@ class RunFolder:
             for (path, data), old in zip(texts, archived, strict=True):
                 _replace(path, data, old)
             starts.append(dict(description) if description is not None else environment.describe())
-            replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
+            self._write_starts(starts, self._lock.token)
+            self._lock.latest = self._holder
         except OSError as error:
             self.abandon()
             failed = self._error(error.strerror or str(error))
@@ -92,25 +105,37 @@ class RunFolder:
 
     def starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json, one a start, oldest first; empty without a readable file."""
-        try:
-            starts = json.loads(self.environment.read_text(encoding="utf-8"))["starts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        starts = self._read_environment().get("starts")
         return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
+
+    def _holder(self) -> str:
+        """Token of the process that has started last; empty where there is no record of it."""
+        return str(self._read_environment().get("holder", ""))
+
+    def _read_environment(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.environment.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _write_starts(self, starts: list[dict[str, Any]], holder: str) -> None:
+        content = {"starts": starts, "holder": holder}
+        replace_file(self.environment, json.dumps(content, indent=2).encode() + b"\n")
 
     def note_stop(self, **facts: Any) -> None:
         """Add `stopped`, with these facts, to this start's entry of environment.json. A file that cannot be
         written is no reason to fail: the state is saved.
         """
         starts = self.starts()
-        if starts and self._lock is not None:
+        if starts and self._lock is not None and self._lock.holds():
             starts[-1]["stopped"] = facts
             with contextlib.suppress(OSError):
-                replace_file(self.environment, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
+                self._write_starts(starts, self._lock.token)
 
     def undo(self) -> None:
         """Take back what `start` wrote, while the folder is held: the run cannot continue as it is."""
-        if self._lock is None:
+        if self._lock is None or not self._lock.holds():
             return
         for path, data in self._former.items():
             if data is None:
@@ -132,15 +157,17 @@ class RunFolder:
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         saved = (self.checkpoints, self.nxd_checkpoints)
         trained = trained or any(folder.is_dir() and any(folder.iterdir()) for folder in saved)
+        created = [] if trained else self._created
+        if self.path in created and self._lock is not None and self._lock.holds():
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
-        if self._created and not trained:
-            if self._created[0] == self.path:
-                shutil.rmtree(self.path, ignore_errors=True)
-            for parent in self._created[1:]:
-                try:
-                    parent.rmdir()
-                except OSError:
-                    break  # somebody else put something there
+        for parent in created:
+            try:
+                parent.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                break  # somebody else put something there
         self._created = []
 
     def __enter__(self) -> RunFolder:

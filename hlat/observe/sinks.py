@@ -2,16 +2,19 @@
 
 A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for
 a fresh one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and
-`close()`. A method `flush()`, if there is one, is called after each window, and `rewind(step)` when the run
-goes back to the end of an earlier step.
+`close()`. A method `flush()`, if there is one, is called after each window, `rewind(step)` when the run goes
+back to the end of an earlier step, and `sync()` before a checkpoint: it returns once all rows are on the
+disk, or an OSError that forbids the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import MetricsFile, truncate_after
 from hlat.observe.tensorboard import EventFiles
 from hlat.registry import lookup, register
@@ -31,11 +34,14 @@ class Sink(Protocol):
 
 @register("sink", "jsonl")
 class JsonlSink(MetricsFile):
-    """Appends rows to `metrics.jsonl` of the run folder; rows after `after_step` are removed first."""
+    """Appends rows to `metrics.jsonl` of the run folder; rows after `after_step` are removed first. Further
+    arguments are those of `MetricsFile`.
+    """
 
-    def __init__(self, folder: Path, after_step: int = 0) -> None:
+    def __init__(self, folder: Path, after_step: int = 0, claim: Claim = UNCLAIMED, **more: Any) -> None:
+        claim.confirm()
         truncate_after(folder / METRICS_FILE, after_step)
-        super().__init__(folder / METRICS_FILE)
+        super().__init__(folder / METRICS_FILE, claim, after_step, **more)
 
     def rewind(self, step: int) -> None:
         """Move the rows after `step` to logs/rewound.jsonl."""
@@ -51,8 +57,8 @@ class TensorBoardSink:
     Raises UserError when the extra `track` is not installed.
     """
 
-    def __init__(self, folder: Path, after_step: int = 0) -> None:
-        self._files = EventFiles(folder / "logs" / "tensorboard", after_step)
+    def __init__(self, folder: Path, after_step: int = 0, claim: Claim = UNCLAIMED) -> None:
+        self._files = EventFiles(folder / "logs" / "tensorboard", after_step, claim)
 
     def rewind(self, step: int) -> None:
         """Take back what was written after `step`."""
@@ -76,13 +82,27 @@ class TensorBoardSink:
         self._files.close()
 
 
-def open_sinks(names: Sequence[str], folder: Path, after_step: int = 0) -> list[Sink]:
+def open_sinks(
+    names: Sequence[str],
+    folder: Path,
+    after_step: int = 0,
+    claim: Claim = UNCLAIMED,
+    warn: Callable[[str], None] | None = None,
+) -> list[Sink]:
     """The sinks of a run: `jsonl`, then the named ones.
+
+    Args:
+        names: of those beside `jsonl`.
+        folder, after_step: see the module text.
+        claim: whether this process still holds the folder; HLAT's own sinks ask it before they write.
+        warn: for metrics.jsonl, see `MetricsFile`.
 
     Raises UserError for an unknown name (with the nearest one) or a sink whose package is missing.
     """
     wanted = [*(name for name in names if name != "jsonl"), "jsonl"]
     makers = [lookup("sink", name, where="log") for name in wanted]
+    makers = [partial(make, claim=claim) if make is TensorBoardSink else make for make in makers]
+    makers[-1] = partial(makers[-1], claim=claim, **({} if warn is None else {"warn": warn}))
     opened: list[Sink] = []
     try:
         for make in makers:  # jsonl last: it drops rows, which must not happen when another one fails

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from hlat.errors import missing_extra
+from hlat.errors import FolderLost, missing_extra
+from hlat.observe.claim import UNCLAIMED, Claim
 
 _NAME = "events.out.tfevents"
 _SECONDS = re.compile(rf"{re.escape(_NAME)}\.(\d{{10}})\.")
@@ -37,6 +38,7 @@ class EventFiles:
     Args:
         folder: made when it is missing; nothing else writes there.
         after_step: points after it are cut out first.
+        claim: asked before anything is cut or written.
 
     Rows wait in memory until `flush`, and longer while nothing can be written; when too many wait, the oldest
     are lost. A file that is not as it was left (deleted, replaced, cut) gets a successor.
@@ -44,7 +46,7 @@ class EventFiles:
     Raises UserError when the extra `track` is not installed.
     """
 
-    def __init__(self, folder: Path, after_step: int = 0) -> None:
+    def __init__(self, folder: Path, after_step: int = 0, claim: Claim = UNCLAIMED) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
@@ -52,7 +54,7 @@ class EventFiles:
             raise missing_extra("tensorboard", "track", "log.tensorboard") from error
         self._event, self._summary, self._session = event_pb2.Event, summary_pb2.Summary, event_pb2.SessionLog
         self._writer: Any = RecordWriter
-        self.folder = folder
+        self.folder, self._claim = folder, claim
         self.path: Path | None = None  # of the file that is written
         self._file, self._size = -1, 0
         self._last = 0  # the seconds in the newest name so far
@@ -66,6 +68,7 @@ class EventFiles:
         self._waiting = deque((w for w in self._waiting if w[0] <= step), maxlen=_MOST_WAITING)
         self._leave()
         try:
+            self._claim.confirm()
             self._starts_after = step if self._find_last() else None
             for path in self._files():
                 self._cut(path, step)
@@ -93,9 +96,15 @@ class EventFiles:
         self._in_trouble = False
 
     def close(self) -> None:
-        """Flush and close; calling it again does nothing."""
-        self.flush()
-        self._leave()
+        """Flush and close; calling it again does nothing. What a process that has lost the folder would still
+        write is dropped: whoever holds it writes those steps.
+        """
+        try:
+            self.flush()
+        except FolderLost:
+            self._waiting.clear()
+        finally:
+            self._leave()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_NAME}.*"))
@@ -122,6 +131,7 @@ class EventFiles:
 
     def _write(self, records: bytes) -> None:
         """Append to the file, or to a new one. All of it, or nothing; raises OSError."""
+        self._claim.confirm()
         if not self._is_as_left():
             self._leave()
             self._open()

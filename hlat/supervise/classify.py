@@ -24,6 +24,7 @@ from hlat.supervise.failure_table import (
     DEFECT,
     DEVICE_ECHOES,
     HOST_ECHOES,
+    LOST,
     PREEMPTED,
     TABLE,
 )
@@ -122,7 +123,7 @@ def _status(row: Row, codes: Mapping[int, int], lines: list[str]) -> tuple[int |
     if not found:
         return None
     who = f"status {codes[found[0]]}" + (f" of ranks {', '.join(map(str, found[:8]))}" if found[1:] else "")
-    said = next((line for line in lines if "hlat: error: " in line), "") if row in CHOSEN else ""
+    said = next((line for line in lines if "hlat: error: " in line), "") if row in (*CHOSEN, LOST) else ""
     return found[0] if len(found) == 1 else None, f"{who}; {said}" if said else who
 
 

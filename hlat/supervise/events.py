@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hlat.observe.jsonl import encode
+from hlat.errors import SaveFailed
+from hlat.observe.jsonl import append, encode
 from hlat.observe.redact import redact, redact_all
 
 FOLDER = Path("logs") / "supervisor"
@@ -18,7 +19,8 @@ BAD_NODES = "bad-nodes.txt"
 
 
 class Events:
-    """Appends to the log, and says on stderr what a person should know. A full disk keeps lines for later.
+    """Appends to the log, and says on stderr what a person should know. A line is on the disk when `add`
+    returns; a full disk keeps lines for later.
 
     Args:
         folder: logs/supervisor of the run.
@@ -33,16 +35,10 @@ class Events:
         """One event: `time` (unix seconds), `host`, its name and values; `line` is said as well."""
         entry = {"time": time.time(), "host": self.host, "event": event, **values}
         self._waiting.append(encode(redact_all(entry)))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, SaveFailed):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            size = self.path.stat().st_size if self.path.exists() else 0
-            try:
-                with self.path.open("ab") as file:
-                    file.write(b"".join(self._waiting))
-                self._waiting.clear()
-            except OSError:
-                with self.path.open("r+b") as file:
-                    file.truncate(size)
+            append(self.path, b"".join(self._waiting))
+            self._waiting.clear()
         if line and not self.quiet:
             with contextlib.suppress(OSError):
                 print(f"hlat supervise: {redact(line)}", file=sys.stderr, flush=True)

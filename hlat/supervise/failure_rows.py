@@ -11,7 +11,7 @@ from typing import Literal
 
 # done, hang: not from the table; the supervisor sees these itself.
 Kind = Literal[
-    "recipe", "anomaly", "software", "node", "peer", "store", "preempted", "unknown", "done", "hang"
+    "recipe", "anomaly", "software", "node", "peer", "store", "preempted", "lost", "unknown", "done", "hang"
 ]
 Action = Literal["stop", "restart", "exclude"]
 Where = Literal["kernel", "text", "both", "status", "flag"]

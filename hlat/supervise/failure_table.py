@@ -2,6 +2,7 @@
 
 One row a signal. The first row that matches decides, so their order is the precedence:
 
+0. another process has taken the run over: it must not be disturbed, whatever else happened here;
 1. hardware, as the kernel or the runtime names it: whatever else broke followed from it;
 2. statuses HLAT chose itself (recipe, guard, store), and mistakes that only look like a wrong recipe;
 3. storage;
@@ -19,6 +20,7 @@ kernel's own messages; [hlat] docs/failures.md.
 
 from __future__ import annotations
 
+from hlat.errors import FolderLost
 from hlat.supervise.failure_rows import (
     DEVICE_ECHOES,
     DEVICE_HARDWARE,
@@ -268,6 +270,15 @@ HOST_ECHOES = (
     ),
 )
 
+LOST = Row(
+    "folder-lost",
+    "lost",
+    "stop",
+    "status",
+    "another process has taken the run folder over, and trains: this one must not start again",
+    "[hlat]",
+    codes=(FolderLost.exit_code,),
+)
 PREEMPTED = Row(
     "signal",
     "preempted",
@@ -309,6 +320,7 @@ BENIGN = (
 )
 
 TABLE = (
+    LOST,
     *DEVICE_HARDWARE,
     *HOST_HARDWARE,
     PREEMPTED,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.errors import FolderLost
 from hlat.observe.heartbeat import STEP, Heartbeat
 from hlat.observe.stopping import SPOT, text_of
 from hlat.supervise import processes
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hlat.doctor.finding import Finding
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
-_CODES = {"recipe": 2, "anomaly": 3, "software": FAILED}
+_CODES = {"recipe": 2, "anomaly": 3, "software": FAILED, "lost": FolderLost.exit_code}
 _WARNING = re.compile(r"\w*Warning: |\bwarning: ")  # told, and survived: not why a rank ended
 SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
@@ -185,7 +186,7 @@ class Supervisor:
             return {"exit": DONE}
         self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
-        if stopped is not None:
+        if stopped is not None and verdict.kind != "lost":
             return {"exit": 130 if stopped == signal.SIGINT else REQUEUE}
         if verdict.kind == "preempted":
             if any(_is_over(report) for report in shared.values()):
@@ -207,6 +208,9 @@ class Supervisor:
 
     def _judge(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
         """Why the attempt ended, and on which machine."""
+        for report in shared.values():  # before all else: who has taken the run over must not be disturbed
+            if FolderLost.exit_code in report["codes"].values():
+                return self._classify(report), report["host"]
         missing = [node for node in range(self.team.count) if node not in shared]
         if missing:
             names = ", ".join(f"node {node}" for node in missing)

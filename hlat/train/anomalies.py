@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.checkpoint.nxd import NxdFolder
-from hlat.errors import TrainingStopped, UserError
+from hlat.errors import FolderLost, TrainingStopped, UserError
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.failures import say
 from hlat.observe.jsonl import append, encode
 from hlat.observe.metrics import Interruption
@@ -46,12 +47,13 @@ class GuardWatch:
     Args:
         run: its guard judges, its data says what a bad batch held.
         logs: the folder for anomalies.jsonl; None on a rank that records nothing.
+        claim: asked before something is recorded.
 
     `send` gives a row to all sinks.
     """
 
-    def __init__(self, run: Run, logs: Path | None = None) -> None:
-        self.run, self.logs = run, logs
+    def __init__(self, run: Run, logs: Path | None = None, claim: Claim = UNCLAIMED) -> None:
+        self.run, self.logs, self.claim = run, logs, claim
         self.send: Callable[[Mapping[str, Any]], None] = lambda row: None
 
     def row(self, row: Mapping[str, Any]) -> None:
@@ -104,8 +106,12 @@ class GuardWatch:
                 "step": bad,
                 **facts,
                 "documents": self.run.data.locate(facts["data_step"]),
+                **({"by": self.claim.name} if self.claim.name else {}),
             }
+            self.claim.confirm()
             append(self.logs / FILE, encode(entry))
+        except FolderLost:
+            raise
         except (OSError, UserError) as error:  # the record is not worth the run
             say(f"hlat: warning: {error}")
         self.send({"kind": "anomaly", "step": bad if step is None else step, **facts})

@@ -36,7 +36,7 @@ def open_metrics(
         compiled, began: for the banner: whether it is compiled and why; what it started from.
     """
     recipe = run.recipe
-    guard = GuardWatch(run, None if console is None else folder.logs)
+    guard = GuardWatch(run, None if console is None else folder.logs, folder.claim)
     if console is None:
         return MetricBuffer([guard], every=recipe.log.every)
     peak = peak_flops(run.backend.device, next(run.model.parameters()).dtype)
@@ -44,7 +44,8 @@ def open_metrics(
     console.banner(banner(run, folder.path, saved, compiled, peak, began))
     if saved is not None and (line := wrong_skips_text(run, folder.path, saved)):
         console.warn(line)  # now: the rows after this checkpoint are removed below
-    sinks = open_sinks(["tensorboard"] if recipe.log.tensorboard else [], folder.path, run.step)
+    more = ["tensorboard"] if recipe.log.tensorboard else []
+    sinks = open_sinks(more, folder.path, run.step, folder.claim, console.warn)
     work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     every_token = getattr(run.objective, "every_token", True)
     buffer = MetricBuffer(

@@ -15,6 +15,7 @@ from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.mirror import Mirror, newer
 from hlat.checkpoint.uploader import Uploader
 from hlat.errors import SaveFailed, UserError
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.storage.journal import Journal
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
@@ -27,11 +28,11 @@ _BEAT = 5.0  # seconds between signs of life while the last upload is awaited
 _PAUSES = (1.0, 15.0)  # seconds between attempts at the start: the first, the longest
 
 
-def open_mirror(recipe: Recipe, root: Path) -> Mirror:
+def open_mirror(recipe: Recipe, root: Path, claim: Claim = UNCLAIMED) -> Mirror:
     """The run's checkpoints in the store. Raises UserError for a URL or a package that will not do."""
     assert recipe.checkpoint.remote is not None
     remote = Remote(f"{recipe.checkpoint.remote.rstrip('/')}/{recipe.run.name}", WHERE)
-    return Mirror(remote, root, recipe.checkpoint.keep)
+    return Mirror(remote, root, recipe.checkpoint.keep, claim)
 
 
 def _patiently(work: Callable[[], Value], seconds: float, warn: Callable[[str], None]) -> Value:
@@ -69,12 +70,13 @@ class RemoteSaves:
         recipe: where the store is, how much is kept, how long it may take.
         root: the checkpoints folder on the disk.
         journal: hears of everything.
+        claim: see `Mirror`.
     """
 
-    def __init__(self, recipe: Recipe, root: Path, journal: Journal) -> None:
+    def __init__(self, recipe: Recipe, root: Path, journal: Journal, claim: Claim = UNCLAIMED) -> None:
         self.root, self.journal, self._patience = root, journal, recipe.checkpoint.patience
         self._after_signal = min(self._patience, recipe.checkpoint.grace / 2)
-        self.mirror = open_mirror(recipe, root)
+        self.mirror = open_mirror(recipe, root, claim)
         self.uploader: Uploader | None = None
         self.sequence = 0  # the highest there is in the store
 
@@ -151,6 +153,7 @@ class RemoteSaves:
                 break
             beat()
             self.journal.report()
+        self.mirror.claim.confirm()  # who has lost the folder does not say that all is there
         if problem is None:
             return
         last = self.uploader.uploaded

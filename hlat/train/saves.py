@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hlat.checkpoint.nxd import NxdFolder, newest_nxd, unfinished_nxd
 from hlat.checkpoint.reader import lost
 from hlat.checkpoint.store import CheckpointStore
-from hlat.errors import SaveFailed, UserError
+from hlat.errors import FolderLost, SaveFailed, UserError
+from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.storage.journal import Journal
 from hlat.train import state
 from hlat.train.remote import RemoteSaves
@@ -40,6 +41,7 @@ class Saves:
         warn: receives a line about each checkpoint that cannot be used.
         tokenizer: its files, kept with each checkpoint.
         exchange: every rank's value, by rank, on every rank.
+        claim: asked on the first rank before anything is written or deleted.
 
     Attributes:
         journal: what went wrong and what worked.
@@ -53,8 +55,9 @@ class Saves:
         warn: Callable[[str], None],
         tokenizer: Sequence[Path] = (),
         exchange: Callable[[Any], list[Any]] = lambda value: [value],
+        claim: Claim = UNCLAIMED,
     ) -> None:
-        self.journal, self._exchange = Journal(warn), exchange
+        self.journal, self._exchange, self._claim = Journal(warn), exchange, claim
         self._saving: int | None = None  # step of a save whose completion nobody was told of
         self._failed: SaveFailed | None = None  # the last save's failure, as all ranks know it
         self._open_since: float | None = None  # when the last save began, until its outcome is known
@@ -69,10 +72,11 @@ class Saves:
             permanent_every_tokens=section.permanent_every_tokens,
             async_=section.async_,
             warn=warn,
+            claim=claim,
         )
         self._remote: RemoteSaves | None = None
         if section.remote is not None and self.store.first:
-            self._remote = RemoteSaves(recipe, folder, self.journal)
+            self._remote = RemoteSaves(recipe, folder, self.journal, claim)
             self.store.keep_back = self._remote.keeps
         self._remote_searched = section.remote is None
 
@@ -284,6 +288,7 @@ class NxdSaves(Saves):
         if wait:
             super().save(run, wait, obstacle, beat)
             return
+        self._confirm()
         if (problem := obstacle()) is not None:
             raise SaveFailed(str(problem), where=str(self.nxd_folder), fix="make room, then start again")
         nxd_checkpoint.save(
@@ -312,7 +317,21 @@ class NxdSaves(Saves):
             from hlat.backend.nxd import files
 
             self._open = None
+            self._confirm()
             files.finish(self.nxd_folder)
+
+    def _confirm(self) -> None:
+        """Raise on every rank alike what the claim raises on the first: a rank alone would be waited for."""
+        words: tuple[type[UserError], str, str, str] | None = None
+        try:
+            self._claim.confirm()
+        except FolderLost as lost:
+            words = FolderLost, lost.what, lost.where, lost.fix
+        except OSError as error:
+            words = SaveFailed, str(error), str(self.nxd_folder), "start again when the folder can be read"
+        if (words := self._exchange(words)[0]) is not None:
+            kind, what, where, fix = words
+            raise kind(what, where=where, fix=fix)
 
 
 def kind_of_saves(recipe: Recipe) -> type[Saves]:

@@ -3,7 +3,8 @@
 # Written by `hlat launch torchrun`. Start it on each node, with the node's own number:
 #     bash FILE NODE_RANK [MASTER_ADDR [MASTER_PORT]]
 # MASTER_ADDR is the name or address of node 0, the same everywhere. The exit code is that of `hlat supervise`:
-# 75 and 76 ask to be started again (76: without the nodes in logs/supervisor/bad-nodes.txt).
+# 75 and 76 ask to be started again (76: without the nodes in logs/supervisor/bad-nodes.txt); never after 77, when
+# another process trains in the run folder.
 # shellcheck disable=SC2016 # quoted on purpose
 set -euo pipefail
 

@@ -4,16 +4,18 @@
 
 KIND: raise, kill (SIGKILL), freeze (SIGSTOP), sleep, term (SIGTERM), usr1, flip (one bit of the first
 bucket's weights), flip-master (of its masters), nan (in the masters), mistake (a UserError), full (no room
-for checkpoints on this rank for twelve steps), full-for-good.
+for checkpoints on this rank for twelve steps), full-for-good, lose (another process takes the run folder).
 RANK: -1 for all. STEP: steps done before; -1 for while data is opened, a large number for never.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ def mishap(kind: str, run: Any) -> None:
         raise UserError("this machine has no text", where="data", fix="copy it there")
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
+    if kind == "lose":
+        lock = Path(run.recipe.run.dir, ".lock")
+        other = lock.with_name("other")
+        other.write_text(json.dumps({**json.loads(lock.read_text()), "token": "another", "host": "node-b"}))
+        other.replace(lock)
     if kind == "sleep":
         time.sleep(120)
     if kind == "nan":

@@ -96,7 +96,7 @@ class Place:
     def rows(self, folder: str, kind: str = "train") -> list[dict[str, Any]]:
         file = self.path / folder / "metrics.jsonl"
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
+        measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes", "by")
         found = [row for row in map(json.loads, lines) if row["kind"] == kind]
         return [{k: v for k, v in row.items() if k not in measured} for row in found]
 

@@ -236,6 +236,16 @@ def test_a_store_that_does_not_answer_at_the_start(place: Path) -> None:
     assert not (place.path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_another_process_takes_the_run_folder(place: Place) -> None:
+    """The first rank finds out before a save that the others have begun: none of them waits for another."""
+    ended = place.torchrun(2, ("lose", 0, 5), "run.steps=20", "log.every=100")
+    assert ended.codes == [1] and len(ended.lines) == 1 and ended.seconds < SECONDS, ended.texts[0]
+    assert "on node-b has taken the run folder over" in ended.lines[0]
+    assert ended.texts[0].count("exitcode  : 77") == 2, ended.texts[0]
+    assert place.newest in (2, 4) and len(place.rows()) == 4
+
+
 def test_an_exception_on_one_rank(place: Place) -> None:
     ended = place.torchrun(2, ("raise", 1, 2))
     text = ended.texts[0]

@@ -184,8 +184,8 @@ def test_an_index_that_lies_is_refused(root: Path, change: Callable[[dict], None
 # -- what killed processes leave
 
 
-def leave(root: Path, kind: str, pid: int, host: str, age: float = 0.0) -> Path:
-    path = root / f".step-00000040.{kind}-{pid}-{host}"
+def leave(root: Path, kind: str, pid: int, owner: str, age: float = 0.0) -> Path:
+    path = root / f".step-00000040.{kind}-{pid}-node{owner}"
     path.mkdir()
     (path / "data-00000.safetensors").write_bytes(b"half")
     for item in (path / "data-00000.safetensors", path):
@@ -195,27 +195,30 @@ def leave(root: Path, kind: str, pid: int, host: str, age: float = 0.0) -> Path:
 
 
 DEAD = 2**22 + 1  # above the largest process number
-HERE = folder.socket.gethostname()
+PARENT = folder._process_id(os.getppid())
+SPACE = PARENT.partition("-")[0]
 
 
 @pytest.mark.parametrize(
-    ("pid", "host", "age", "goes"),
+    ("pid", "owner", "age", "goes"),
     [
-        (DEAD, HERE, 0, True),
-        (os.getppid(), HERE, 0, False),  # somebody is writing it
-        (os.getppid(), HERE, 10 * 365 * 86400, True),  # a new process with the old number
-        (os.getpid(), HERE, 0, True),  # ours, but not by us
-        (DEAD, "another-machine", 60, False),
-        (DEAD, "another-machine", 3600, True),
+        (DEAD, f"~{SPACE}-1", 0, True),
+        (os.getppid(), f"~{PARENT}", 3600, False),  # somebody is writing it
+        (os.getppid(), f"~{SPACE}-1", 0, True),  # a new process with the old number
+        (os.getpid(), f"~{folder._process_id(os.getpid())}", 0, True),  # ours, but not by us
+        (os.getppid(), "~00000000-1", 60, False),  # the same number in another container means nothing
+        (os.getppid(), "~00000000-1", 3600, True),
+        (DEAD, "", 60, False),  # of a former version
+        (DEAD, "", 3600, True),
     ],
     # Names of their own: process numbers differ between the workers of a parallel test run.
-    ids=["dead", "living", "reused number", "left by us", "elsewhere, fresh", "elsewhere, old"],
+    ids=["dead", "living", "reused", "ours", "elsewhere", "elsewhere, old", "former", "former, old"],
 )
 @pytest.mark.parametrize("kind", ["partial", "deleted"])
 def test_leftovers_of_dead_processes_are_removed(
-    root: Path, kind: str, pid: int, host: str, age: float, goes: bool
+    root: Path, kind: str, pid: int, owner: str, age: float, goes: bool
 ) -> None:
-    path = leave(root, kind, pid, host, age)
+    path = leave(root, kind, pid, owner, age)
     warnings: list[str] = []
     CheckpointStore(root, keep=1, warn=warnings.append)
     assert path.exists() != goes

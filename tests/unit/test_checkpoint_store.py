@@ -308,8 +308,7 @@ def test_an_interrupted_replacement_loses_nothing(tmp_path: Path) -> None:
     hidden = tmp_path / ".step-00000005.replaced-999999999-elsewhere"
     (tmp_path / "step-00000005").rename(hidden)  # killed between the two renames
     assert open_checkpoint(tmp_path).path == hidden
-    mine = hidden.with_name(f".step-00000005.replaced-{os.getpid()}-{folder.socket.gethostname()}")
-    hidden.rename(mine)
+    hidden.rename(folder.scratch(tmp_path / "step-00000005", "replaced"))
     assert store_at(tmp_path).steps() == [5] and os.listdir(tmp_path) == ["step-00000005"]
 
 

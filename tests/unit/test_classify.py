@@ -42,7 +42,8 @@ STATUSES = {
     "killed": [{0: 1, 1: -9}, {1: 137}],
     "aborted": [{1: -6}],
     "clean": [{0: 0, 1: 0}],
-    "unknown": [{0: 1}, {}, {0: 77}],
+    "folder-lost": [{0: 77, 1: 77}, {0: 77, 1: -9}, {0: 143, 1: 77}],
+    "unknown": [{0: 1}, {}, {0: 99}],
 }
 WITHOUT_MESSAGES = {"exception", "hang"}
 

@@ -27,7 +27,7 @@ eval: {every: 2, rows: 4}
 log: {every: 1}
 """
 TASKS = ("eval.tasks=[hlat-bits-comment, hlat-function]", "eval.limit=3")
-MEASURED = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
+MEASURED = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes", "by")
 
 
 @pytest.fixture

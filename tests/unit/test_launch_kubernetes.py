@@ -120,7 +120,7 @@ def test_an_indexed_job(recipe, tmp_path, capsys) -> None:
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
     assert spec["backoffLimit"] == 20
-    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3]
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3, 77]
     pod = spec["template"]
     assert (
         service["spec"]["clusterIP"] == "None"

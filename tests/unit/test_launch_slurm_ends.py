@@ -28,6 +28,9 @@ from hlat.launch import slurm
         ("137 75", 75, True),
         ("137 0", 137, True),
         ("76 1", 76, True),
+        ("77 77", 77, False),
+        ("75 77", 77, False),
+        ("76 77", 77, False),
     ],
 )
 def test_exit_codes(small_recipe, stub_cluster, codes: str, exit_code: int, requeued: bool) -> None:

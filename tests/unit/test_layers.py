@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "hlat").rglob("*.py"))
 # From the ground up. A part imports itself and parts of lower rows, never others of its row or a higher one.
 # Plug-ins are found by the registry: `train` does not import `method`. Imports under TYPE_CHECKING are free.
 LAYERS = (
-    ("errors", "host"),
+    ("errors", "host", "process"),
     ("registry", "section", "storage"),
     ("mesh",),
     ("model", "data", "observe", "backend"),

@@ -12,9 +12,10 @@ import time
 
 import pytest
 
+from hlat import process
 from hlat.errors import SaveFailed, UserError
 from hlat.observe import environment, lock
-from hlat.observe.lock import Holder, is_alive
+from hlat.observe.lock import Holder, judge
 from hlat.observe.runfolder import RunFolder
 
 FACTS = {"host": "here"}
@@ -26,7 +27,7 @@ def test_start_writes_everything_and_keeps_the_recipe_verbatim(tmp_path):
     )
     assert folder.recipe.read_text() == "# mine\nrun: {}\n"
     assert folder.resolved.read_text() == "run: {seed: 1}\n"
-    assert json.loads(folder.environment.read_text()) == {"starts": [FACTS]}
+    assert json.loads(folder.environment.read_text()) == {"starts": [FACTS], "holder": folder.claim.token}
     names = {path.name for path in folder.path.iterdir()}
     assert names == {
         "recipe.yaml",
@@ -101,17 +102,17 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path):
         "import sys, time; from hlat.observe.lock import Lock; from pathlib import Path;"
         "Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     try:
-        assert process.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"process {process.pid} on .* trains in this folder") as caught:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* trains in this folder") as caught:
             RunFolder(tmp_path).start("", "", description=FACTS)
         assert str(tmp_path / ".lock") in caught.value.fix
         assert not (tmp_path / "recipe.yaml").exists()
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
     with RunFolder(tmp_path).start("", "", description=FACTS):
         assert lock.read_holder(tmp_path / ".lock").pid == os.getpid()
 
@@ -139,31 +140,45 @@ def test_of_many_processes_that_find_a_stale_lock_one_takes_it(tmp_path):
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", script, str(tmp_path)]
     processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(4)]
-    for process in processes:
-        process.stdout.readline()
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    answers = [process.stdout.readline().strip() for process in processes]
-    for process in processes:
-        process.communicate("\n", timeout=30)
+    for each in processes:
+        each.stdout.readline()
+    for each in processes:
+        each.stdin.write("\n")
+        each.stdin.flush()
+    answers = [each.stdout.readline().strip() for each in processes]
+    for each in processes:
+        each.communicate("\n", timeout=30)
     assert sorted(answers) == ["held", "refused", "refused", "refused"]
 
 
 def test_who_counts_as_alive(tmp_path):
-    me = Holder.this_process(tmp_path)
-    other = dataclasses.replace(me, pid=os.getppid(), birth=lock._birth(os.getppid()))
+    me = dataclasses.replace(Holder.this_process(tmp_path), job="", restart="0")
+    other = dataclasses.replace(me, pid=os.getppid(), birth=process.birth(os.getppid()))
     fresh, stale = 10.0, lock.STALE_SECONDS + 1
-    assert is_alive(other, me, fresh)
-    assert not is_alive(dataclasses.replace(other, birth="1"), me, fresh)  # process id used again
-    assert not is_alive(dataclasses.replace(other, boot="before"), me, fresh)  # machine restarted
-    assert not is_alive(dataclasses.replace(other, inode=1), me, fresh)  # folder copied
-    away = dataclasses.replace(other, host="elsewhere")
-    assert is_alive(away, me, fresh)
-    assert not is_alive(away, me, stale)
-    job = dataclasses.replace(me, job="7", restart="1")
-    assert not is_alive(dataclasses.replace(away, job="7", restart="0"), job, fresh)  # requeued
-    assert is_alive(dataclasses.replace(away, job="8", restart="0"), job, fresh)
+    for holder, silence, alive in [
+        (other, fresh, True),
+        (other, stale, False),  # stopped: it does not refresh its lock, and will find out
+        (other, -stale, False),  # refreshed before the clock was put back
+        (dataclasses.replace(other, birth="1"), fresh, False),  # process id used again
+        (dataclasses.replace(other, pid=2**22 + 1), fresh, False),
+        # What cannot be compared is not dead before its time, whether such a process is here or not.
+        (dataclasses.replace(other, boot="another machine of that name"), fresh, None),
+        (dataclasses.replace(other, namespace="pid:[1]", pid=2**22 + 1), fresh, None),
+        (dataclasses.replace(other, namespace="pid:[1]"), stale, False),
+        (dataclasses.replace(other, birth="", pid=2**22 + 1), fresh, None),
+        (dataclasses.replace(other, host="another name of this machine"), fresh, True),
+        (dataclasses.replace(other, inode=1), fresh, True),  # differs from client to client
+    ]:
+        assert judge(holder, me, silence) is alive, holder
+    away = dataclasses.replace(other, boot="b", job="7", restart="1")
+    for job, restart, alive in (
+        ("7", "2", False),
+        ("7", "1", None),
+        ("7", "0", None),
+        ("8", "2", None),
+        ("7", "?", None),
+    ):
+        assert judge(away, dataclasses.replace(me, job=job, restart=restart), fresh) is alive
 
 
 def test_a_held_lock_is_refreshed(tmp_path, monkeypatch):

@@ -266,6 +266,10 @@ def decide(made: Supervisor, outcome: Outcome, reached: int = 5, number: int = 1
         (Outcome(codes={0: 143}, stopped=signal.SIGTERM), 75),
         (Outcome(codes={0: 143}, stopped=signal.SIGINT), 130),
         (Outcome(codes={0: 1}, text="nrt_execute status=1201 NRT_EXEC_HW_ERR_HBM_UE"), 76),
+        (Outcome(codes={0: 77, 1: 77}), 77),
+        (Outcome(codes={0: 77, 1: -9}, text="nrt_execute status=1201 NRT_EXEC_HW_ERR_HBM_UE"), 77),
+        (Outcome(codes={0: 77}, stopped=signal.SIGTERM), 77),
+        (Outcome(codes={0: 77}, hang=True), 77),
     ],
 )
 def test_what_comes_next(tmp_path: Path, outcome: Outcome, status: int | None) -> None:

@@ -53,7 +53,8 @@ def train(*overrides: str) -> int:
 
 def rows(folder: str, kind: str = "train") -> list[dict]:
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    found = [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return [{k: v for k, v in row.items() if k != "by"} for row in found]
 
 
 def numbers(row: dict) -> dict:

@@ -62,7 +62,7 @@ def send(*numbers: int) -> None:
 
 def rows(folder: str, *kinds: str) -> list[dict]:
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes")
+    measured = ("tokens_per_second", "mfu", "step_seconds", "memory/peak_bytes", "by")
     found = [row for row in map(json.loads, lines) if row["kind"] in kinds]
     return [{k: v for k, v in row.items() if k not in measured} for row in found]
 
