@@ -13,7 +13,7 @@ from pathlib import Path
 def boot() -> str:
     """A random text that this machine has had since it booted; empty where the system does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 
@@ -39,7 +39,9 @@ def look(pid: int) -> tuple[str, str]:
     is none, "?" and "" if there is one of which nothing is known.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return fields[0], fields[19]
     except (OSError, IndexError):
         pass

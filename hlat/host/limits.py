@@ -97,7 +97,7 @@ class _Group:
 
     def _read(self, name: str) -> str:
         with contextlib.suppress(OSError, ValueError):
-            return (self.folder / name).read_text().strip()
+            return (self.folder / name).read_text(encoding="utf-8", errors="replace").strip()
         return ""
 
 
