@@ -169,7 +169,7 @@ def _machine_memory(root: Path) -> Memory | None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(errors="surrogateescape").splitlines()
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []
 
