@@ -284,15 +284,13 @@ def result(trial: Trial) -> Result | None:
     """What a run gave; None when it is not finished, or was of something else."""
     from hlat.checkpoint.finished import lacking
     from hlat.observe.runfolder import RunFolder
-    from hlat.observe.skipped import wrong_skips
 
     folder = RunFolder(trial.folder)
     found = _figures(folder, trial.last)
     if found is None or others(trial):
         return None
-    if found.stopped:  # nothing would be different the next time, unless the guard is
-        wrong = wrong_skips(folder.path, trial.recipe.to_dict()["guard"]).steps
-        return None if wrong else found
+    if found.stopped:  # nothing would be different the next time
+        return found
     return None if lacking(folder, trial.last) else found
 
 

@@ -113,7 +113,7 @@ def test_accuracy_is_in_metrics_console_and_report(finetune, by: str) -> None:
     evals = rows_of(folder, "eval")
     assert [row["step"] for row in evals] == [1, 2]
     for row in evals:
-        assert set(row) == {"kind", "step", "loss", "accuracy", "held_out_examples"}
+        assert set(row) == {"kind", "step", "by", "loss", "accuracy", "held_out_examples"}
         assert row["accuracy"] * row["held_out_examples"] == pytest.approx(
             round(row["accuracy"] * row["held_out_examples"])
         )

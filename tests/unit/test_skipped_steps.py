@@ -14,9 +14,7 @@ import torch
 
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
-from hlat.commands import sweep
 from hlat.observe.skipped import OftenSkipped, often_lines, often_skipped, stretch, wrong_skips
-from hlat.recipe import load
 from hlat.train.guard import RewindGuard, SkipGuard, StopGuard
 
 RECIPE = """
@@ -133,9 +131,6 @@ def test_stop_and_rewind_go_on(place: Path, monkeypatch: Any, capsys: Any, guard
         assert train(*options) == 3
     lost = skipped() + (skipped(Path("runs/small/logs"), "rewound.jsonl") if name == "rewind" else [])
     assert lost and f"from step {min(lost)} on" in report()
-    recipe = load("small.yaml", options)
-    trial = sweep.Trial({}, 3, [*options], Path("runs/small"), recipe)
-    assert sweep.result(trial) is None, "a sweep does not take it for its result"
     capsys.readouterr()
     assert train(*options) == 0
     assert "all of them lie after this checkpoint and are done again" in capsys.readouterr().out
