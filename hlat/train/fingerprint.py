@@ -147,7 +147,7 @@ def _value(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _left_out(recipe: Mapping[str, Any], last: int) -> list[tuple[int, int]]:
-    skips = Skips(tuple((first, end) for first, end in recipe["data"].get("skip", ())))
+    skips = Skips(tuple((first, end) for first, end in recipe.get("data", {}).get("skip", ())))
     return skips.until(skips.position(last))
 
 

@@ -191,6 +191,7 @@ def test_an_unknown_content_is_never_equal(here) -> None:
     unknown = Fingerprint(now.recipe, {**now.content, "init.from": ""})
     assert differences(unknown, now, 4) == differences(unknown, unknown, 4)
     assert differences(unknown, now, 4) == ["init.from: what it was is not known"]
+    assert differences(Fingerprint({}, {}), now, 4)  # of a recipe without any section
 
 
 def test_tasks_made_of_the_standard_library(monkeypatch) -> None:
@@ -229,7 +230,10 @@ def test_what_is_written_is_read(tmp_path) -> None:
     stretches = noted(noted([], 0, SEVERAL[0]), 7, SEVERAL[1])
     (tmp_path / FILE).write_bytes(stretches_text(stretches))
     assert read_stretches(tmp_path) == stretches
-    for damaged in (b"", b"[]", b'{"rows": [{"after": 0}]}', b'{"rows": 3}', b"\xff"):
+    other = [{"recipe": {"data": 3}, "content": {}}, {"recipe": {}, "content": {"data": 1}}]
+    wrong = [json.dumps({"rows": [{"after": 0, **values}]}).encode() for values in other]
+    wrong.append(b'{"rows": [{"after": Infinity, "recipe": {}, "content": {}}]}')
+    for damaged in (b"", b"[]", b'{"rows": [{"after": 0}]}', b'{"rows": 3}', b"\xff", *wrong):
         (tmp_path / FILE).write_bytes(damaged)
         assert read_stretches(tmp_path) == []
 

@@ -22,6 +22,7 @@ from hlat.registry import register
 from hlat.train.assembly import Assembly
 from hlat.train.rounding import rounding_lines
 from hlat.train.run import refuse_unsupported
+from hlat.train.state import check_same_run
 
 SLOW = (0.9, 0.999)
 
@@ -206,3 +207,12 @@ def test_copies_with_the_whole_gradient_round_alike(tiny_run, name: str, alike: 
         sums.append(bucket.round_sum(total, 0, 1))
     assert torch.equal(sums[0], sums[1]) is (alike and not sequence)
     assert not torch.equal(sums[0], sums[2])  # another replica sees another gradient
+
+
+def test_a_run_that_rounded_to_nearest_by_default_is_told_how_to_go_on(tiny_recipe) -> None:
+    recipe = tiny_recipe("precision.states=bf16")
+    former = recipe.to_dict()
+    former["precision"]["rounding"] = "nearest"
+    with pytest.raises(UserError) as error:
+        check_same_run(recipe, "", {"recipe": former, "step": 3}, "run")
+    assert error.value.fix.startswith("write precision.rounding=nearest to go on")
