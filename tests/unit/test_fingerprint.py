@@ -174,8 +174,14 @@ def test_weights_in_another_format(here) -> None:
     then = made("init.from=hf-a", *common)
     assert differences(then, made("init.from=hf-again", *common), 4) == []
     assert differences(then, made("init.from=hf-b", *common), 4) == ["init.from: the weights differ"]
+    config = Path("hf-a/tokenizer_config.json")
+    texts = json.loads(config.read_text())
+    config.write_text(json.dumps({**texts, "bos_token": texts["eos_token"], "add_bos_token": True}))
+    (line,) = differences(then, made("init.from=hf-a", *common), 4)
+    assert line == "init.from: what its files say of BOS and special tokens differs"
     other_bytes("hf-a/config.json")  # whatever else lies beside the weights
-    assert Contents().fingerprint(load("r.yaml")).content.keys() == then.content.keys() - {"init.from"}
+    own = then.content.keys() - {"init.from", "init.texts"}
+    assert Contents().fingerprint(load("r.yaml")).content.keys() == own
 
 
 def test_a_thing_is_looked_at_once_for_a_sweep(here) -> None:
