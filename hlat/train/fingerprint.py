@@ -118,6 +118,9 @@ def differences(then: Fingerprint, now: Fingerprint, last: int) -> list[str]:
         old, new = _value(then.recipe, key), _value(now.recipe, key)
         if old != new:
             found.append(f"{key} was {old!r} and is {new!r}")
+    old, new = _labels(then.recipe), _labels(now.recipe)
+    if old != new and set(old) == set(new):
+        found.append("data.examples.labels are in another order")
     if _left_out(then.recipe, last) != _left_out(now.recipe, last):
         found.append("data.skip leaves out other data")
     for key in dict.fromkeys([*now.content, *then.content]):
@@ -154,6 +157,12 @@ def _shaping(recipe: Mapping[str, Any]) -> Iterator[str]:
 def _value(recipe: Mapping[str, Any], key: str) -> Any:
     section, _, name = key.partition(".")
     return recipe.get(section, {}).get(name)
+
+
+def _labels(recipe: Mapping[str, Any]) -> list[str]:
+    """The labels of examples in their order: it numbers the rows of a classifier."""
+    examples = recipe.get("data", {}).get("examples") or {}
+    return list(examples.get("labels", ()))
 
 
 def _left_out(recipe: Mapping[str, Any], last: int) -> list[tuple[int, int]]:
