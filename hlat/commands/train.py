@@ -184,6 +184,18 @@ def _work(
     """Data, run folder, training. Rank 0 has the console and starts the run folder; the others wait for
     that.
     """
+    from hlat.train.initial import one_checkpoint
+
+    cluster, limit = job.cluster, recipe.parallel.first_timeout
+    with one_checkpoint(
+        recipe, lambda path: str(cluster.from_first("init-from", path, limit)), cluster.rank == 0
+    ):
+        return _work_on(args, recipe, job, folder, console)
+
+
+def _work_on(
+    args: argparse.Namespace, recipe: Recipe, job: Job, folder: RunFolder, console: Console | None
+) -> int:
     from hlat.data import open_data
     from hlat.observe.environment import describe
     from hlat.observe.failures import Terminated

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +34,40 @@ WHERE = "init.from"
 SAME = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "norm_eps", "rope_theta", "tie_embeddings")
 
 
+_chosen: dict[str, str] = {}  # what `init.from` names -> the checkpoint of it that this process reads
+
+
+@contextmanager
+def one_checkpoint(recipe: Recipe, agree: Callable[[str | None], str], first: bool) -> Iterator[None]:
+    """While a run starts, everything that is read of a run at `init.from` is of one of its checkpoints, on
+    every rank: that run may still be training, and its newest checkpoint another one at each look.
+
+    Args:
+        recipe: the one that names it.
+        agree: returns the first rank's value on every rank; called on each once.
+        first: whether this is the first rank.
+    """
+    path, found = recipe.init.from_, None
+    if path is None:
+        yield
+        return
+    if first:
+        try:
+            found = str(open_source(path)[0].path)
+        except UserError:  # said where it is needed: a run that continues needs nothing of it
+            found = ""
+    if chosen := agree(found):
+        _chosen[path] = chosen
+    try:
+        yield
+    finally:
+        _chosen.pop(path, None)
+
+
 def open_source(path: str) -> tuple[WeightSource, ModelConfig]:
     """The weights at `init.from` and their model. Raises UserError when there are none, or not whole ones."""
     try:
-        source = open_weights(Path(path).expanduser())
+        source = open_weights(Path(_chosen.get(path, path)).expanduser())
         return source, model_config(source)
     except UserError as error:
         raise UserError(error.what, where=f"{WHERE}: {error.where}", fix=error.fix) from error

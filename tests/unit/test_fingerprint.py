@@ -26,6 +26,7 @@ from hlat.storage.fingerprint import (
 )
 from hlat.train import fingerprint as module
 from hlat.train.fingerprint import Contents, differences
+from hlat.train.initial import one_checkpoint, open_source
 
 RECIPE = """
 run: {name: small, steps: 4}
@@ -323,3 +324,21 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert cli.main(["report", "a", "rows", "same", "--out", "report.html"]) == 0
     said = capsys.readouterr().out
     assert said.count("note: ") == 2 and different in Path("report.html").read_text()
+
+
+def test_a_start_reads_one_checkpoint_of_a_run_that_goes_on(here) -> None:
+    recipe, newest = load("r.yaml", ["init.from=a"]), Path("a/checkpoints/step-00000004")
+
+    def read() -> str:
+        return open_source("a")[0].path.name
+
+    shutil.move(newest, "later")
+    with one_checkpoint(recipe, lambda found: str(found), first=True):
+        shutil.move("later", newest)
+        assert read() == "step-00000002"
+    assert read() == "step-00000004"
+    with one_checkpoint(recipe, lambda found: "a/checkpoints/step-00000002", first=False):
+        assert read() == "step-00000002"
+    shutil.rmtree("a")
+    with one_checkpoint(recipe, lambda found: str(found), first=True):  # a run that continues needs nothing
+        assert Path("r.yaml").exists()
