@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from hlat.parallel.plan import Part
 from hlat.train.weights import Initial, initial_values
 
 if TYPE_CHECKING:
+    from hlat.backend.cluster import Cluster
     from hlat.data.tokenizer import Tokenizer
     from hlat.model.config import ModelConfig
     from hlat.recipe import Recipe
@@ -38,25 +39,20 @@ _chosen: dict[str, str] = {}  # what `init.from` names -> the checkpoint of it t
 
 
 @contextmanager
-def one_checkpoint(recipe: Recipe, agree: Callable[[str | None], str], first: bool) -> Iterator[None]:
+def one_checkpoint(recipe: Recipe, cluster: Cluster, seconds: float) -> Iterator[None]:
     """While a run starts, everything that is read of a run at `init.from` is of one of its checkpoints, on
     every rank: that run may still be training, and its newest checkpoint another one at each look.
 
-    Args:
-        recipe: the one that names it.
-        agree: returns the first rank's value on every rank; called on each once.
-        first: whether this is the first rank.
+    The first rank chooses; the others wait for it so many seconds. Collective.
     """
-    path, found = recipe.init.from_, None
+    path, found = recipe.init.from_, ""
     if path is None:
         yield
         return
-    if first:
-        try:
+    if cluster.rank == 0:
+        with suppress(UserError):  # said where it is needed: a run that continues needs nothing of it
             found = str(open_source(path)[0].path)
-        except UserError:  # said where it is needed: a run that continues needs nothing of it
-            found = ""
-    if chosen := agree(found):
+    if chosen := cluster.from_first("init-from", found, seconds):
         _chosen[path] = chosen
     try:
         yield

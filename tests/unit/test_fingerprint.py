@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat import cli
+from hlat.backend.cluster import Cluster
 from hlat.checkpoint.hf import to_hf
 from hlat.observe.report import render
 from hlat.observe.runs import load_runs
@@ -333,12 +335,13 @@ def test_a_start_reads_one_checkpoint_of_a_run_that_goes_on(here) -> None:
         return open_source("a")[0].path.name
 
     shutil.move(newest, "later")
-    with one_checkpoint(recipe, lambda found: str(found), first=True):
+    with one_checkpoint(recipe, Cluster(), 1.0):
         shutil.move("later", newest)
         assert read() == "step-00000002"
     assert read() == "step-00000004"
-    with one_checkpoint(recipe, lambda found: "a/checkpoints/step-00000002", first=False):
+    other = SimpleNamespace(rank=1, from_first=lambda name, own, seconds: "a/checkpoints/step-00000002")
+    with one_checkpoint(recipe, other, 1.0):  # type: ignore[arg-type]
         assert read() == "step-00000002"
     shutil.rmtree("a")
-    with one_checkpoint(recipe, lambda found: str(found), first=True):  # a run that continues needs nothing
+    with one_checkpoint(recipe, Cluster(), 1.0):  # a run that continues needs nothing
         assert Path("r.yaml").exists()
