@@ -231,7 +231,8 @@ def others(trial: Trial) -> list[str]:
         return _others_in_store(trial)
     stretches = with_steps(read_stretches(trial.folder), trial.last)
     if not stretches or stretches[0].after:
-        return ["it was made by a version of HLAT that did not note what it stands for"]
+        why = "fingerprint.json is damaged or missing, as in runs of older versions"
+        return [f"what it stands for is not known: {why}"]
     found = [differences(stretch.fingerprint, trial.wanted, trial.last) for stretch in stretches]
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 

@@ -154,6 +154,7 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     from hlat.commands.recipe_file import load
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
+    from hlat.train.initial import one_checkpoint
     from hlat.train.run import refuse_unsupported
     from hlat.train.same import check_machines, check_recipe
 
@@ -166,16 +167,17 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     folder = RunFolder(recipe.run.dir)
     job.watchdog.limit = job.watchdog.long_limit = recipe.parallel.first_timeout
     job.watchdog.logs = folder.logs
-    if cluster.rank:
-        return _work(args, recipe, job, folder, None)
-    folder.check()
-    console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
-    if job.ending is not None:
-        job.ending.before_print = console.close
-    try:
-        return _work(args, recipe, job, folder, console)
-    finally:
-        console.close()
+    with one_checkpoint(recipe, cluster, job.watchdog.limit):
+        if cluster.rank:
+            return _work(args, recipe, job, folder, None)
+        folder.check()
+        console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
+        if job.ending is not None:
+            job.ending.before_print = console.close
+        try:
+            return _work(args, recipe, job, folder, console)
+        finally:
+            console.close()
 
 
 def _work(

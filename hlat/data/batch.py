@@ -67,17 +67,19 @@ class LabelledBatch(Batch):
 def make_batch(rows_BT: np.ndarray, eos_id: int, document_mask: bool, bos_id: int | None = None) -> Batch:
     """A batch from rows of S + 1 consecutive stream tokens, int64 (B, S+1).
 
-    Where documents begin with BOS, `bos_id` is never a target: it is given before a text, not foretold.
+    Where documents begin with BOS, `bos_id` is never a target: it is given before a text, not foretold. If it
+    is EOS too, that holds for the second of two in succession: the first ends the document before.
 
     With the document mask a document's EOS is still a target, and the first token of the next document is
     not: it would be predicted from another document.
     """
     ids, targets = rows_BT[:, :-1].copy(), rows_BT[:, 1:].copy()
     if bos_id is not None:
-        targets[targets == bos_id] = IGNORE
+        given = targets == bos_id
+        targets[given if bos_id != eos_id else given & (ids == eos_id)] = IGNORE
     if not document_mask:
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
-    documents = number_documents(rows_BT, eos_id)
+    documents = number_documents(rows_BT, eos_id, bos_id)
     changes = documents[:, 1:] != documents[:, :-1]
     targets[changes] = IGNORE
     columns = np.arange(ids.shape[1], dtype=np.int64)

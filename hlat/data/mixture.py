@@ -216,9 +216,14 @@ class TrainStream:
         return self.sources[source].read(k)
 
 
-def number_documents(ids_BT: np.ndarray, eos_id: int) -> np.ndarray:
-    """int32 (B, T): the documents of each row numbered from 0; an EOS belongs to the document it ends."""
+def number_documents(ids_BT: np.ndarray, eos_id: int, bos_id: int | None = None) -> np.ndarray:
+    """int32 (B, T): the documents of each row numbered from 0; an EOS belongs to the document it ends.
+
+    Where one token is both BOS and EOS, it ends a document if the next document's BOS follows.
+    """
     ends = ids_BT[:, :-1] == eos_id
+    if bos_id == eos_id:
+        ends &= ids_BT[:, 1:] == bos_id
     documents = np.zeros(ids_BT.shape, dtype=np.int32)
     np.cumsum(ends, axis=1, out=documents[:, 1:])
     return documents

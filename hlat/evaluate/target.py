@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
+from hlat.checkpoint.hf_tokenizer import generation_defaults
 from hlat.checkpoint.provenance import offline_share
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
@@ -129,8 +130,8 @@ def load_team(
     model.rope.to_empty(device=backend.device)
     shard_model(model, backend.groups.tp, backend.layout.sequence)
     chat = ChatTemplates.read(tokenizer or source.tokenizer)
-    defaults = source.meta.get("huggingface", {}).get("generation_config", {})
-    return Team(LiveModel(model.eval(), parts, backend), codec, beat, chat, defaults)
+    live = LiveModel(model.eval(), parts, backend)
+    return Team(live, codec, beat, chat, generation_defaults(source.meta))
 
 
 def _warn(text: str) -> None:

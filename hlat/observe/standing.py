@@ -16,6 +16,7 @@ _TITLES = {
     "held_out": "held-out text",
     "data.tokenizer": "tokenizer",
     "init.from": "weights it began from",
+    "init.texts": "BOS and special tokens of those weights",
     "eval.tasks": "text of the tasks",
 }
 _EVALUATION = ("eval.rows", "eval.tasks", "eval.limit")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "fingerprint.json"
+_SECTIONS = ("run", "model", "data", "schedule", "eval")
 Content = Mapping[str, str]
 """Recipe key -> digest of what it names, such as `data.sources.0` or `init.from`."""
 
@@ -46,7 +47,15 @@ class Fingerprint:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Fingerprint:
         """Raises KeyError, TypeError or ValueError for values that are none."""
-        return Fingerprint(dict(values["recipe"]), dict(values["content"]), dict(values.get("versions", {})))
+        recipe, content = dict(values["recipe"]), dict(values["content"])
+        versions = dict(values.get("versions", {}))
+        if not all(
+            isinstance(section, dict) for section in map(recipe.get, _SECTIONS) if section is not None
+        ):
+            raise ValueError("the recipe is none")
+        if not all(isinstance(text, str) for text in (*content.values(), *versions.values())):
+            raise ValueError("contents and versions are texts")
+        return Fingerprint(recipe, content, versions)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def read_stretches(run: Path) -> list[Stretch]:
     try:
         entries = json.loads((run / FILE).read_bytes())["rows"]
         return [Stretch(int(entry["after"]), Fingerprint.from_dict(entry)) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return []
 
 

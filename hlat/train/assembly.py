@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,9 +102,15 @@ class Assembly:
         rounding, dtype = self.backend.rounding(self.recipe.precision.rounding), DTYPES["bf16"]
         if rounding == "nearest" or self.recipe.precision.accumulate != "bf16":
             return
-        for i, bucket in enumerate(buckets):
-            # Ranks see other gradients of the same elements: their errors must not be the same.
-            seed = self.recipe.run.seed + _SUM_SALT + 7919 * (i * self.backend.world + self.backend.rank)
+        layout, place = self.backend.layout, self.backend.place
+        for bucket in buckets:
+            # Ranks see other gradients of the same elements: their errors must not be the same. But where
+            # each copy has the whole gradient (norms under tensor parallelism), nothing makes the copies
+            # equal again: there they must be.
+            alike = bucket.copies > 1 and not bucket.sum_over
+            number = layout.rank(replace(place, tp=0) if alike else place)
+            name = zlib.crc32(bucket.specs[0].name.encode())  # other ranks may have other buckets before it
+            seed = self.recipe.run.seed + _SUM_SALT + 7919 * (name * self.backend.world + number)
 
             def round_sum(total: Tensor, offset: int, turn: int, seed: int = seed) -> Tensor:
                 salted = seed + 15_485_863 * turn

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hlat
+from hlat.checkpoint.provenance import provenance_of
 from hlat.checkpoint.weights import source_tokenizer
 from hlat.data.content import data_content, stdlib_content, tokenizer_content
+from hlat.data.convention import Convention
 from hlat.data.skips import Skips
 from hlat.errors import SaveFailed, UserError
 from hlat.evaluate.running import OWN, PAPER
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 INIT, TOKENIZER, TASKS, HELD_OUT = "init.from", "data.tokenizer", "eval.tasks", "held_out"
+TEXTS = "init.texts"  # how texts are put before the weights of init.from: files beside them say it
 UNKNOWN = ""  # the content of something that an older version did not note
 
 
@@ -70,8 +73,7 @@ class Contents:
         content = dict(self._once("data", named, lambda: data_content(recipe.data)))
         path, spec = recipe.init.from_, recipe.data.tokenizer
         if path is not None:
-            content[INIT], tokenizer = self._once("init", path, lambda: _weights(path))
-            content[TOKENIZER] = tokenizer
+            content |= self._once("init", path, lambda: _weights(path))
         if spec != "init":
             content[TOKENIZER] = self._once("tokenizer", spec, lambda: tokenizer_content(spec))
         if tasks := self._once("tasks", recipe.eval.tasks, lambda: tasks_content(recipe.eval.tasks)):
@@ -85,11 +87,17 @@ class Contents:
         return self._known[key]
 
 
-def _weights(path: str) -> tuple[str, str]:
-    """Digests of the weights at a path, and of the tokenizer that came with them."""
+def _weights(path: str) -> dict[str, str]:
+    """Digests of the weights at a path, of the tokenizer that came with them, and of what else they know."""
     source, _ = open_source(path)
     tokenizer = source_tokenizer(source)
-    return source.content(), UNKNOWN if tokenizer is None else tokenizer.identity
+    own = UNKNOWN if tokenizer is None else tokenizer.identity
+    return {INIT: source.content(), TOKENIZER: own, **_texts(provenance_of(source).convention)}
+
+
+def _texts(convention: Convention) -> dict[str, str]:
+    """Digest of BOS and its siblings; nothing for HLAT's own stream."""
+    return {} if convention == Convention() else {TEXTS: digest_of(convention.to_json())}
 
 
 def tasks_content(names: tuple[str, ...]) -> str:
@@ -110,6 +118,9 @@ def differences(then: Fingerprint, now: Fingerprint, last: int) -> list[str]:
         old, new = _value(then.recipe, key), _value(now.recipe, key)
         if old != new:
             found.append(f"{key} was {old!r} and is {new!r}")
+    old, new = _labels(then.recipe), _labels(now.recipe)
+    if old != new and set(old) == set(new):
+        found.append("data.examples.labels are in another order")
     if _left_out(then.recipe, last) != _left_out(now.recipe, last):
         found.append("data.skip leaves out other data")
     for key in dict.fromkeys([*now.content, *then.content]):
@@ -121,6 +132,8 @@ def differences(then: Fingerprint, now: Fingerprint, last: int) -> list[str]:
 
 def _content_text(key: str, old: str | None, new: str | None) -> str:
     name = re.sub(r"\.(\d+)", r"[\1]", key)
+    if key == TEXTS:
+        return f"{INIT}: what its files say of BOS and special tokens differs"
     if old is None:
         return f"{name} was not given"
     if new is None:
@@ -146,8 +159,14 @@ def _value(recipe: Mapping[str, Any], key: str) -> Any:
     return recipe.get(section, {}).get(name)
 
 
+def _labels(recipe: Mapping[str, Any]) -> list[str]:
+    """The labels of examples in their order: it numbers the rows of a classifier."""
+    examples = recipe.get("data", {}).get("examples") or {}
+    return list(examples.get("labels", ()))
+
+
 def _left_out(recipe: Mapping[str, Any], last: int) -> list[tuple[int, int]]:
-    skips = Skips(tuple((first, end) for first, end in recipe["data"].get("skip", ())))
+    skips = Skips(tuple((first, end) for first, end in recipe.get("data", {}).get("skip", ())))
     return skips.until(skips.position(last))
 
 
@@ -190,7 +209,8 @@ def _begun(run: Run, now: bool) -> dict[str, str]:
     if not now:
         content[INIT] = UNKNOWN
     elif recipe.init.from_ is not None:
-        content[INIT] = open_source(recipe.init.from_)[0].content()
+        known = _weights(recipe.init.from_)
+        content |= {key: known[key] for key in (INIT, TEXTS) if key in known}
     return content
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from hlat.parallel.plan import Part
 from hlat.train.weights import Initial, initial_values
 
 if TYPE_CHECKING:
+    from hlat.backend.cluster import Cluster
     from hlat.data.tokenizer import Tokenizer
     from hlat.model.config import ModelConfig
     from hlat.recipe import Recipe
@@ -32,10 +35,35 @@ WHERE = "init.from"
 SAME = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "norm_eps", "rope_theta", "tie_embeddings")
 
 
+_chosen: dict[str, str] = {}  # what `init.from` names -> the checkpoint of it that this process reads
+
+
+@contextmanager
+def one_checkpoint(recipe: Recipe, cluster: Cluster, seconds: float) -> Iterator[None]:
+    """While a run starts, everything that is read of a run at `init.from` is of one of its checkpoints, on
+    every rank: that run may still be training, and its newest checkpoint another one at each look.
+
+    The first rank chooses; the others wait for it so many seconds. Collective.
+    """
+    path, found = recipe.init.from_, ""
+    if path is None:
+        yield
+        return
+    if cluster.rank == 0:
+        with suppress(UserError):  # said where it is needed: a run that continues needs nothing of it
+            found = str(open_source(path)[0].path)
+    if chosen := cluster.from_first("init-from", found, seconds):
+        _chosen[path] = chosen
+    try:
+        yield
+    finally:
+        _chosen.pop(path, None)
+
+
 def open_source(path: str) -> tuple[WeightSource, ModelConfig]:
     """The weights at `init.from` and their model. Raises UserError when there are none, or not whole ones."""
     try:
-        source = open_weights(Path(path).expanduser())
+        source = open_weights(Path(_chosen.get(path, path)).expanduser())
         return source, model_config(source)
     except UserError as error:
         raise UserError(error.what, where=f"{WHERE}: {error.where}", fix=error.fix) from error

@@ -97,6 +97,7 @@ def remarks(recipe: Recipe, data: Any, origin: Provenance) -> list[str]:
     lines = _tokenizer_remarks(recipe, data, source)
     if not lines and recipe.data.examples is None:
         lines += _bos_remarks(data, origin)
+    lines += _label_remarks(recipe, source)
     return [*lines, *_share_remarks(recipe, origin), *_rounding_remarks(recipe, source)]
 
 
@@ -125,6 +126,20 @@ def _bos_remarks(data: Any, origin: Provenance) -> list[str]:
             "weights did; tokenize them with hlat data tokenize --bos"
         ]
     return [f"the documents of data.sources begin with BOS (id {found}), which these weights do not know"]
+
+
+def _label_remarks(recipe: Recipe, source: WeightSource) -> list[str]:
+    """A line where the classifier of the weights, which is taken over, was trained for other labels."""
+    section, saved = recipe.data.examples, source.meta.get("recipe", {})
+    known = list(((saved.get("data") or {}).get("examples") or {}).get("labels") or ())
+    taken = recipe.model.classes and source.meta["model"].get("classes") == recipe.model.classes
+    if section is None or not taken or not known or known == list(section.labels):
+        return []
+    names = ["; ".join(labels) for labels in (known, section.labels)]
+    return [
+        f"the classifier of init.from was trained for the labels {names[0]}, in this order, and goes on with "
+        f"{names[1]}: list them as there, or its rows begin as those of other labels"
+    ]
 
 
 def _share_remarks(recipe: Recipe, origin: Provenance) -> list[str]:

@@ -150,6 +150,8 @@ def check_same_run(recipe: Recipe, data_fingerprint: str, saved: dict[str, Any],
             fix = f"add schedule.horizon_steps={old} to train on with the schedule as it was"
             fix += ", or start a new run with another run.name or run.dir"
             raise UserError(f"{what}{more}", where=where, fix=fix)
+        if key == "precision.rounding":  # its default was nearest whatever is kept in bf16
+            fresh = f"write {key}={old} to go on as it was, or start a new run with another run.dir"
         raise UserError(
             f"{key} was {old!r} in the saved run and is {new!r} now{more}", where=where, fix=fresh
         )

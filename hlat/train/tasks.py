@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hlat.checkpoint.hf_tokenizer import generation_defaults
 from hlat.errors import UserError
 from hlat.evaluate.job import run_with
 from hlat.evaluate.live import LiveModel
@@ -60,7 +61,9 @@ class TaskEvaluation:
         recipe, backend = run.recipe, run.backend
         parts = rank_parts(recipe.model, backend.layout, backend.place, recipe.parallel.cuts)
         live = LiveModel(run.model, parts, backend)  # type: ignore[arg-type]
-        self.team = Team(live, codec_of_run(run.data.tokenizer, run.provenance), beat)
+        codec = codec_of_run(run.data.tokenizer, run.provenance)
+        defaults = generation_defaults({"huggingface": dict(run.provenance.files)})
+        self.team = Team(live, codec, beat, generation=defaults)
         self._loaded: Loaded | None = None
         if self.team.first:
             selection = Selection(

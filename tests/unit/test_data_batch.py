@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hlat.data.batch import make_batch
 
-EOS = 0
+EOS, BOS = 0, 9
 
 
 def slow_batch(rows):
@@ -61,3 +61,20 @@ def test_types_and_contiguity():
     types = [part.dtype for part in (batch.ids, batch.targets, batch.positions, batch.documents)]
     assert types == [torch.int64, torch.int64, torch.int64, torch.int32]
     assert all(part.is_contiguous() for part in (batch.ids, batch.targets, batch.positions, batch.documents))
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5), min_size=3, max_size=9), st.integers(0, 9)
+)
+@settings(max_examples=100, deadline=None)
+def test_a_token_that_is_bos_and_eos_is_each_in_its_place(documents, begin) -> None:
+    """Against the same stream with a BOS of its own."""
+    apart = [token for document in documents for token in (BOS, *document, EOS)][begin:]
+    one = np.where(np.array([apart]) == BOS, EOS, apart)
+    for mask in (False, True):
+        batch = make_batch(one, EOS, mask, EOS)
+        wanted = make_batch(np.array([apart]), EOS, mask, BOS)
+        assert torch.equal(batch.targets, wanted.targets)
+        if mask:
+            assert torch.equal(batch.positions, wanted.positions)
+            assert torch.equal(batch.documents, wanted.documents)

@@ -16,6 +16,10 @@ from hlat.commands.recipe_file import load
 from hlat.observe.report import summary_table
 from hlat.observe.runs import load_runs
 from hlat.recipe_yaml import parse_yaml
+from hlat.storage.fingerprint import Fingerprint
+from hlat.train.fingerprint import differences
+from hlat.train.initial import source_for
+from hlat.train.origin import _label_remarks
 
 MODEL = "model: {layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 64, vocab: 300, max_seq_len: 64}"
 PRETRAIN = f"""
@@ -154,7 +158,16 @@ def test_a_classifier_goes_on_and_is_left_out_of_exports(finetune) -> None:
     _, _, first = finetune("objective.by=head", name="first")
     code, text, second = finetune(f"init.from={first}", "objective.by=head", "optim.lr=0.0", name="second")
     assert code == 0
-    assert "classifier from there too" in text.replace("\n", " ")
+    assert "classifier from there too" in text.replace("\n", " ") and "in this order" not in text
+    turned = Path("fine.yaml").read_text().replace('{odd: "o", even: "e"}', '{even: "e", odd: "o"}')
+    Path("turned.yaml").write_text(turned)
+    former, other = (
+        load(path, [f"init.from={first}", "objective.by=head"]) for path in ("fine.yaml", "turned.yaml")
+    )
+    (line,) = _label_remarks(other, source_for(other)[0])
+    assert "trained for the labels odd; even, in this order, and goes on with even; odd" in line
+    found = differences(Fingerprint(former.to_dict(), {}), Fingerprint(other.to_dict(), {}), 2)
+    assert found == ["data.examples.labels are in another order"]
     assert all(torch.equal(weights(second)[name], value) for name, value in weights(first).items())
     assert any("classifier" in line for line in to_hf(first, "exported"))
     code, text, third = finetune(f"init.from={first}", name="third")

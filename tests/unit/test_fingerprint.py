@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat import cli
+from hlat.backend.cluster import Cluster
 from hlat.checkpoint.hf import to_hf
 from hlat.observe.report import render
 from hlat.observe.runs import load_runs
@@ -26,6 +28,7 @@ from hlat.storage.fingerprint import (
 )
 from hlat.train import fingerprint as module
 from hlat.train.fingerprint import Contents, differences
+from hlat.train.initial import one_checkpoint, open_source
 
 RECIPE = """
 run: {name: small, steps: 4}
@@ -174,8 +177,14 @@ def test_weights_in_another_format(here) -> None:
     then = made("init.from=hf-a", *common)
     assert differences(then, made("init.from=hf-again", *common), 4) == []
     assert differences(then, made("init.from=hf-b", *common), 4) == ["init.from: the weights differ"]
+    config = Path("hf-a/tokenizer_config.json")
+    texts = json.loads(config.read_text())
+    config.write_text(json.dumps({**texts, "bos_token": texts["eos_token"], "add_bos_token": True}))
+    (line,) = differences(then, made("init.from=hf-a", *common), 4)
+    assert line == "init.from: what its files say of BOS and special tokens differs"
     other_bytes("hf-a/config.json")  # whatever else lies beside the weights
-    assert Contents().fingerprint(load("r.yaml")).content.keys() == then.content.keys() - {"init.from"}
+    own = then.content.keys() - {"init.from", "init.texts"}
+    assert Contents().fingerprint(load("r.yaml")).content.keys() == own
 
 
 def test_a_thing_is_looked_at_once_for_a_sweep(here) -> None:
@@ -191,6 +200,7 @@ def test_an_unknown_content_is_never_equal(here) -> None:
     unknown = Fingerprint(now.recipe, {**now.content, "init.from": ""})
     assert differences(unknown, now, 4) == differences(unknown, unknown, 4)
     assert differences(unknown, now, 4) == ["init.from: what it was is not known"]
+    assert differences(Fingerprint({}, {}), now, 4)  # of a recipe without any section
 
 
 def test_tasks_made_of_the_standard_library(monkeypatch) -> None:
@@ -229,7 +239,10 @@ def test_what_is_written_is_read(tmp_path) -> None:
     stretches = noted(noted([], 0, SEVERAL[0]), 7, SEVERAL[1])
     (tmp_path / FILE).write_bytes(stretches_text(stretches))
     assert read_stretches(tmp_path) == stretches
-    for damaged in (b"", b"[]", b'{"rows": [{"after": 0}]}', b'{"rows": 3}', b"\xff"):
+    other = [{"recipe": {"data": 3}, "content": {}}, {"recipe": {}, "content": {"data": 1}}]
+    wrong = [json.dumps({"rows": [{"after": 0, **values}]}).encode() for values in other]
+    wrong.append(b'{"rows": [{"after": Infinity, "recipe": {}, "content": {}}]}')
+    for damaged in (b"", b"[]", b'{"rows": [{"after": 0}]}', b'{"rows": 3}', b"\xff", *wrong):
         (tmp_path / FILE).write_bytes(damaged)
         assert read_stretches(tmp_path) == []
 
@@ -313,3 +326,22 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert cli.main(["report", "a", "rows", "same", "--out", "report.html"]) == 0
     said = capsys.readouterr().out
     assert said.count("note: ") == 2 and different in Path("report.html").read_text()
+
+
+def test_a_start_reads_one_checkpoint_of_a_run_that_goes_on(here) -> None:
+    recipe, newest = load("r.yaml", ["init.from=a"]), Path("a/checkpoints/step-00000004")
+
+    def read() -> str:
+        return open_source("a")[0].path.name
+
+    shutil.move(newest, "later")
+    with one_checkpoint(recipe, Cluster(), 1.0):
+        shutil.move("later", newest)
+        assert read() == "step-00000002"
+    assert read() == "step-00000004"
+    other = SimpleNamespace(rank=1, from_first=lambda name, own, seconds: "a/checkpoints/step-00000002")
+    with one_checkpoint(recipe, other, 1.0):  # type: ignore[arg-type]
+        assert read() == "step-00000002"
+    shutil.rmtree("a")
+    with one_checkpoint(recipe, Cluster(), 1.0):  # a run that continues needs nothing
+        assert Path("r.yaml").exists()

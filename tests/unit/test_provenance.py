@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from hlat.checkpoint.hf import from_hf, to_hf
-from hlat.checkpoint.hf_tokenizer import PromptEncoder, generation_stops
+from hlat.checkpoint.hf_tokenizer import PromptEncoder, generation_defaults, generation_stops
 from hlat.checkpoint.provenance import CONFIG, META, Provenance, offline_share, provenance_of, recorded
 from hlat.checkpoint.weights import open_weights, source_tokenizer
 from hlat.cli import main
@@ -98,6 +98,8 @@ def chain(tmp_path_factory):
         assert main(["train", "base.yaml"]) == 0
         to_hf("base", "hf", dtype="fp32")
         bos = add_bos(Path("hf"))
+        draws = Path("hf/generation_config.json")
+        draws.write_text(json.dumps({**json.loads(draws.read_text()), "top_k": 7, "top_p": 0.5}))
         assert main(["train", "tuned.yaml"]) == 0
         third = ["run.name=third", "run.dir=third", "run.steps=1", "init.from=tuned", "data.holdout=0.3"]
         assert main(["train", "tuned.yaml", "run.stop_at_step=null"]) == 0  # the first checkpoint is deleted
@@ -265,10 +267,21 @@ def test_tasks_inside_a_run_ask_about_what_the_chain_held_out(chain, monkeypatch
         asked.append(selection)
         raise UserError("enough")
 
+    class Team(tasks.Team):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            asked.append(self.generation)
+
+    monkeypatch.setattr(tasks, "Team", Team)
     monkeypatch.setattr(tasks, "load_tasks", load_tasks)
     options = ["init.from=third", "run.dir=asking", "eval.tasks=[hlat-offline]", "run.stop_at_step=null"]
     assert main(["train", "tuned.yaml", *options]) == 2
+    draws = asked.pop(0)
     assert [selection.holdout for selection in asked] == [0.1]
+    # What the model's files say of drawing holds inside a run, for its checkpoints and for its export alike.
+    assert {key: draws[key] for key in ("top_k", "top_p")} == {"top_k": 7, "top_p": 0.5}
+    for name in ("hf", "tuned", "third", "hf3"):
+        assert generation_defaults(open_weights(name).meta) == draws, name
     own = replace(asked[0], tasks=("hlat-offline", "my-task.yaml"), holdout=0.0)
     assert running._metadata(own) == {"holdout": 0.0}  # also beside other tasks, and also nothing at all
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +11,18 @@ import torch
 
 from hlat.backend.precision import round_to
 from hlat.errors import UserError
+from hlat.mesh import Layout
 from hlat.optim import MADA, SGD, AdamW, Adan, AMSGrad, AVGrad, HyperAdam, Lion, Muon, Yogi
 from hlat.optim.base import Elementwise
 from hlat.optim.rounding import FALL, LARGE_STEPS, Average, share_summed, times_too_large, to_bf16
+from hlat.parallel.buckets import ParamSpec
+from hlat.parallel.plan import part_of
 from hlat.recipe import load
 from hlat.registry import register
+from hlat.train.assembly import Assembly
 from hlat.train.rounding import rounding_lines
 from hlat.train.run import refuse_unsupported
+from hlat.train.state import check_same_run
 
 SLOW = (0.9, 0.999)
 
@@ -178,3 +185,34 @@ def test_rounding_to_the_same_value_is_exact() -> None:
     for step in range(1, 50):
         again = round_to(x.float(), torch.bfloat16, "stochastic", seed=1, step=torch.tensor(step), offset=0)
         assert torch.equal(again, x)
+
+
+@pytest.mark.parametrize(("name", "alike"), [("norm.weight", True), ("layers.0.mlp.up.weight", False)])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_copies_with_the_whole_gradient_round_alike(tiny_run, name: str, alike: bool, sequence: bool) -> None:
+    """Tensor-parallel ranks that hold the same norms, and each have all of their gradient, would drift apart
+    for good; everything else has random bits of its own on each rank.
+    """
+    run = tiny_run("precision.accumulate=bf16")
+    layout, total, sums = Layout(dp=2, tp=2, sequence=sequence), torch.full((4096,), 1 + 2**-9), []
+    for rank in range(layout.world):
+        place = layout.place(rank)
+        part = part_of(name, (64,) if alike else (64, 64), run.recipe.model, layout, place)
+        bucket = replace(run.buckets[0], specs=[ParamSpec(name, part, 0, name)], round_sum=None)
+        backend = SimpleNamespace(
+            layout=layout, place=place, rank=rank, world=4, rounding=run.backend.rounding
+        )
+        Assembly(run.recipe, backend, None).round_sums([bucket], run.updates)  # type: ignore[arg-type]
+        assert bucket.round_sum is not None
+        sums.append(bucket.round_sum(total, 0, 1))
+    assert torch.equal(sums[0], sums[1]) is (alike and not sequence)
+    assert not torch.equal(sums[0], sums[2])  # another replica sees another gradient
+
+
+def test_a_run_that_rounded_to_nearest_by_default_is_told_how_to_go_on(tiny_recipe) -> None:
+    recipe = tiny_recipe("precision.states=bf16")
+    former = recipe.to_dict()
+    former["precision"]["rounding"] = "nearest"
+    with pytest.raises(UserError) as error:
+        check_same_run(recipe, "", {"recipe": former, "step": 3}, "run")
+    assert error.value.fix.startswith("write precision.rounding=nearest to go on")
