@@ -131,7 +131,8 @@ def wrong_skips_text(run: Run, folder: Path, saved: Checkpoint | NxdFolder) -> s
     lines = [text] if (text := found.text(run.step)) else []
     if not isinstance(run.guard, SkipGuard) or isinstance(saved, NxdFolder):
         return "; ".join(lines)
-    if float(saved.read("guard/seen")) >= 2 * run.guard.window:  # only one that misjudged counted as far
+    misjudged = run.guard.sigma > 0 and float(saved.read("guard/seen")) >= 2 * run.guard.window
+    if misjudged:  # only a guard that divided by all steps counted as far
         unknown = run.step - int(saved.read("run/updates")) - sum(step <= run.step for step in found.rows)
         if unknown > 0:
             lines.append(

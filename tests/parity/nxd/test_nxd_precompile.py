@@ -23,7 +23,7 @@ import os, sys
 words = sys.argv[1:]
 at = words.index("hlat")
 os.environ["NEURON_EXTRACT_GRAPHS_ONLY"] = "1"
-os.execv(words[0], [*words[: at - 3], {program!r}, *words[at + 1 :]]  # for -P -u -m hlat)
+os.execv(words[0], [*words[: at - 3], {program!r}, *words[at + 1 :]])  # for -P -u -m hlat
 """
 
 
