@@ -80,6 +80,7 @@ class RunFolder:
         try:
             self._create()
             self._lock = Lock(self.path, say)
+            self._remove_unfinished()
             for name in _FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
             starts = self.starts()
@@ -91,7 +92,7 @@ class RunFolder:
                 _replace(path, data, old)
             starts.append(dict(description) if description is not None else environment.describe())
             self._write_starts(starts, self._lock.token)
-            self._lock.latest = self._holder
+            self._lock.latest, self._lock.turn = self._holder, len(starts)
         except OSError as error:
             self.abandon()
             failed = self._error(error.strerror or str(error))
@@ -107,6 +108,14 @@ class RunFolder:
         """The entries of environment.json, one a start, oldest first; empty without a readable file."""
         starts = self._read_environment().get("starts")
         return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
+
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that were killed, or have lost the folder, had begun to write beside a file:
+        one that was stopped shall not put it in place any more.
+        """
+        for path in (self.recipe, self.resolved, self.environment, self.metrics):
+            for unfinished in self.path.glob(f".{path.name}.*.tmp"):
+                unfinished.unlink(missing_ok=True)
 
     def _holder(self) -> str:
         """Token of the process that has started last; empty where there is no record of it."""

@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import re
+import secrets
 import socket
 import struct
 import time
@@ -215,9 +216,9 @@ class EventFiles:
 
 def _copy_parts(path: Path, parts: list[tuple[int, int]]) -> None:
     """Replace a file by parts of it. No reader takes the copy for an event file meanwhile."""
-    partial = path.with_name(f".rewritten-{os.getpid()}")
+    partial = path.with_name(f".rewritten-{secrets.token_hex(6)}")
     try:
-        with path.open("rb") as source, partial.open("wb") as target:
+        with path.open("rb") as source, partial.open("xb") as target:
             for start, end in parts:
                 source.seek(start)
                 while start < end:

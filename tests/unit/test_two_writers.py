@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -21,9 +22,11 @@ from hlat.checkpoint.store import CheckpointStore
 from hlat.checkpoint.uploader import Uploader
 from hlat.cli import main
 from hlat.errors import FolderLost, SaveFailed, UserError
-from hlat.observe import lock
+from hlat.observe import durable, lock
+from hlat.observe.jsonl import read_rows
 from hlat.observe.lock import LOCK_FILE, Holder, Lock, read_holder
 from hlat.observe.runfolder import RunFolder
+from hlat.observe.sinks import JsonlSink
 from hlat.storage.journal import Journal
 from hlat.storage.remote import Remote
 from hlat.train import loop
@@ -250,6 +253,57 @@ def test_a_checkpoint_that_was_under_way_cannot_get_its_name_any_more(tmp_path: 
     assert found.step == 2 and found.read("a")[0] == 20, "the successor's"
     with pytest.raises(FolderLost):
         store.save(3, tensors(3), {}, 3)
+
+
+STOPPED = [("confirm", act) for act in ("open", "first rows", "rows", "back")]
+
+
+@pytest.mark.parametrize(("where", "act"), [*STOPPED, *(("write", act) for _, act in STOPPED[1:])])
+def test_who_comes_back_in_the_middle_of_its_rows_costs_its_successor_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, act: str
+) -> None:
+    """It was stopped after a look at the lock, or on its way to the disk; another trained to the end."""
+    path, trained = tmp_path / "metrics.jsonl", act in ("rows", "back")
+    first, pending = RunFolder(tmp_path).start("", "", description={}), [True]
+
+    def write(into: JsonlSink, steps: range) -> None:
+        for step in steps:
+            into.row({"kind": "train", "step": step})
+            into.flush()
+
+    def stopped(function: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            if where == "confirm":
+                function(*arguments)
+            if pending:
+                pending.clear()
+                os.utime(tmp_path / LOCK_FILE, (1000, 1000))
+                with RunFolder(tmp_path).start("", "", description={}) as folder:
+                    step = 3 if trained else 0
+                    write(JsonlSink(tmp_path, step, folder.claim), range(step + 1, 21))
+            if where == "write":
+                function(*arguments)
+
+        return call
+
+    sink = None if act == "open" else JsonlSink(tmp_path, 0, first.claim, warn=lambda line: None)
+    if trained:
+        write(sink, range(1, 6))
+    owner = first.claim if where == "confirm" else durable
+    name = "confirm" if where == "confirm" else "write_all"
+    monkeypatch.setattr(owner, name, stopped(getattr(owner, name)))
+    with contextlib.suppress(FolderLost):
+        if act == "open":
+            JsonlSink(tmp_path, 0, first.claim)
+        elif act == "back":
+            sink.rewind(2)
+        else:
+            write(sink, range(6, 7))
+    assert not pending
+    assert [row["step"] for row in read_rows(path) if row["kind"] == "train"] == list(range(1, 21))
+    JsonlSink(tmp_path, 20)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 21))
 
 
 def test_names_of_two_containers_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
