@@ -19,7 +19,7 @@ from hlat.errors import SaveFailed, UserError, check_length
 from hlat.observe import environment
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
-from hlat.observe.lock import Lock
+from hlat.observe.lock import LOCK_FILE, Lock
 from hlat.observe.sinks import METRICS_FILE
 
 _FOLDERS = ("logs", "checkpoints")
@@ -95,7 +95,9 @@ class RunFolder:
             self._lock.latest, self._lock.turn = self._holder, len(starts)
         except OSError as error:
             self.abandon()
-            failed = self._error(error.strerror or str(error))
+            what = error.strerror or str(error)
+            file = Path(error.filename).name if isinstance(error.filename, str | Path) else ""
+            failed = self._error(f"{file}: {what}" if file in (LOCK_FILE, *_FOLDERS) else what)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise SaveFailed(failed.what, where=failed.where, fix="make room there") from error
             raise failed from error

@@ -181,6 +181,39 @@ def test_a_copied_folder_is_free_and_the_same_one_by_another_name_is_not(tmp_pat
     mine.release()
 
 
+def test_what_is_no_lock_file_ends_in_a_line_or_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    mine = dataclasses.asdict(Holder.this_process(tmp_path))
+    for content in ("[" * 200_000, json.dumps({**mine, "pid": 1.5}), json.dumps({**mine, "restart": 5})):
+        path.write_text(content)
+        Lock(tmp_path).release()
+    for make in (lambda: path.mkdir(), lambda: path.symlink_to("nowhere")):
+        make()
+        with pytest.raises(UserError, match=r"cannot use the run folder: \.lock: "):
+            RunFolder(tmp_path).start("", "", description={})
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_text(json.dumps({**mine, "path": "/a\0b"}))
+    with pytest.raises(UserError, match="trains in this folder"):
+        Lock(tmp_path)
+    for text in ("nan", "soon", "0", "-1"):
+        with pytest.raises(UserError, match="HLAT_TEST_LOCK_SECONDS: .* is no number of seconds"):
+            lock._stale_seconds(text)
+
+
+def test_a_folder_that_is_moved_away_is_waited_for(tmp_path: Path) -> None:
+    """Nobody has taken it: the run ends with rows or a checkpoint unwritten, not as one that has lost it."""
+    folder = RunFolder(tmp_path / "run").start("", "", description={})
+    sink = JsonlSink(folder.path, 0, folder.claim)
+    folder.path.rename(tmp_path / "away")
+    sink.row({"kind": "train", "step": 1})
+    with pytest.warns(UserWarning, match="rows wait in memory"):
+        sink.flush()
+    assert not folder.path.exists() and sink.sync() is not None
+    (tmp_path / "away").rename(folder.path)
+    assert sink.sync() is None and [row["kind"] for row in read_rows(sink.path)] == ["start", "train"]
+    folder.close()
+
+
 @pytest.mark.parametrize("missing", ["flock", "link"])
 def test_file_systems_that_lack_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
