@@ -10,9 +10,15 @@ from pathlib import Path
 
 
 def open_to_append(path: Path) -> tuple[int, bool]:
-    """A file to append to, and whether it was made just now. Raises OSError."""
+    """A file to append to, and whether it was made just now. Raises OSError, also for a pipe: a writer would
+    hang once it is full.
+    """
     new = not path.exists()
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), new
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    if stat.S_ISFIFO(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is a pipe", str(path))
+    return file, new
 
 
 def beside(path: Path) -> Path:

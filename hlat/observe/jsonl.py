@@ -131,7 +131,7 @@ def _cut(
     before: Callable[[list[bytes]], None] = lambda lines: None,
 ) -> list[bytes]:
     """Remove torn lines, late rows and the rows that go, after `before` was given them; returns them."""
-    if not path.exists():
+    if not path.is_file():  # a device has no end to read to
         return []
     order = _Order()
     kept: list[bytes] = []
@@ -253,7 +253,7 @@ class MetricsFile:
             with self._opened(look=False) as file:
                 _end_line(file)
             if claim.name:
-                self._turn = max(claim.turn, 1 + _last_turn(path))
+                self._turn = max(claim.turn, 1 + (_last_turn(path) if path.is_file() else 0))
         except OSError as error:
             raise _write_error(path, error) from error
 
