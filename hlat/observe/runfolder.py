@@ -88,9 +88,11 @@ class RunFolder:
             archived = [_archived(path, self.logs, len(starts)) for path, _ in texts]
             files = (self.recipe, self.resolved, self.environment, *archived)
             self._former = {path: path.read_bytes() if path.exists() else None for path in files}
+            self._lock.confirm()  # a stop since the lock was taken may have been a long one
             for (path, data), old in zip(texts, archived, strict=True):
                 _replace(path, data, old)
             starts.append(dict(description) if description is not None else environment.describe())
+            self._lock.confirm()
             self._write_starts(starts, self._lock.token)
             self._lock.latest, self._lock.turn = self._holder, len(starts)
         except OSError as error:

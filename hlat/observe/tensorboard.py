@@ -217,8 +217,8 @@ class EventFiles:
 
 
 def _copy_parts(path: Path, parts: list[tuple[int, int]], confirm: Callable[[], None]) -> None:
-    """Replace a file by parts of it. No reader takes the copy for an event file meanwhile. `confirm` is called
-    at the last moment.
+    """Replace a file by parts of it, unless `confirm` raises at the last moment. No reader takes the copy for
+    an event file meanwhile.
     """
     partial = path.with_name(f".rewritten-{secrets.token_hex(6)}")
     try:
