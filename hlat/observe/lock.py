@@ -331,11 +331,18 @@ def _age(path: Path, token: str) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep two processes from finding one lock stale at the same moment (as far as the file system can)."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Keep two processes from finding one lock stale at the same moment (as far as the file system can). One
+    that was stopped inside is not waited for longer than a lock is believed.
+    """
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + STALE_SECONDS
     try:
         with contextlib.suppress(OSError):  # some network file systems have no flock
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while time.monotonic() < end:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
         yield
     finally:
         os.close(handle)

@@ -200,6 +200,18 @@ def test_what_is_no_lock_file_ends_in_a_line_or_counts_as_none(tmp_path: Path) -
             lock._stale_seconds(text)
 
 
+def test_who_was_stopped_while_it_took_the_lock_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.1)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    began = time.monotonic()
+    Lock(tmp_path).release()
+    assert time.monotonic() - began >= 0.1
+    os.close(handle)
+
+
 def test_a_folder_that_is_moved_away_is_waited_for(tmp_path: Path) -> None:
     """Nobody has taken it: the run ends with rows or a checkpoint unwritten, not as one that has lost it."""
     folder = RunFolder(tmp_path / "run").start("", "", description={})
