@@ -223,8 +223,13 @@ class Lock(Claim):
 
     def _put_back(self, content: bytes | None) -> None:
         with self._installing:  # the two threads use one name for the new file
-            if self._read() == content and (self.latest is None or self.latest() == self.token):
-                self._install(content)
+            if self._read() != content or not self._is_latest() or not self._install(content):
+                return
+            if not self._is_latest():  # it was stopped here while another process began, trained and ended
+                self._take_away(self._content)
+
+    def _is_latest(self) -> bool:
+        return self.latest is None or self.latest() == self.token
 
     def _read(self) -> bytes | None:
         """What the file holds, by a new open(): that makes a network file system look again."""

@@ -115,6 +115,25 @@ def test_who_finds_no_lock_after_another_has_trained_has_lost_it(tmp_path: Path)
     assert len(stopped.starts()) == 2 and "stopped" not in stopped.starts()[-1]
 
 
+def test_who_is_stopped_while_it_puts_its_lock_back_has_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = RunFolder(tmp_path / "run").start("", "", description={})
+    (stopped.path / LOCK_FILE).unlink()
+    install = Lock._install
+
+    def after_another(self: Lock, former: bytes | None) -> bool:
+        monkeypatch.setattr(Lock, "_install", install)
+        with RunFolder(tmp_path / "run").start("", "", description={}):
+            pass
+        return install(self, former)
+
+    monkeypatch.setattr(Lock, "_install", after_another)
+    with pytest.raises(FolderLost, match="another process has taken"):
+        stopped.claim.confirm()
+    assert not (stopped.path / LOCK_FILE).exists()
+
+
 def test_an_early_end_does_not_remove_a_folder_that_another_process_has(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run").start("", "", description={})
     take_over(folder.path)
