@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             of_run = path / "resolved.yaml"
             fix = f"write {of_run}" if of_run.is_file() else ""
             raise UserError("is a folder, not a recipe file", where=str(path), fix=fix)
-        if path.stat().st_size > MAX_BYTES:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # such as <(command) of a shell
+            fix = "write it to a file: a run reads it again, and keeps it"
+            raise UserError("is a pipe or a device, not a recipe file", where=str(path), fix=fix)
+        if facts.st_size > MAX_BYTES:
             raise UserError(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a recipe", where=str(path))
         data = path.read_bytes()
         data = data.removeprefix(codecs.BOM_UTF8)

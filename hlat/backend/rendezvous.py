@@ -48,7 +48,10 @@ def read_address(environ: Mapping[str, str]) -> Address | None:
             fix = "start with torchrun, or unset RANK to train in one process"
             raise UserError("RANK is set and WORLD_SIZE is not", where="environment", fix=fix)
         return None
-    world, rank = _number(environ, "WORLD_SIZE", 1), _number(environ, "RANK", 0)
+    world = _number(environ, "WORLD_SIZE", 1)
+    if world == 1 and not environ.get("RANK"):
+        return None
+    rank = _number(environ, "RANK", 0)
     if rank >= world:
         fix = f"give the {world} processes the ranks 0 to {world - 1}"
         raise UserError(f"RANK {rank} is not below WORLD_SIZE {world}", where="environment", fix=fix)

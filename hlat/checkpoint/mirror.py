@@ -26,6 +26,7 @@ from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.reader import Checkpoint
 from hlat.checkpoint.retention import Entry, expired
 from hlat.observe.claim import UNCLAIMED, Claim
+from hlat.observe.durable import beside
 from hlat.observe.jsonl import read_rows
 from hlat.storage.fingerprint import FILE as FINGERPRINT
 from hlat.storage.remote import Remote
@@ -236,7 +237,7 @@ class Mirror:
         yet.
         """
         target = self.root.parent / name
-        partial = target.with_name(f".{name}.{os.getpid()}.tmp")
+        partial = beside(target)
         try:
             self.remote.download(f"{copy.name}/{RUN_FILES}/{name}", partial)
             os.replace(partial, target)

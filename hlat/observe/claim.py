@@ -8,9 +8,11 @@ class Claim:
 
     Attributes:
         name: stands in rows, so that it can be seen who wrote them; empty here.
+        turn: a number higher than those of all who held the folder before; 0 where it is not known.
     """
 
     name = ""
+    turn = 0
 
     def confirm(self) -> None:
         """Return if this process still holds the folder. Call it before a save, a deletion, an upload and a

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 
 
 def open_to_append(path: Path) -> tuple[int, bool]:
-    """A file to append to, and whether it was made just now. Raises OSError."""
+    """A file to append to, and whether it was made just now. Raises OSError, also for a pipe: a writer would
+    hang once it is full.
+    """
     new = not path.exists()
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), new
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    if stat.S_ISFIFO(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is a pipe", str(path))
+    return file, new
+
+
+def beside(path: Path) -> Path:
+    """A name for what is to become a file, hidden beside it and new: two processes may have one number, in
+    two containers, and one that was stopped must not write on in a file that the other has put in place.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_all(file: int, content: bytes) -> None:

@@ -1,7 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, appended in whole lines, readable after a crash at any byte.
 
-Each process that trains begins with a row of kind `start`, and its rows name it (`by`). Rows that name
-another one than the last such row were written by a process that had lost the folder: they do not count.
+Each process that trains begins with a row of kind `start`, and its rows name it (`by`). Such a row has a
+number (`turn`), higher than those of all processes before: one of a lower number is from a process that was
+stopped while it wrote, and comes too late. Rows that name another process than the last one that began were
+written by one that had lost the folder: they do not count.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises FileNotFoundError when the file is missing.
     """
-    order = _Order(path)
+    order = _Order()
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
@@ -55,51 +57,55 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class _Order:
-    """Whose turn it is in a metrics file, row by row from its beginning.
+    """Whose turn it is in a metrics file, row by row from its beginning."""
 
-    A process that finds rows of others among its own begins anew: what lies between its two beginnings is not
-    theirs, whatever it says.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            marks = [row for line in file if b'"start"' in line and (row := _decode(line)) is not None]
-        turns = [str(row.get("by")) for row in marks if row.get("kind") == START]
-        first = {by: number for number, by in reversed(list(enumerate(turns)))}
-        self._between: set[int] = set()
-        last = len(turns) - 1  # whoever began last is right, then whoever began last before it
-        while last >= 0:
-            begun = first[turns[last]]
-            self._between |= {n for n in range(begun, last) if turns[n] != turns[last]}
-            last = begun - 1
-        self._number, self._by = -1, None
+    def __init__(self) -> None:
+        self._turn, self._by = 0, None
 
     def is_late(self, row: Row) -> bool:
         """Whether a process wrote the next row after another one had begun to train."""
         by = row.get("by")
-        if row.get("kind") == START:
-            self._number += 1
-            if self._number not in self._between:
-                self._by = by
+        if row.get("kind") == START and _turn(row) >= self._turn:
+            self._turn, self._by = _turn(row), by
         return by is not None and self._by is not None and by != self._by
 
 
-def truncate_after(path: Path, step: int) -> int:
+def _turn(row: Row) -> int:
+    turn = row.get("turn")
+    return turn if isinstance(turn, int) else 0
+
+
+def _last_turn(path: Path) -> int:
+    """The number of the process that has begun last, as far as a file says; 0 where it does not."""
+    with path.open("rb") as file:
+        marks = [row for line in file if b'"start"' in line and (row := _decode(line)) is not None]
+    return max((_turn(row) for row in marks if row.get("kind") == START), default=0)
+
+
+def _allow() -> None:
+    """No objection to a change of a file that nobody else has."""
+
+
+def truncate_after(path: Path, step: int, confirm: Callable[[], None] = _allow) -> int:
     """Remove every row whose `step` is greater than `step`, torn lines, and rows of a process that had lost
     the folder; rows without a step stay, and those of kind `start`.
 
     Rows at the end are cut off in place, which a full disk allows; else the file is rewritten beside itself
     and renamed, so a crash leaves either the old or the new one.
 
+    Args:
+        path, step: the file, and the last step that stays.
+        confirm: called at the last moment before the file is changed; what it raises leaves it as it is.
+
     Raises SaveFailed when the disk does not allow it.
 
     Returns:
         The number of lines removed; 0, without touching the file, when there is nothing to remove or no file.
     """
-    return len(_cut(path, lambda row: _is_after(row, step)))
+    return len(_cut(path, lambda row: _is_after(row, step), confirm))
 
 
-def move_after(path: Path, step: int, to: Path) -> int:
+def move_after(path: Path, step: int, to: Path, confirm: Callable[[], None] = _allow) -> int:
     """`truncate_after` of a run that goes back to `step`: what is removed is first appended to the file `to`
     and on the disk there (a crash in between leaves it in both, a full disk loses it), and the records of
     earlier times the run went back stay.
@@ -111,7 +117,7 @@ def move_after(path: Path, step: int, to: Path) -> int:
         except SaveFailed as error:
             warnings.warn(error.line(), stacklevel=2)
 
-    return len(_cut(path, lambda row: _taken_back(row, step), move))
+    return len(_cut(path, lambda row: _taken_back(row, step), confirm, move))
 
 
 def _taken_back(row: Row, step: int) -> bool:
@@ -119,12 +125,15 @@ def _taken_back(row: Row, step: int) -> bool:
 
 
 def _cut(
-    path: Path, goes: Callable[[Row], bool], before: Callable[[list[bytes]], None] = lambda lines: None
+    path: Path,
+    goes: Callable[[Row], bool],
+    confirm: Callable[[], None],
+    before: Callable[[list[bytes]], None] = lambda lines: None,
 ) -> list[bytes]:
     """Remove torn lines, late rows and the rows that go, after `before` was given them; returns them."""
-    if not path.exists():
+    if not path.is_file():  # a device has no end to read to
         return []
-    order = _Order(path)
+    order = _Order()
     kept: list[bytes] = []
     removed: list[bytes] = []
     at_the_end = True
@@ -136,12 +145,14 @@ def _cut(
             at_the_end = at_the_end and (gone or not removed)
     if not removed:
         return removed
+    confirm()  # reading took its time: who was stopped meanwhile would cut off its successor's rows
     before(removed)
     try:
         if at_the_end:  # also where the disk has no room for a second file
+            confirm()
             os.truncate(path, sum(map(len, kept)))
         else:
-            replace_file(path, b"".join(kept))
+            replace_file(path, b"".join(kept), confirm)
     except OSError as error:
         raise _write_error(path, error) from error
     return removed
@@ -187,14 +198,17 @@ def _end_line(file: int) -> None:
         os.ftruncate(file, end)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file so that a reader, or a crash, meets either the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_file(path: Path, content: bytes, confirm: Callable[[], None] = _allow) -> None:
+    """Write a whole file so that a reader, or a crash, meets either the old content or the new. `confirm` is
+    called at the last moment; what it raises leaves the old one.
+    """
+    temporary = durable.beside(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        confirm()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -232,11 +246,14 @@ class MetricsFile:
         self._whole: int | None = None  # size to go back to, where undoing half a write has failed
         self._first = bool(claim.name)  # no row of this process is there yet
         self._started = not claim.name  # whether the file says that this process writes now
+        self._turn = 0
         self._unsynced = self._closed = False
         self._known = (0, 0, 0)  # which file it was, and its size, when this process left it
         try:
             with self._opened(look=False) as file:
                 _end_line(file)
+            if claim.name:
+                self._turn = max(claim.turn, 1 + (_last_turn(path) if path.is_file() else 0))
         except OSError as error:
             raise _write_error(path, error) from error
 
@@ -286,7 +303,8 @@ class MetricsFile:
             self._drop_late()
         with self._opened() as file:
             if not self._started:
-                block = encode({"kind": START, "step": self._step, "by": self._claim.name}) + block
+                begin = {"kind": START, "step": self._step, "turn": self._turn, "by": self._claim.name}
+                block = encode(begin) + block
             self._whole = os.fstat(file).st_size
             try:
                 durable.write_all(file, block)
@@ -314,6 +332,8 @@ class MetricsFile:
     def _meet(self, file: int, new: bool) -> None:
         """Take over a file that somebody else has changed: it has to say again who writes now."""
         found, whole = durable.identity(file), self._whole
+        if whole is not None or found != self._known:
+            self._claim.confirm()  # again: it may be a successor that writes there
         if whole is not None and found[:2] == self._known[:2] and found[2] >= whole:
             os.ftruncate(file, whole)
         elif found != self._known:
@@ -328,7 +348,7 @@ class MetricsFile:
         step from which this one continues were removed.
         """
         try:
-            truncate_after(self.path, self._step)
+            truncate_after(self.path, self._step, self._claim.confirm)
         except SaveFailed as error:
             raise error.__cause__ or error from None
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -342,7 +362,7 @@ class MetricsFile:
         self._waiting = [line for line, row in waiting if row is not None and not _taken_back(row, step)]
         if not self._waiting:
             self.trouble = None
-        move_after(self.path, step, to)
+        move_after(self.path, step, to, self._claim.confirm)
         self._whole = None
         with contextlib.suppress(OSError), self._opened(look=False):
             pass

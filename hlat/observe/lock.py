@@ -14,6 +14,7 @@ whatever it writes, and stops for good when another token stands there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -31,7 +32,17 @@ from hlat.errors import FolderLost, UserError
 from hlat.observe.claim import Claim
 
 LOCK_FILE = ".lock"
-STALE_SECONDS = float(os.environ.get("HLAT_TEST_LOCK_SECONDS", "300"))  # tests cannot wait for so long
+_HOOK = "HLAT_TEST_LOCK_SECONDS"  # tests cannot wait for so long
+
+
+def _stale_seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise UserError(f"{text!r} is no number of seconds", where=_HOOK, fix="unset it: it is for tests")
+
+
+STALE_SECONDS = _stale_seconds(os.environ.get(_HOOK) or "300")
 REFRESH_SECONDS = STALE_SECONDS / 10
 _POLL = min(1.0, STALE_SECONDS / 20)
 
@@ -119,6 +130,8 @@ class Lock(Claim):
             content = self._read()
         if content == self._content:
             return
+        if not self._path.parent.is_dir():  # moved away, or its disk is: nobody else has it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path.parent))
         holder = None if content is None else _parse(content)
         who = f"process {holder.pid} on {holder.host}" if holder else "another process"
         when = f" at {holder.since}" if holder else ""
@@ -210,14 +223,21 @@ class Lock(Claim):
 
     def _put_back(self, content: bytes | None) -> None:
         with self._installing:  # the two threads use one name for the new file
-            if self._read() == content and (self.latest is None or self.latest() == self.token):
-                self._install(content)
+            if self._read() != content or not self._is_latest() or not self._install(content):
+                return
+            if not self._is_latest():  # it was stopped here while another process began, trained and ended
+                self._take_away(self._content)
+
+    def _is_latest(self) -> bool:
+        return self.latest is None or self.latest() == self.token
 
     def _read(self) -> bytes | None:
         """What the file holds, by a new open(): that makes a network file system look again."""
         try:
             return self._path.read_bytes()
         except FileNotFoundError:
+            if self._path.is_symlink():  # to nothing: there is a file of that name, and none can be made
+                raise
             return None
 
     def _refresh(self) -> None:
@@ -247,9 +267,11 @@ def _parse(content: bytes) -> Holder | None:
     try:
         found = json.loads(content)
         holder = Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
-        return holder if 0 < holder.pid < 1 << 31 else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
+    known = {field.name: getattr(holder, field.name) for field in fields(Holder)}
+    typed = all(type(value) is (int if name in ("pid", "inode") else str) for name, value in known.items())
+    return holder if typed and 0 < holder.pid < 1 << 31 else None
 
 
 def judge(holder: Holder, me: Holder, silence: float) -> bool | None:
@@ -281,7 +303,7 @@ def _is_copy(holder: Holder, me: Holder, folder: Path) -> bool:
     original = Path(holder.path)
     if not _comparable(holder, me) or holder.path == me.path or not original.is_absolute():
         return False
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         there = read_holder(original / LOCK_FILE)
         if there is not None and there.token == holder.token:
             with _probe(folder, me.token) as probe:
@@ -314,11 +336,18 @@ def _age(path: Path, token: str) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep two processes from finding one lock stale at the same moment (as far as the file system can)."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Keep two processes from finding one lock stale at the same moment (as far as the file system can). One
+    that was stopped inside is not waited for longer than a lock is believed.
+    """
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + STALE_SECONDS
     try:
         with contextlib.suppress(OSError):  # some network file systems have no flock
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while time.monotonic() < end:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
         yield
     finally:
         os.close(handle)

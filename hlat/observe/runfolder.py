@@ -19,7 +19,7 @@ from hlat.errors import SaveFailed, UserError, check_length
 from hlat.observe import environment
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
-from hlat.observe.lock import Lock
+from hlat.observe.lock import LOCK_FILE, Lock
 from hlat.observe.sinks import METRICS_FILE
 
 _FOLDERS = ("logs", "checkpoints")
@@ -80,6 +80,7 @@ class RunFolder:
         try:
             self._create()
             self._lock = Lock(self.path, say)
+            self._remove_unfinished()
             for name in _FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
             starts = self.starts()
@@ -87,14 +88,18 @@ class RunFolder:
             archived = [_archived(path, self.logs, len(starts)) for path, _ in texts]
             files = (self.recipe, self.resolved, self.environment, *archived)
             self._former = {path: path.read_bytes() if path.exists() else None for path in files}
+            self._lock.confirm()  # a stop since the lock was taken may have been a long one
             for (path, data), old in zip(texts, archived, strict=True):
                 _replace(path, data, old)
             starts.append(dict(description) if description is not None else environment.describe())
+            self._lock.confirm()
             self._write_starts(starts, self._lock.token)
-            self._lock.latest = self._holder
+            self._lock.latest, self._lock.turn = self._holder, len(starts)
         except OSError as error:
             self.abandon()
-            failed = self._error(error.strerror or str(error))
+            what = error.strerror or str(error)
+            file = Path(error.filename).name if isinstance(error.filename, str | Path) else ""
+            failed = self._error(f"{file}: {what}" if file in (LOCK_FILE, *_FOLDERS) else what)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise SaveFailed(failed.what, where=failed.where, fix="make room there") from error
             raise failed from error
@@ -107,6 +112,14 @@ class RunFolder:
         """The entries of environment.json, one a start, oldest first; empty without a readable file."""
         starts = self._read_environment().get("starts")
         return [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else []
+
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that were killed, or have lost the folder, had begun to write beside a file:
+        one that was stopped shall not put it in place any more.
+        """
+        for path in (self.recipe, self.resolved, self.environment, self.metrics):
+            for unfinished in self.path.glob(f".{path.name}.*.tmp"):
+                unfinished.unlink(missing_ok=True)
 
     def _holder(self) -> str:
         """Token of the process that has started last; empty where there is no record of it."""

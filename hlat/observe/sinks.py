@@ -40,7 +40,7 @@ class JsonlSink(MetricsFile):
 
     def __init__(self, folder: Path, after_step: int = 0, claim: Claim = UNCLAIMED, **more: Any) -> None:
         claim.confirm()
-        truncate_after(folder / METRICS_FILE, after_step)
+        truncate_after(folder / METRICS_FILE, after_step, claim.confirm)
         super().__init__(folder / METRICS_FILE, claim, after_step, **more)
 
     def rewind(self, step: int) -> None:

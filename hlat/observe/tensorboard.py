@@ -13,12 +13,13 @@ import contextlib
 import io
 import os
 import re
+import secrets
 import socket
 import struct
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -135,6 +136,7 @@ class EventFiles:
         if not self._is_as_left():
             self._leave()
             self._open()
+            self._claim.confirm()  # again: what a new file says is about all before it, a successor's too
         block = records if self._size else self._first_records() + records
         rest = memoryview(block)
         try:
@@ -193,8 +195,9 @@ class EventFiles:
                 else:
                     keep.append((start, end))
         if len(keep) > 1:
-            _copy_parts(path, keep)
+            _copy_parts(path, keep, self._claim.confirm)
         elif keep[0][1] < path.stat().st_size:
+            self._claim.confirm()  # again: reading took its time, and a successor may write there by now
             os.truncate(path, keep[0][1])
 
     def _events(self, file: IO[bytes]) -> Iterator[tuple[int, int, Any]]:
@@ -213,16 +216,19 @@ class EventFiles:
             start = end
 
 
-def _copy_parts(path: Path, parts: list[tuple[int, int]]) -> None:
-    """Replace a file by parts of it. No reader takes the copy for an event file meanwhile."""
-    partial = path.with_name(f".rewritten-{os.getpid()}")
+def _copy_parts(path: Path, parts: list[tuple[int, int]], confirm: Callable[[], None]) -> None:
+    """Replace a file by parts of it, unless `confirm` raises at the last moment. No reader takes the copy for
+    an event file meanwhile.
+    """
+    partial = path.with_name(f".rewritten-{secrets.token_hex(6)}")
     try:
-        with path.open("rb") as source, partial.open("wb") as target:
+        with path.open("rb") as source, partial.open("xb") as target:
             for start, end in parts:
                 source.seek(start)
                 while start < end:
                     target.write(block := source.read(min(end - start, 1 << 20)))
                     start += len(block)
+        confirm()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

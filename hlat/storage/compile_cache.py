@@ -229,7 +229,8 @@ def _put(partial: Path, final: Path) -> bool:
         os.rename(partial, final)
         return True
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        linked = error.errno == errno.ENOTDIR and final.is_dir()  # kept elsewhere, and filled there
+        if not linked and error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     with holding(final) as held:
         if not held or _whole(final):

@@ -28,6 +28,7 @@ _REFUSED = (
     (re.compile(r"\?"), "a '?' (a query, or a version of one object)"),
     (re.compile(r"#"), "a '#' (a fragment)"),
     (re.compile(r"::"), "'::' (a chain of file systems)"),
+    (re.compile(r"(?<!:/)/\.\.?(?:/|$)"), "'.' or '..' as a name"),
 )
 _DEFECTS = (TypeError, AttributeError, NameError, AssertionError)
 _S3_TIMES = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
@@ -86,11 +87,11 @@ class Remote:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Name, relative to this `Remote`, and bytes of every file under a folder. Raises StoreError."""
-        start = len(self.root) + 1
+        start, inside = len(self.root) + 1, f"{self.at(folder)}/"
         return {
             name[start:]: int(item["size"])
             for name, item in self._find(folder).items()
-            if item["type"] == "file" and name.startswith(f"{self.root}/")
+            if item["type"] == "file" and name.startswith(inside)
         }
 
     def read(self, path: str) -> bytes:

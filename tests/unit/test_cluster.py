@@ -47,6 +47,7 @@ def store() -> dist.Store:
 def test_the_environment_of_a_launcher() -> None:
     assert read_address({}) is None
     assert read_address({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert read_address({"WORLD_SIZE": "1"}) is None, "any task of a step, as the user wants it"
     assert read_address(GOOD) == Address(1, 4, 1, "node-a", 29500, False, "0")
     first = read_address({**GOOD, "RANK": "0"})
     under_torchrun = read_address({**GOOD, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"})

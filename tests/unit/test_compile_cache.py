@@ -140,6 +140,11 @@ def test_a_failed_compilation_gives_way_and_a_half_push_is_invisible(
     shared.push(remote, cache, say=lambda line: None)
     assert shared.pull(remote, node, [GOOD])[0] == 1
     assert tree(node, (GOOD,)) == tree(cache, (GOOD,))
+    (node / GOOD / "model.done").unlink()
+    (node / GOOD).rename(tmp_path / "elsewhere")  # a folder that is kept on another disk
+    (node / GOOD).symlink_to(tmp_path / "elsewhere")
+    assert shared.pull(remote, node, [GOOD])[0] == 1 and (node / GOOD).is_symlink()
+    assert (node / GOOD / "model.done").is_file()
 
 
 def test_damage_and_names_that_lead_elsewhere_are_refused(

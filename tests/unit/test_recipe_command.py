@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import pytest
 
@@ -64,6 +65,15 @@ def test_a_run_folder_stands_for_its_resolved_recipe(capsys, tmp_path, monkeypat
     assert "lr: 0.002" in shown and "steps: 77" in shown
     with pytest.raises(UserError, match=r"a: is a folder, not a recipe file; write a/resolved\.yaml"):
         load("a")
+
+
+def test_a_pipe_or_a_device_is_no_recipe(tmp_path):
+    """It would be waited for when it is read the second time; /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(UserError, match=rf"{name}\.yaml: is a pipe or a device.*; write it to a file"):
+            load(tmp_path / f"{name}.yaml")
 
 
 def test_check_takes_overrides(capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,19 @@ def test_a_folder_at_the_path_keeps_rows_waiting(tmp_path: Path) -> None:
     assert file.sync() is not None, "no checkpoint meanwhile"
     path.rmdir()
     assert file.sync() is None and file.trouble is None and steps(path) == [(2, "")]
+
+
+@pytest.mark.parametrize("what", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_what_is_no_file_is_refused_before_the_first_row(
+    tmp_path: Path, what: Callable[[Path], None]
+) -> None:
+    what(tmp_path / FILE)
+    with pytest.raises(SaveFailed, match="cannot write metrics"):
+        JsonlSink(tmp_path, 0, Named("one"))
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / FILE).symlink_to("/dev/zero")  # it has no end
+    with contextlib.suppress(SaveFailed):
+        JsonlSink(tmp_path / "device", 0, Named("one"))
 
 
 def test_own_changes_are_none(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_a_store_that_changes_bytes_is_found_out(
         ("s3://bucket/a b", "a space"),
         ("s3://bucket/a\nb", "a space or another blank"),
         ("s3://bucket/a#b", "'#'"),
+        ("file:///data/runs/..", "'.' or '..'"),
+        ("s3://bucket/./a", "'.' or '..'"),
     ],
 )
 def test_urls_that_are_refused(url: str, word: str) -> None:

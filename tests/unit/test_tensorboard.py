@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hlat.errors import FolderLost
 from hlat.observe import tensorboard
+from hlat.observe.claim import Claim
 from hlat.observe.sinks import TensorBoardSink
 
 TAG = "train/loss"
@@ -187,3 +190,42 @@ def test_a_full_disk_is_told_once_and_loses_nothing(tmp_path: Path, monkeypatch:
     assert [str(w.message).count("No space left on device); rows wait") for w in told] == [1, 1]
     assert shown(reader(tmp_path)) == run.right()
     assert len(files(tmp_path)) == 1
+
+
+class Looked(Claim):
+    """The first look passes, and then another process trains; it is `lost` from the next one on."""
+
+    def __init__(self, successor: Callable[[], None]) -> None:
+        self.successor, self.lost = successor, False
+
+    def confirm(self) -> None:
+        if self.lost:
+            raise FolderLost("another process has the folder")
+        self.lost = True
+        self.successor()
+
+
+@pytest.mark.parametrize("act", ["go back", "a new file", "later"])
+def test_who_has_lost_the_folder_writes_nothing_and_cuts_nothing(tmp_path: Path, act: str) -> None:
+    def successor() -> None:
+        later = Trained(tmp_path, 6)
+        later.train(12)
+        later.sink.close()
+
+    first = Trained(tmp_path)
+    first.train(10)
+    if act == "a new file":
+        os.rename(files(tmp_path)[0], tmp_path / "away")
+    claim = first.sink._files._claim = Looked(successor)
+    if act == "later":
+        claim.confirm()
+    before = {path: path.read_bytes() for path in files(tmp_path)} if act == "later" else {}
+    with pytest.raises(FolderLost):
+        first.sink.rewind(3) if act == "go back" else first.train(1)
+    for again in (lambda: first.train(1), lambda: first.sink.rewind(2)):
+        with pytest.raises(FolderLost):
+            again()
+    first.sink.close()
+    assert act != "later" or before == {path: path.read_bytes() for path in files(tmp_path)}
+    kept = [] if act == "a new file" else [(step, step / 2) for step in range(1, 7)]
+    assert shown(reader(tmp_path)) == [*kept, *((6 + n, n / 2) for n in range(1, 13))]
