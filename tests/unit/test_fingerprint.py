@@ -296,13 +296,14 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert standing_notes(runs) == []
     assert "held-out text" in render(runs) and content["held_out"][:12] in render(runs)
     assert standing_notes(load_runs([Path("a"), Path("same")])) == []
-    different = "the held-out figures are over different text and cannot be compared"
-    own = f"a: {amount} bytes of {content['held_out'][:12]}"
+    amounts = "the held-out figures are not over equally much of the same text and cannot be compared"
     assert standing_notes(load_runs([Path("a"), Path("rows")])) == [
-        f"{different} ({own}; rows: 12,345 bytes of {content['held_out'][:12]})"
+        f"{amounts} (a: {amount} bytes; rows: 12,345 bytes)"
     ]
+    texts = "the held-out figures are over different texts and cannot be compared"
     assert standing_notes(load_runs([Path("a"), Path("text2")])) == [
-        f"{different} ({own}; text2: {amount} bytes of ffffffffffff)"
+        f"{texts} (a: {amount} bytes of text {content['held_out'][:12]}; "
+        f"text2: {amount} bytes of text ffffffffffff)"
     ]
     assert standing_notes(load_runs([Path("a"), Path("data2")])) == [
         "the runs do not have the same content of data.sources[0]"
@@ -312,4 +313,4 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert line.startswith("what the figures of same stand for is not known")
     assert cli.main(["report", "a", "rows", "same", "--out", "report.html"]) == 0
     said = capsys.readouterr().out
-    assert said.count("note: ") == 2 and different in Path("report.html").read_text()
+    assert said.count("note: ") == 2 and amounts in Path("report.html").read_text()
