@@ -248,7 +248,7 @@ def test_a_run_that_continues_says_what_its_weights_were(here, capsys, monkeypat
     moved = "data.sources=[{path: elsewhere}, {path: more.jsonl, weight: 2}]"
     assert "init.from:" not in train(capsys, *common, moved, "init.from=moved", "run.stop_at_step=2")
     said = train(capsys, *common, moved, "init.from=b", "eval.rows=8", "run.stop_at_step=3")
-    assert said.count("init.from: this run began from other weights, and one that continues") == 1
+    assert said.count("init.from: this run began from other weights; it continues from its own") == 1
     assert "init.from" not in train(capsys, *common, moved, "init.from=null")  # a resume needs none
     stretches = read_stretches(Path("tuned"))
     assert [(s.after, s.fingerprint.recipe["eval"]["rows"]) for s in stretches][-2:] == [(2, 8), (3, 4)]
