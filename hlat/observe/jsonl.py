@@ -339,8 +339,10 @@ class MetricsFile:
         elif found != self._known:
             self._started = not self._claim.name
             _end_line(file)
-            how = "is gone" if new else "was changed by somebody else"
-            self._warn(f"{self.path} {how} while the run trains; further rows go to the file of that name")
+            how = "was removed" if new else "was replaced or edited"
+            self._warn(
+                f"{self.path} {how} while the run trains; further rows go to the file that now has this name"
+            )
         self._whole = None
 
     def _drop_late(self) -> None:

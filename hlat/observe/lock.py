@@ -173,7 +173,8 @@ class Lock(Claim):
             assert holder is not None
             if alive or first not in (None, (content, changed)):
                 raise UserError(
-                    f"process {holder.pid} on {holder.host} trains in this folder since {holder.since}",
+                    f"process {holder.pid} on {holder.host} has been training in this folder "
+                    f"since {holder.since}",
                     where=str(folder),
                     fix=f"wait for it, choose another run.dir, or delete {self._path} if it is gone",
                 )

@@ -65,7 +65,8 @@ class OftenSkipped:
             return None
         self._said += 1
         self._silent = self._stretch + 2**self._said
-        return f"{often_text(self._stretch * self.size + 1, self._step, skipped)}; see guard in the recipe"
+        said = often_text(self._stretch * self.size + 1, self._step, skipped)
+        return f"{said}; optim.lr may be too high, or guard.sigma too low"
 
     def rewind(self) -> None:
         """The run goes back: what was counted is taken back."""
@@ -93,9 +94,9 @@ def often_skipped(steps: Array, skipped: Array, every: int = 1) -> list[tuple[in
 
 
 def often_text(first: int, last: int, skipped: int) -> str:
-    """`37 of the steps 101 to 1,000 were skipped (4.1 %)`."""
+    """`37 updates were skipped in steps 101 to 1,000 (4.1 %)`."""
     share = 100 * skipped / (last - first + 1)
-    return f"{skipped:,} of the steps {first:,} to {last:,} were skipped ({share:.1f} %)"
+    return f"{skipped:,} updates were skipped in steps {first:,} to {last:,} ({share:.1f} %)"
 
 
 def often_lines(found: Sequence[tuple[int, int, int]]) -> Iterator[str]:

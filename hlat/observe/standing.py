@@ -71,8 +71,19 @@ def _held_out_note(runs: Sequence[Run]) -> list[str]:
     texts = [(_last(run).content.get("held_out", UNKNOWN), _amount(run)) for run in shown]
     if all(len(set(known) - {UNKNOWN}) < 2 for known in zip(*texts, strict=True)):
         return []
-    parts = [f"{run.name}: {amount} of {text[:12]}" for run, (text, amount) in zip(shown, texts, strict=True)]
-    return [f"the held-out figures are over different text and cannot be compared ({'; '.join(parts)})"]
+    names = {text for text, _ in texts}
+    parts = [
+        f"{run.name}: {amount}{f' of {_named(text)}' if len(names) > 1 else ''}"
+        for run, (text, amount) in zip(shown, texts, strict=True)
+    ]
+    other = len(names - {UNKNOWN}) > 1
+    why = "over different texts" if other else "not over equally much of the same text"
+    return [f"the held-out figures are {why} and cannot be compared ({'; '.join(parts)})"]
+
+
+def _named(text: str) -> str:
+    """A held-out text by the first digits of its SHA-256, as in the table."""
+    return "unknown text" if text == UNKNOWN else f"text {text[:12]}"
 
 
 def _amount(run: Run) -> str:

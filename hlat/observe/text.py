@@ -82,9 +82,10 @@ def anomaly_text(row: Mapping[str, Any]) -> str:
         f"{name} {fixed(row.get(key)) if row.get(key) is not None else 'not finite'}"
         for key, name in (("loss", "loss"), ("grad_norm", "norm"))
     ]
-    text = f"step {int(row['bad_step']):,}: {', '.join(values)}"
+    step, read = int(row["bad_step"]), int(row.get("data_step") or row["bad_step"])
+    text = f"step {step:,}{'' if read == step else f' (data step {read:,})'}: {', '.join(values)}"
     if row["policy"] != "rewind":
         return f"{text}; {'update skipped' if row['policy'] == 'skip' else 'the run stops'}"
     first, last = row["skipped_data"]
     data = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-    return f"{text}; back to step {int(row['checkpoint']):,}, without the data of {data}"
+    return f"{text}; back to step {int(row['checkpoint']):,}, without data {data}"

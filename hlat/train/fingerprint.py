@@ -227,5 +227,5 @@ def _other_weights(path: str | None, began: str | None) -> str:
         return ""  # a resume needs nothing of them
     if now == began:
         return ""
-    what = "this run began from its seed" if began is None else "this run began from other weights"
-    return f"init.from: {what}, and one that continues does not read those of {path}"
+    what = "its seed" if began is None else "other weights"
+    return f"init.from: this run began from {what}; it continues from its own checkpoint, {path} is not read"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _EXACT = 1 << 24  # from here on adding 1 to an fp32 changes nothing
 _NOISE = 1e-6  # the least standard deviation, beside the mean: what rounding makes of values that are equal
+GO_ON = (
+    "leave the data out (data.skip), or start a new run with a lower optim.lr from a checkpoint of this one "
+    "(init.from)"
+)
 
 
 @register("guard", "skip")
@@ -34,6 +38,8 @@ class SkipGuard:
         sigma: standard deviations; 0 skips non-finite steps only.
         patience: stop the run after this many skips in a row.
     """
+
+    _limit = "guard.patience"  # the key that says when to give up
 
     def __init__(
         self,
@@ -70,10 +76,13 @@ class SkipGuard:
         """Raise TrainingStopped after `patience` skips in a row (a value fetched with the metrics)."""
         if skips_in_a_row >= self.patience:
             raise TrainingStopped(
-                f"{_steps(int(skips_in_a_row))} skipped: loss or norm not finite or far off",
-                where="guard.patience",
-                fix="continue from an earlier checkpoint with a lower optim.lr or other data",
+                f"{self._bad(int(skips_in_a_row))}: loss or norm not finite or far above the recent ones",
+                where=self._limit,
+                fix=GO_ON,
             )
+
+    def _bad(self, count: int) -> str:
+        return "a step was skipped" if count == 1 else f"{count} steps in a row were skipped"
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars for metrics.jsonl."""
@@ -126,6 +135,8 @@ class StopGuard(SkipGuard):
         window, sigma: see `SkipGuard`.
     """
 
+    _limit = "guard.name: stop"
+
     def __init__(
         self,
         *,
@@ -133,6 +144,9 @@ class StopGuard(SkipGuard):
         sigma: Annotated[float, Field(ge=0)] = 6.0,
     ) -> None:
         super().__init__(window=window, sigma=sigma, patience=1)
+
+    def _bad(self, count: int) -> str:
+        return "a step is bad"
 
 
 @register("guard", "rewind")
@@ -213,7 +227,3 @@ class NoGuard:
     def state(self) -> dict[str, Tensor]:
         """No state."""
         return {}
-
-
-def _steps(count: int) -> str:
-    return "a step was" if count == 1 else f"{count} steps in a row were"

@@ -19,6 +19,7 @@ from hlat.observe.watchdog import Watchdog
 from hlat.train import state
 from hlat.train.anomalies import GoBack
 from hlat.train.evaluate import evaluate
+from hlat.train.guard import GO_ON
 from hlat.train.memory import peak_bytes, persistent_bytes
 from hlat.train.replicas import verify
 from hlat.train.run import Run
@@ -225,7 +226,7 @@ class Loop:
                     f"step {bad.last} is bad, and the run has gone back {len(near)} times for data within "
                     f"{guard.within} steps",
                     where="guard.rewinds",
-                    fix="continue from an earlier checkpoint with a lower optim.lr or other data",
+                    fix=GO_ON,
                 )
             self.watchdog.beat(run.step, "rewinding", patient=True)
             self._restore_before(max(1, bad.first - guard.before))

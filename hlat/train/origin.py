@@ -108,11 +108,11 @@ def _tokenizer_remarks(recipe: Recipe, data: Any, source: WeightSource) -> list[
     if extends(own, theirs):
         more = own.vocab_size - theirs.vocab_size
         return [
-            f"data.tokenizer has {more} ids more than the tokenizer of {source.path}: those begin untrained"
+            f"data.tokenizer has {more} more ids than the tokenizer of {source.path}: they start untrained"
         ]
     return [
         f"data.tokenizer '{recipe.data.tokenizer}' is not the tokenizer of {source.path} ({what}), so its "
-        "ids mean something else than these weights learned; write data.tokenizer: init to use theirs"
+        "ids do not mean what these weights learned; write data.tokenizer: init to use theirs"
     ]
 
 
@@ -122,8 +122,8 @@ def _bos_remarks(data: Any, origin: Provenance) -> list[str]:
         return []
     if found is None:
         return [
-            f"the documents of data.sources do not begin with BOS (id {known}), as the texts of these "
-            "weights did; tokenize them with hlat data tokenize --bos"
+            f"the documents of data.sources do not begin with BOS (id {known}), and the texts that these "
+            "weights were trained on did; tokenize them with hlat data tokenize --bos"
         ]
     return [f"the documents of data.sources begin with BOS (id {found}), which these weights do not know"]
 
@@ -153,10 +153,10 @@ def _share_remarks(recipe: Recipe, origin: Provenance) -> list[str]:
     section = recipe.data.examples
     if least >= share or (section is not None and (section.eval_path or section.eval_dataset)):
         return []
-    remedy = f"; data.holdout={least:g} holds out theirs alone" if least else ""
+    remedy = f"; data.holdout={least:g} avoids that" if least else ""
     return [
-        f"the weights of init.from held out {least:g} of their {plural}, this run {share:g}: where they are "
-        f"the same, its held-out loss is over {plural} those weights were trained on{remedy}"
+        f"data.holdout is {share:g}, and {least:g} of the {plural} were held out from the weights of "
+        f"init.from: where the data is the same, they were trained on some of the held-out {plural}{remedy}"
     ]
 
 
@@ -165,9 +165,9 @@ def _rounding_remarks(recipe: Recipe, source: WeightSource) -> list[str]:
     if torch.promote_types(stored, compute) == compute:
         return []
     names = [str(dtype).removeprefix("torch.") for dtype in (stored, compute)]
-    text = f"the weights of init.from are {names[0]} and are rounded to {names[1]}"
+    text = f"the weights of init.from are {names[0]} and are rounded to {names[1]} at the start"
     if recipe.precision.master == "none":
-        return [f"{text}, for precision.master is none; fp32 keeps them exact"]
+        return [f"{text}, as precision.master is none; precision.master=fp32 keeps them exact"]
     if recipe.train_only:
         return [f"{text} where train_only freezes them; precision.compute=fp32 keeps them exact"]
     return []

@@ -1,6 +1,4 @@
-"""What a run says of sums that it keeps in bf16: that they are rounded stochastically, or what rounding them
-to nearest loses.
-"""
+"""What a run says of sums that it keeps in bf16 and rounds to nearest: what is lost."""
 
 from __future__ import annotations
 
@@ -13,23 +11,17 @@ from hlat.train.update import needs_backward
 if TYPE_CHECKING:
     from hlat.train.run import Run
 
-_WHAT = {"master": "weights", "states": "moments", "accumulate": "sums of gradients"}
-
 
 def rounding_lines(run: Run) -> list[str]:
-    """One line where sums are rounded stochastically, one for each kind of sum that is rounded to nearest;
-    none where all of them are fp32.
-    """
+    """One line for each kind of sum in bf16 that is rounded to nearest."""
     precision = run.recipe.precision
     kept = narrow_sums(precision.compute, precision.master, precision.states, precision.accumulate)
-    if not kept or not needs_backward(run.recipe):
+    if precision.rounding == "stochastic" or not needs_backward(run.recipe):
         return []
-    if precision.rounding == "stochastic":
-        what = " and ".join(_WHAT[name] for name in kept)
-        return [f"note: {what} in bf16 are rounded stochastically; to nearest they would lose small changes"]
     lines = {"master": _weights, "states": _moments, "accumulate": _gradients}
     found = (lines[name](run) for name in kept)
-    return [f"warning: precision.rounding is nearest: {text}" for text in found if text]
+    said = "warning: precision.rounding is nearest (stochastic avoids this)"
+    return [f"{said}: {text}" for text in found if text]
 
 
 def _weights(run: Run) -> str:
@@ -44,11 +36,16 @@ def _moments(run: Run) -> str:
     averages: dict[str, Average] = getattr(run.optimizer, "averages", dict)()
     if not averages:
         return ""
-    found = (f"{slot} ({a}) {times_too_large(a):.2g} times too large" for slot, a in averages.items())
+    first, *others = (f"{slot} ({a}) {_times(times_too_large(a))}" for slot, a in averages.items())
+    found = ", ".join([f"{first} what it should be", *others])
     return (
         "moments in bf16 (precision.states) lose every change below 1/512 of their value: where gradients "
-        f"fall to a tenth after {LARGE_STEPS} steps, at step {STEPS:,} {', '.join(found)}"
+        f"fall to a tenth after {LARGE_STEPS} steps, at step {STEPS:,} {found}"
     )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times" if factor >= 10 else f"{factor:.1f} times"
 
 
 def _gradients(run: Run) -> str:

@@ -104,7 +104,7 @@ def ends_like(skip: str, bad: str, *overrides: str) -> bool:
 def test_a_bad_batch_is_taken_back_and_left_out(place: Path, capsys) -> None:
     bad = poison(6)
     assert train(bad) == 0
-    assert "step 6: loss not finite, norm not finite; back to step 4, without the data of step 6" in (
+    assert "step 6: loss not finite, norm not finite; back to step 4, without data step 6" in (
         capsys.readouterr().out
     )
     (row,) = rows("runs/small", "anomaly")
@@ -141,7 +141,7 @@ def test_the_documents_of_a_step_are_found(place: Path, capsys) -> None:
         e["hash"] in text for e, text in zip(recorded, lines, strict=True)
     )
     assert main(["report", "runs/small", "--out", "report.html"]) == 0
-    assert "back to step 4, without the data of step 6" in Path("report.html").read_text()
+    assert "back to step 4, without data step 6" in Path("report.html").read_text()
     for wrong, word in (
         (["runs", "--step", "1"], "not a run folder"),
         (["runs/small", "--step", "0"], "from 1"),
@@ -232,7 +232,10 @@ def test_skip_leaves_the_update_out(place: Path, capsys) -> None:
 
 def test_stop(place: Path, capsys) -> None:
     assert train("guard={name: stop, window: 4, sigma: 200}", poison(6), "log.every=1") == 3
-    assert "a step was skipped: loss or norm not finite or far off" in capsys.readouterr().err
+    assert (
+        "guard.name: stop: a step is bad: loss or norm not finite or far above the recent ones"
+        in capsys.readouterr().err
+    )
     assert [(row["policy"], row["bad_step"]) for row in rows("runs/small", "anomaly")] == [("stop", 6)]
     assert records()[0]["policy"] == "stop"
     assert open_checkpoint("runs/small").step == 4

@@ -78,12 +78,13 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return lines[0]
 
 
-def test_results_have_the_schema_of_the_harness(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_results_have_the_schema_of_the_harness(place: Path, capfd: pytest.CaptureFixture) -> None:
     write_task(place / "tasks", QUESTIONS)
     write_task(place / "tasks", QUESTIONS, "more")
     common = ["--tasks", "mine,more", "--include-path", "tasks"]
     assert main(["eval", "model", *common, "--limit", "4", "--json", "r.json", "--samples"]) == 0
-    text = capsys.readouterr().out
+    text, errors = capfd.readouterr()
+    assert "git" not in errors, "the working directory is no repository, and need not be one"
     assert "mine" in text and "acc_norm" in text and "chance" in text
     found = json.loads(Path("r.json").read_text())
     values = found["results"]["mine"]

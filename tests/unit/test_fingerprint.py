@@ -261,7 +261,7 @@ def test_a_run_that_continues_says_what_its_weights_were(here, capsys, monkeypat
     moved = "data.sources=[{path: elsewhere}, {path: more.jsonl, weight: 2}]"
     assert "init.from:" not in train(capsys, *common, moved, "init.from=moved", "run.stop_at_step=2")
     said = train(capsys, *common, moved, "init.from=b", "eval.rows=8", "run.stop_at_step=3")
-    assert said.count("init.from: this run began from other weights, and one that continues") == 1
+    assert said.count("init.from: this run began from other weights; it continues from its own") == 1
     assert "init.from" not in train(capsys, *common, moved, "init.from=null")  # a resume needs none
     stretches = read_stretches(Path("tuned"))
     assert [(s.after, s.fingerprint.recipe["eval"]["rows"]) for s in stretches][-2:] == [(2, 8), (3, 4)]
@@ -309,13 +309,14 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert standing_notes(runs) == []
     assert "held-out text" in render(runs) and content["held_out"][:12] in render(runs)
     assert standing_notes(load_runs([Path("a"), Path("same")])) == []
-    different = "the held-out figures are over different text and cannot be compared"
-    own = f"a: {amount} bytes of {content['held_out'][:12]}"
+    amounts = "the held-out figures are not over equally much of the same text and cannot be compared"
     assert standing_notes(load_runs([Path("a"), Path("rows")])) == [
-        f"{different} ({own}; rows: 12,345 bytes of {content['held_out'][:12]})"
+        f"{amounts} (a: {amount} bytes; rows: 12,345 bytes)"
     ]
+    texts = "the held-out figures are over different texts and cannot be compared"
     assert standing_notes(load_runs([Path("a"), Path("text2")])) == [
-        f"{different} ({own}; text2: {amount} bytes of ffffffffffff)"
+        f"{texts} (a: {amount} bytes of text {content['held_out'][:12]}; "
+        f"text2: {amount} bytes of text ffffffffffff)"
     ]
     assert standing_notes(load_runs([Path("a"), Path("data2")])) == [
         "the runs do not have the same content of data.sources[0]"
@@ -325,7 +326,7 @@ def test_a_report_says_what_cannot_be_compared(here, capsys) -> None:
     assert line.startswith("what the figures of same stand for is not known")
     assert cli.main(["report", "a", "rows", "same", "--out", "report.html"]) == 0
     said = capsys.readouterr().out
-    assert said.count("note: ") == 2 and different in Path("report.html").read_text()
+    assert said.count("note: ") == 2 and amounts in Path("report.html").read_text()
 
 
 def test_a_start_reads_one_checkpoint_of_a_run_that_goes_on(here) -> None:

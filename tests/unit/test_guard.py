@@ -72,7 +72,7 @@ def test_when_steps_are_taken_back() -> None:
     assert [patient.steps_back(row(9.0, n)) for n in (1, 2)] == [1, 2], "a spike at once"
     assert quick.steps_back(row(None, 1)) == 1
     patient.check(1e9)
-    with pytest.raises(TrainingStopped, match="a step was skipped"):
+    with pytest.raises(TrainingStopped, match="a step is bad"):
         StopGuard().check(1.0)
 
 

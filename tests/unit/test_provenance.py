@@ -200,7 +200,7 @@ def test_what_departs_from_the_weights_is_said(chain, capsys) -> None:
     )
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: data.tokenizer 'bytes' is not the tokenizer of" in out and "data.tokenizer: init" in out
-    assert "held out 0.1 of their documents, this run 0.3" in out and "data.holdout=0.1" in out
+    assert "data.holdout is 0.3, and 0.1 of the documents were held out" in out and "data.holdout=0.1" in out
     assert provenance_of(open_weights("w1")).convention == Convention()
     # The recipe names the tokenizer of the weights once more: there is nothing to say.
     assert main(["train", "base.yaml", "init.from=base", "run.dir=w2", "run.steps=1"]) == 0

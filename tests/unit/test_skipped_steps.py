@@ -187,10 +187,10 @@ def feed(count: int, gone: Any, every: int = 10) -> list[str]:
 def test_many_skips_get_a_line_and_not_one_for_ever() -> None:
     assert feed(1000, lambda s: s % 100 == 0) == [], "one in a hundred"
     (line,) = feed(1000, lambda s: 400 < s <= 403)
-    assert line.startswith("3 of the steps 401 to 500 were skipped (3.0 %)")
+    assert line.startswith("3 updates were skipped in steps 401 to 500 (3.0 %)")
     assert len(feed(200_000, lambda s: s % 2 == 0)) <= 11
     assert len(feed(200_000, lambda s: s % 200 < 5)) <= 11, "on and off"
-    assert feed(150, lambda s: s > 140)[0].startswith("10 of the steps 101 to 150 were skipped (20.0 %)")
+    assert feed(150, lambda s: s > 140)[0].startswith("10 updates were skipped in steps 101 to 150 (20.0 %)")
     assert (stretch(1), stretch(7), stretch(250)) == (100, 105, 250)
 
 
@@ -198,7 +198,7 @@ def test_a_report_lists_where_they_were_many() -> None:
     steps = np.arange(1, 2051.0)
     gone = np.where((steps > 390) & (steps <= 610) | (steps > 2040), 1.0, 0.0)
     assert often_skipped(steps, gone, 10) == [(301, 700, 220), (2001, 2050, 10)]
-    assert list(often_lines([(301, 700, 220)])) == ["220 of the steps 301 to 700 were skipped (55.0 %)"]
+    assert list(often_lines([(301, 700, 220)])) == ["220 updates were skipped in steps 301 to 700 (55.0 %)"]
     lines = list(often_lines([(i * 200 + 1, i * 200 + 100, 2) for i in range(9)]))
     assert len(lines) == 6 and lines[-1].startswith("8 more in 4 later stretches")
     assert often_skipped(np.empty(0), np.empty(0)) == []
@@ -212,6 +212,8 @@ def test_a_line_on_the_console_and_in_the_report(place: Path, monkeypatch: Any, 
 
     monkeypatch.setattr(SkipGuard, "_is_spike", strict)
     assert train("run.steps=200", "log.every=10") == 0
-    text = f"{len([s for s in skipped() if s <= 100])} of the steps 1 to 100 were skipped"
-    assert capsys.readouterr().out.count("of the steps 1 to 100 were skipped") == 1
-    assert text.split(" ")[0] != "0" and f"{len(skipped())} of the steps 1 to 200 were skipped" in report()
+    text = f"{len([s for s in skipped() if s <= 100])} updates were skipped in steps 1 to 100"
+    assert capsys.readouterr().out.count("updates were skipped in steps 1 to 100") == 1
+    assert (
+        text.split(" ")[0] != "0" and f"{len(skipped())} updates were skipped in steps 1 to 200" in report()
+    )
