@@ -124,6 +124,9 @@ class Lock(Claim):
 
     def confirm(self) -> None:
         """See `Claim`. A lock that was deleted or damaged is put back, if nobody else has begun to train."""
+        if self._stop.is_set():  # an upload, say, whose end nobody waits for any more
+            what = "this process has given the run folder back, and writes nothing more"
+            raise FolderLost(what, where=str(self._path.parent))
         content = self._read()
         if content != self._content and (content is None or _parse(content) is None):
             self._put_back(content)
@@ -152,7 +155,8 @@ class Lock(Claim):
 
     def release(self) -> None:
         """Give the folder back; calling it again does nothing."""
-        self._stop.set()
+        with self._installing:  # nothing puts it back from here on
+            self._stop.set()
         if self._read() == self._content:
             self._take_away(self._content)
 
@@ -173,8 +177,7 @@ class Lock(Claim):
             assert holder is not None
             if alive or first not in (None, (content, changed)):
                 raise UserError(
-                    f"process {holder.pid} on {holder.host} has been training in this folder "
-                    f"since {holder.since}",
+                    f"process {holder.pid} on {holder.host} trains in this folder since {holder.since}",
                     where=str(folder),
                     fix=f"wait for it, choose another run.dir, or delete {self._path} if it is gone",
                 )
@@ -224,7 +227,12 @@ class Lock(Claim):
 
     def _put_back(self, content: bytes | None) -> None:
         with self._installing:  # the two threads use one name for the new file
-            if self._read() != content or not self._is_latest() or not self._install(content):
+            if (
+                self._stop.is_set()
+                or self._read() != content
+                or not self._is_latest()
+                or not self._install(content)
+            ):
                 return
             if not self._is_latest():  # it was stopped here while another process began, trained and ended
                 self._take_away(self._content)

@@ -79,7 +79,7 @@ CHOSEN = (
         (
             r"hlat: error: .*(?:did not come in time|no answer for \d+ s|was not ready within"
             r"|ended before all \d+ processes had come|cannot listen: "
-            r"|has been training in this folder since)",
+            r"|trains in this folder since)",
         ),
     ),
     Row(

@@ -122,7 +122,7 @@ def test_a_requeued_job_takes_the_folder_at_once(tmp_path: Path, start: Callable
     first = start([], str(WRITER), "run", "100000", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
     wait_for(lambda: len(rows(file)) > 25)
     other = start([], str(WRITER), "run", "10", SLURM_JOB_ID="8", SLURM_RESTART_COUNT="5")
-    assert other.end() == 2 and "has been training in this folder since" in other.text
+    assert other.end() == 2 and "trains in this folder since" in other.text
     second = start([], str(WRITER), "run", "90", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert first.end() == 77 and second.end() == 0, (first.text, second.text)
     assert len(first.text.splitlines()) == 1 and "has taken the run folder over" in first.text
@@ -137,7 +137,7 @@ def test_two_containers_and_a_holder_that_was_stopped(
     first = start(container, str(WRITER), "run", "100000")
     wait_for(lambda: len(rows(file)) > 25)
     second = start(container, str(WRITER), "run", "10")
-    assert second.end() == 2 and "has been training in this folder since" in second.text, second.text
+    assert second.end() == 2 and "trains in this folder since" in second.text, second.text
     assert "waiting up to" in second.text, "process numbers of two containers mean different things"
     before = holder(file.parent)
     for turn in range(2):  # whoever was stopped may come back amid the successor's work, or after it

@@ -105,9 +105,7 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(
-            UserError, match=f"process {holder.pid} on .* has been training in this folder"
-        ) as caught:
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* trains in this folder") as caught:
             RunFolder(tmp_path).start("", "", description=FACTS)
         assert str(tmp_path / ".lock") in caught.value.fix
         assert not (tmp_path / "recipe.yaml").exists()
@@ -122,7 +120,7 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path):
 def test_the_same_process_cannot_take_a_folder_twice(tmp_path):
     with (
         RunFolder(tmp_path / "a").start("", "", description=FACTS) as first,
-        pytest.raises(UserError, match="has been training in this folder"),
+        pytest.raises(UserError, match="trains in this folder"),
     ):
         RunFolder(tmp_path / "a").start("", "", description=FACTS)
     assert first.recipe.exists()

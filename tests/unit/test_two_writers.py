@@ -153,7 +153,7 @@ def test_a_holder_that_cannot_be_asked_is_watched(
             os.utime(tmp_path / LOCK_FILE)
 
     if end == "refreshed":
-        with pytest.raises(UserError, match="process 4711 on node-b has been training in this folder since"):
+        with pytest.raises(UserError, match="process 4711 on node-b trains in this folder since"):
             Lock(tmp_path, say)
     else:
         Lock(tmp_path, say).release()
@@ -187,7 +187,7 @@ def test_file_systems_that_lack_something(
 
     monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refuse)
     mine = Lock(tmp_path)
-    with pytest.raises(UserError, match="has been training in this folder"):
+    with pytest.raises(UserError, match="trains in this folder"):
         Lock(tmp_path)
     mine.confirm()
     (tmp_path / LOCK_FILE).unlink()
