@@ -285,7 +285,9 @@ def test_a_store_that_is_away_at_the_end(place: Path, server: Any, proxy: Any, a
     assert train("checkpoint.patience=3") == 74
     error = capsys.readouterr().err
     assert error.count("hlat: error:") == 1 and "Traceback" not in error
-    assert "the last checkpoint is safe in" in error and "planted" in error and "of step 8" in error, error
+    # Whether an attempt has failed by then, and of which step, depends on how fast the machine is.
+    assert "the last checkpoint is safe in" in error and "but not in the store after 3 s" in error, error
+    assert "start again to go on with the upload" in error, error
     assert open_checkpoint("runs/small").step == 12
     proxy.fail = lambda method, path: False
     assert train() == 0, "the same command goes on with the upload"
