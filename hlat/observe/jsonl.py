@@ -340,9 +340,7 @@ class MetricsFile:
             self._started = not self._claim.name
             _end_line(file)
             how = "was removed" if new else "was replaced or edited"
-            self._warn(
-                f"{self.path} {how} while the run trains; further rows go to the file that now has this name"
-            )
+            self._warn(f"{self.path} {how} while the run trains; further rows go to the file of that name")
         self._whole = None
 
     def _drop_late(self) -> None:
