@@ -1,4 +1,4 @@
-"""What a run says of sums that it keeps in bf16 and rounds to nearest: what is lost."""
+"""What a run says of sums that it keeps in bf16: that they are rounded stochastically, or what is lost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from hlat.train.run import Run
 
 
+_WHAT = {"master": "weights", "states": "moments", "accumulate": "sums of gradients"}
+
+
 def rounding_lines(run: Run) -> list[str]:
-    """One line for each kind of sum in bf16 that is rounded to nearest."""
+    """One line where sums in bf16 are rounded stochastically, one for each kind of sum that is rounded to
+    nearest; none where all of them are fp32.
+    """
     precision = run.recipe.precision
     kept = narrow_sums(precision.compute, precision.master, precision.states, precision.accumulate)
-    if precision.rounding == "stochastic" or not needs_backward(run.recipe):
+    if not kept or not needs_backward(run.recipe):
         return []
+    if precision.rounding == "stochastic":
+        what = " and ".join(_WHAT[name] for name in kept)
+        return [f"note: {what} in bf16 are rounded stochastically; to nearest they would lose small changes"]
     lines = {"master": _weights, "states": _moments, "accumulate": _gradients}
     found = (lines[name](run) for name in kept)
     said = "warning: precision.rounding is nearest (stochastic avoids this)"
