@@ -116,6 +116,14 @@ tr:last-child>*{border-bottom:0}
 thead th{color:var(--soft);font-weight:500;font-size:12.5px;white-space:nowrap}
 tbody th{font-weight:500;white-space:nowrap}
 td{min-width:7em;overflow-wrap:anywhere}
+.tight td{min-width:0;white-space:nowrap}.tight th,.tight td{padding:6px 9px}
+.tight thead th{white-space:normal;vertical-align:bottom}
+.tight tbody th,.tight thead th:first-child{position:sticky;left:0;background:var(--card);white-space:normal;
+ overflow-wrap:anywhere;min-width:9em}
+.below{margin-top:10px}
+.scale{display:flex;align-items:center;gap:9px;margin:8px 2px 0;color:var(--soft);font-size:13px;
+ flex-wrap:wrap}
+.scale span{width:180px;height:11px;border-radius:3px}
 code,pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{margin:0;padding:12px 14px;overflow-x:auto}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);font-size:13.5px;margin-bottom:8px}

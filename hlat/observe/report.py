@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -16,11 +16,11 @@ from hlat.observe.page import by_key, page, plain
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
 from hlat.observe.skipped import skipped_lines
 from hlat.observe.standing import standing_notes, standing_table
-from hlat.observe.text import anomaly_text, byte_size, duration, fixed, percent, rate, short
+from hlat.observe.summary import EMPTY, held_out_figures, last, span, summary_table
+from hlat.observe.text import anomaly_text
 
-_EMPTY = np.empty(0)
 _FIELDS = {"queries": "method/queries"}  # x axes whose name is not their field's
-_SMOOTHING = 50  # a curve is averaged over this fraction of its run
+_RUNS_ACROSS = 6  # more of them would not fit beside each other
 
 
 def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -> str:
@@ -48,6 +48,7 @@ def render(runs: Sequence[Run], made: datetime | None = None, x: str = "auto") -
             _legend(runs),
             _summary(runs),
             f'<div class="charts">{figures}</div>',
+            _still_note(runs),
             _anomalies(runs),
             _standing(runs),
             _recipes(runs),
@@ -74,8 +75,9 @@ def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
     norms = [_noisy(run, index, field, "grad_norm", positive=True) for index, run in enumerate(runs)]
     rates = [_clean(run, index, run.train[field], run.train.get("lr")) for index, run in enumerate(runs)]
     learned = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
+    still = standing_still(runs)
     loss_log, norm_log = _spans(loss, 3), _spans(norms, 20)
-    furthest = [_last(run.train[field]) for run in runs]
+    furthest = [last(run.train[field]) for run in runs]
     x_range = (0.0, max(x for x in furthest if x is not None))  # one for all: their pointers move together
     return [
         Chart("loss", "Training loss", x_title, loss, _note(loss_log), log=loss_log, x_range=x_range),
@@ -92,8 +94,31 @@ def make_charts(runs: Sequence[Run], x: str = "auto") -> list[Chart]:
                 x_range=x_range,
             )
             for name in learned
+            if name not in still
         ),
     ]
+
+
+def standing_still(runs: Sequence[Run]) -> list[str]:
+    """The values of optimizers (`optim/…`) that are the same at every step of every run: no curve tells
+    more of them than a line of text.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.train if name.startswith("optim/"))
+    logged = {name: [run.train[name] for run in runs if name in run.train] for name in names}
+    return [name for name, all_of in logged.items() if all(np.nanmin(v) == np.nanmax(v) for v in all_of)]
+
+
+def _still_note(runs: Sequence[Run]) -> str:
+    names = standing_still(runs)
+    if not names:
+        return ""
+    starts = {run.name: run.recipe["optim.hyper_start"] for run in runs if "optim.hyper_start" in run.recipe}
+    why = "; ".join(
+        f"{name} lets them move after hyper_start = {plain(n)} updates" for name, n in starts.items()
+    )
+    listed = ", ".join(name.removeprefix("optim/") for name in names)
+    text = f"Not drawn, as they never changed: {listed}" + (f" ({why})" if why else "")
+    return f'<p class="note below">{escape(text)}.</p>'
 
 
 def _evaluation_charts(
@@ -115,7 +140,7 @@ def _evaluation_charts(
             if "step" in own
         ]
 
-    figures = [(key, f"Held-out {title}", name, "held_out") for key, name, title in _held_out_figures(runs)]
+    figures = [(key, f"Held-out {title}", name, "held_out") for key, name, title in held_out_figures(runs)]
     asked = dict.fromkeys(
         name for run in runs for name in run.tasks if "/" in name and not name.endswith("_stderr")
     )
@@ -135,7 +160,7 @@ def _evaluation_charts(
 
 def _cut_note(runs: Sequence[Run]) -> str:
     """How many requests of the tasks were longer than the models' contexts."""
-    cut = {run.name: _last(run.tasks.get("truncated", _EMPTY)) for run in runs}
+    cut = {run.name: last(run.tasks.get("truncated", EMPTY)) for run in runs}
     counts = ", ".join(f"{name} {count:.0f}" for name, count in cut.items() if count)
     return f"requests that lost tokens on the left: {counts}" if counts else ""
 
@@ -146,150 +171,25 @@ def _x_axis(runs: Sequence[Run]) -> str:
     return "tokens" if by_tokens else "step"
 
 
-def summary_table(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Name of a figure -> its text for every run."""
-    figures: dict[str, Callable[[Run], str]] = {
-        "steps": _steps,
-        "tokens": lambda run: "-" if (tokens := _last(run.train["tokens"])) is None else short(tokens),
-        "training loss": lambda run: fixed(_mean(run.train["loss"][-_span(run) :])),
-        **{
-            f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
-            for _, name, title in _held_out_figures(runs)
-        },
-        "tokens per second": lambda run: rate(_median(run.train.get("tokens_per_second", _EMPTY))),
-        "MFU": lambda run: percent(_median(run.train.get("mfu", _EMPTY))),
-        "time in steps": lambda run: duration(float(np.nansum(run.train.get("step_seconds", _EMPTY)))),
-        **_method_figures(runs),
-        "skipped steps": lambda run: f"{int(np.nansum(run.train.get('skipped', _EMPTY)))}",
-        **({"supervised": _supervised} if any(run.supervised for run in runs) else {}),
-        **({"checkpoints in the store": _uploads} if any(_uploads(run) != "-" for run in runs) else {}),
-        **({"failed saves": _failed_saves} if any(_failed_saves(run) != "0" for run in runs) else {}),
-    }
-    return {name: [figure(run) for run in runs] for name, figure in figures.items()}
-
-
-def _supervised(run: Run) -> str:
-    """`9 attempts in 2 jobs, goodput 84.1 %`: queues between jobs do not count."""
-    rows = run.supervised
-    if not rows:
-        return "-"
-    attempts, jobs = sum(int(row["attempts"]) for row in rows), len(rows)
-    wall = sum(float(row["wall"]) for row in rows)
-    share = sum(float(row["seconds"]["stepping"]) for row in rows) / wall if wall else 0.0
-    where = f" in {jobs} jobs" if jobs > 1 else ""
-    return f"{attempts} attempt{'s' * (attempts > 1)}{where}, goodput {percent(share)}"
-
-
-def _uploads(run: Run) -> str:
-    """`12 uploaded at 210.4 MB/s, 3 attempts failed, 1 skipped`."""
-    rows = [row for row in run.storage if row.get("what") == "upload"]
-    done = [row for row in rows if row.get("error") is None]
-    skipped = sum(str(row["error"]).startswith("skipped") for row in rows if row.get("error"))
-    failed = len(rows) - len(done) - skipped
-    if not rows:
-        return "-"
-    seconds, size = (sum(float(row.get(name) or 0) for row in done) for name in ("seconds", "bytes"))
-    speed = f" at {size / seconds / 1e6:.1f} MB/s" if seconds else ""
-    rest = f", {failed} attempts failed" if failed else ""
-    return f"{len(done)} uploaded{speed}{rest}" + (f", {skipped} skipped" if skipped else "")
-
-
-def _failed_saves(run: Run) -> str:
-    return str(sum(row.get("what") == "save" and bool(row.get("error")) for row in run.storage))
-
-
-def _method_figures(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
-    """What tells methods apart: how many examples went forward, and the memory of the first rank."""
-
-    def size(field: str) -> Callable[[Run], str]:
-        return lambda run: "-" if (n := _last(run.train.get(field, _EMPTY))) is None else byte_size(int(n))
-
-    figures: dict[str, tuple[str, Callable[[Run], str]]] = {
-        "method": ("method/queries", lambda run: str(run.recipe.get("method.name", "-"))),
-        "queries": (
-            "method/queries",
-            lambda run: "-" if (n := _last(run.train.get("method/queries", _EMPTY))) is None else short(n),
-        ),
-        "persistent memory": ("memory/persistent_bytes", size("memory/persistent_bytes")),
-        "peak memory": ("memory/peak_bytes", size("memory/peak_bytes")),
-    }
-    return {
-        name: figure for name, (needs, figure) in figures.items() if any(needs in run.train for run in runs)
-    }
-
-
-def _held_out_figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """(key of the chart, field, title) of what the runs' evaluations give; bits per byte if nothing."""
-    known = [
-        ("held-out", "bits_per_byte", "bits per byte"),
-        ("accuracy", "accuracy", "accuracy"),
-    ]
-    return [entry for entry in known if any(entry[1] in run.held_out for run in runs)] or known[:1]
-
-
-def _held_out_summary(runs: Sequence[Run]) -> dict[str, Callable[[Run], str]]:
-    return {
-        f"held-out {title.replace(' per ', '/')}": _last_held_out(name)
-        for _, name, title in _held_out_figures(runs)
-    }
-
-
-def _last_held_out(name: str) -> Callable[[Run], str]:
-    """The figure of the last evaluation, not that of an earlier one where it has none."""
-    show = percent if name == "accuracy" else fixed
-
-    def text(run: Run) -> str:
-        values = run.held_out.get(name, _EMPTY)
-        if not len(values):
-            return "-"
-        return show(float(values[-1])) if np.isfinite(values[-1]) else "not finite"
-
-    return text
-
-
 def _noisy(run: Run, index: int, x_name: str, name: str, positive: bool = False) -> Series:
     x, y = run.train[x_name], run.train.get(name, np.full(len(run.train["step"]), np.nan))
     if positive:
         y = np.where(y > 0, y, np.nan)
-    return Series(run.name, index % COLOURS, *decimate(x, smooth(y, _span(run))), *envelope(x, y))
+    return Series(run.name, index % COLOURS, *decimate(x, smooth(y, span(run))), *envelope(x, y))
 
 
 def _clean(run: Run, index: int, x: Array, y: Array | None, dots: bool = False) -> Series:
-    line_x, line_y = (_EMPTY, _EMPTY) if y is None else decimate(x, y)
+    line_x, line_y = (EMPTY, EMPTY) if y is None else decimate(x, y)
     return Series(run.name, index % COLOURS, line_x, line_y, dots=dots and len(line_x) <= 60)
 
 
-def _span(run: Run) -> int:
-    return max(5, len(run.train["step"]) // _SMOOTHING)
-
-
 def _spans(series: list[Series], ratio: float) -> bool:
-    values = np.concatenate([s.y for s in series]) if series else _EMPTY
+    values = np.concatenate([s.y for s in series]) if series else EMPTY
     return bool(len(values) and values.min() > 0 and values.max() / values.min() > ratio)
 
 
 def _note(log: bool) -> str:
     return "smoothed; single steps faint" + ("; logarithmic" if log else "")
-
-
-def _last(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else None
-
-
-def _mean(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
-
-
-def _median(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
-
-
-def _steps(run: Run) -> str:
-    done = int(run.train["step"][-1])
-    return f"{done:,}" if run.planned_steps in (None, done) else f"{done:,} of {run.planned_steps:,}"
 
 
 def _legend(runs: Sequence[Run]) -> str:
@@ -306,11 +206,7 @@ def _legend(runs: Sequence[Run]) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     figures = summary_table(runs)
     if len(runs) > 1:
-        return (
-            "<h2>Summary</h2>"
-            + _table(list(figures), list(zip(*figures.values(), strict=True)), runs)
-            + "<h2>Curves</h2>"
-        )
+        return f"<h2>Summary</h2>{_table(figures, runs)}<h2>Curves</h2>"
     tiles = "".join(
         f'<div class="tile"><b>{escape(values[0])}</b><span>{name}</span></div>'
         for name, values in figures.items()
@@ -318,16 +214,24 @@ def _summary(runs: Sequence[Run]) -> str:
     return f'<div class="tiles">{tiles}</div>'
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[Run]) -> str:
-    """One line a run, one column a figure."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("run", *heads))
-    lines = "".join(
-        f'<tr><th><i style="--c:var(--s{index % COLOURS})"></i> {escape(run.name)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for index, (run, row) in enumerate(zip(runs, rows, strict=True))
+def _table(figures: Mapping[str, Sequence[str]], runs: Sequence[Run]) -> str:
+    """Runs and figures, the longer list downwards: a window is higher than wide. Of many runs each has a
+    line.
+    """
+    names = [
+        f'<i style="--c:var(--s{index % COLOURS})"></i> {escape(run.name)}' for index, run in enumerate(runs)
+    ]
+    heads, lines = [escape(name) for name in figures], list(zip(*figures.values(), strict=True))
+    corner, first, sides = "run", heads, names
+    if len(runs) <= min(len(figures), _RUNS_ACROSS):
+        corner, first, sides, lines = "", names, heads, [tuple(values) for values in figures.values()]
+    head = "".join(f"<th>{name}</th>" for name in (corner, *first))
+    body = "".join(
+        f"<tr><th>{side}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>"
+        for side, line in zip(sides, lines, strict=True)
     )
-    return f'<div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="sheet tight">{table}</div>'
 
 
 def _anomalies(runs: Sequence[Run]) -> str:

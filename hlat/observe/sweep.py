@@ -216,6 +216,7 @@ def render(title: str, cells: Sequence[Cell]) -> str:
     body = [
         f"<header><h1>{escape(title)}</h1><p>{len(cells)} combinations</p></header>",
         *(_map_html(item, name_of_loss(cells), low, high) for item in heat_maps(cells)),
+        _scale(name_of_loss(cells), low, high),
         "<h2>All combinations, best first</h2>",
         _sheet([head], lines),
     ]
@@ -241,6 +242,14 @@ def _map_html(item: Map, what: str, low: float, high: float) -> str:
     )
 
 
+def _scale(what: str, low: float, high: float) -> str:
+    """What the colours stand for."""
+    ends = ",".join(colour(value, 0.0, 1.0) for value in (0.0, 1.0))
+    bar = f'<span style="background:linear-gradient(90deg,{ends})"></span>'
+    means = f"{fixed(low)} {bar} {fixed(high)}" if high > low else fixed(low)
+    return f'<p class="scale">mean {escape(what)}, lower is better: {means}; "-": no run that counts</p>'
+
+
 def _sheet(heads: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]) -> str:
     head = "".join("<tr>" + "".join(f"<th>{escape(c)}</th>" for c in line) + "</tr>" for line in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in line) + "</tr>" for line in lines)
@@ -263,7 +272,7 @@ def draw_png(path: Path, title: str, cells: Sequence[Cell]) -> bool:
     figure, axes = pyplot.subplots(1, len(maps), squeeze=False, figsize=size, layout="constrained")
     for axis, item in zip(axes[0], maps, strict=True):
         grid = [[math.nan if loss is None else loss for loss in line] for line in item.losses]
-        axis.imshow(grid, cmap="RdYlGn_r", vmin=min(means, default=0.0), vmax=max(means, default=1.0))
+        shown = axis.imshow(grid, cmap="RdYlGn_r", vmin=min(means, default=0.0), vmax=max(means, default=1.0))
         axis.set_xticks(range(len(item.columns)), [plain(v) for v in item.columns])
         axis.set_yticks(range(len(item.rows)), [plain(v) for v in item.rows])
         axis.set_xlabel(item.column_key)
@@ -272,6 +281,8 @@ def draw_png(path: Path, title: str, cells: Sequence[Cell]) -> bool:
         for i, line in enumerate(item.losses):
             for j, loss in enumerate(line):
                 axis.text(j, i, fixed(loss, 3), ha="center", va="center", fontsize=8)
+    if means:
+        figure.colorbar(shown, ax=axes[0], label=f"mean {name_of_loss(cells)}")
     figure.suptitle(f"{title}: mean {name_of_loss(cells)}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -133,6 +133,18 @@ class MADA(Elementwise):
         """The learned coefficients, fp32 () each, on the device."""
         return {name: self._shared[name].clone() for name in self.learn if name in self._shared}
 
+    def notes(self, updates: int) -> list[str]:
+        """That a run of so many updates is over before coefficients begin to move, where it is."""
+        starts = {name: int(self._hyper["start"][name]) for name in self.learn}
+        late = [name for name, start in starts.items() if start >= updates]
+        if not late:
+            return []
+        first = min(starts[name] for name in late)
+        return [
+            f"{', '.join(late)} stand still in this run: they move after hyper_start updates ({first}),"
+            f" and the run has {updates}"
+        ]
+
     def compile(self) -> None:
         """Fuse the update of large tensors, and their inner products, into one kernel each."""
         super().compile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,12 +126,19 @@ def _update_lines(run: Run) -> list[str | tuple[str, str]]:
                 ("", f"note: optim.groups[{i}] {overrides[i].match!r} has nothing to do: {why}")
                 for i, why in idle
             ),
+            *(("", f"note: {line}") for line in _optimizer_notes(run)),
         ]
     name = run.recipe.method.name
     return [
         ("method", f"{name}: {run.method.describe()}"),
         ("optimizer", f"none: {name} moves the parameters itself, and the optim section is not used"),
     ]
+
+
+def _optimizer_notes(run: Run) -> list[str]:
+    """What the optimizer has to say of a run as long as this one; plain torch optimizers say nothing."""
+    notes: Callable[[int], list[str]] = getattr(run.optimizer, "notes", lambda updates: [])
+    return notes(run.recipe.run.steps)
 
 
 def _groups_text(run: Run) -> str:

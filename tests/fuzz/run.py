@@ -3,10 +3,10 @@
 
     python tests/fuzz/run.py recipe --seconds 600 --seed 1
 
-Targets: those of targets.py. Each example runs in this process, under a limit of CPU time and of memory. The
-input that is being read lies in DIR/TARGET (a new folder in the system's temporary one by default), so that it
-is there when the process dies; what failed is made as small as hypothesis can, printed with its traceback, and
-kept there.
+Targets: those of targets.py. Each example runs in this process, under a limit of CPU time and of memory.
+The input that is being read lies in DIR/TARGET (a new folder in the system's temporary one by default), so
+that it is there when the process dies; what failed is made as small as hypothesis can, printed with its
+traceback, and kept there.
 
 Exit code 0: nothing found; 1: a finding; the last line of stdout is JSON:
 {target, seed, examples, refused, seconds}.
@@ -37,7 +37,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutations import Files
-from targets import TARGETS, Target
+from target import Target
+from targets import TARGETS
 
 from hlat.errors import UserError, names_explained
 

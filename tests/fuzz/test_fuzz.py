@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from mutations import Files, changed_value, paths_of
 from run import fuzz
-from targets import TARGETS, Target
+from target import Target
+from targets import TARGETS
 
 SECONDS = 45
 
