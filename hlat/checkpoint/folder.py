@@ -97,6 +97,9 @@ def read_marker(folder: Path) -> dict[str, Any]:
         raise Broken(f"{MARKER} cannot be read: {error}") from error
     if marker.get("format") != FORMAT:
         raise Broken(f"its format is {marker.get('format')}, this version of HLAT reads {FORMAT}")
+    named = _STEP.fullmatch(folder.name)
+    if named and marker.get("step") != int(named[1]):  # one step in two folders would hide what is in this one
+        raise Broken(f"its {MARKER} is that of step {marker.get('step')}")
     return marker
 
 

@@ -47,23 +47,31 @@ class CheckpointTarget(Target):
         return changed_folder(draw, self.files, names)
 
     def read(self, folder: Path) -> None:
+        refusals = [r for path in (folder, folder / "step-00000020") for r in self.refusals(path)]
+        if refusals:
+            raise refusals[-1]
+
+    def refusals(self, path: Path) -> list[UserError]:
+        """What is refused of a checkpoint or a folder of them; what is read is right."""
         from hlat.checkpoint.store import open_checkpoint
 
-        for path in (folder, folder / "step-00000020"):
-            said: list[str] = []
+        said: list[str] = []
+        try:
+            checkpoint = open_checkpoint(path, said.append)
+        except UserError as error:
+            return [error]
+        assert checkpoint.step == 20 or (checkpoint.step == 10 and said), "an older one in silence"
+        saved = self.tensors(checkpoint.step)
+        assert checkpoint.names() == sorted(saved) and checkpoint.meta["note"] == "x"
+        refused = []
+        for name, tensor in saved.items():
             try:
-                checkpoint = open_checkpoint(path, said.append)
-            except UserError:
+                read = checkpoint.read(name)
+            except UserError as error:
+                refused.append(error)
                 continue
-            assert checkpoint.step in (10, 20) and (checkpoint.step == 20 or said), "an older one in silence"
-            saved = self.tensors(checkpoint.step)
-            assert checkpoint.names() == sorted(saved) and checkpoint.meta["note"] == "x"
-            for name, tensor in saved.items():
-                try:
-                    read = checkpoint.read(name)
-                except UserError:
-                    continue
-                assert read.dtype == tensor.dtype and torch.equal(read, tensor), f"{name} is another tensor"
+            assert read.dtype == tensor.dtype and torch.equal(read, tensor), f"{name} is another tensor"
+        return refused
 
 
 class HuggingFaceTarget(Target):

@@ -247,3 +247,11 @@ def test_other_files_are_left_alone(root: Path) -> None:
     assert sorted(os.listdir(root)) == sorted(
         [".keep", ".step-00000040.partial-x", "notes.txt", "step-00000040", "step-backup"]
     )
+
+
+def test_the_marker_of_another_step_does_not_hide_a_checkpoint(root: Path) -> None:
+    shutil.copy(root / "step-00000020/complete.json", root / "step-00000030/complete.json")
+    step, warnings = newest(root)
+    assert step == 20 and len(warnings) == 1 and "complete.json is that of step 20" in warnings[0]
+    with pytest.raises(UserError, match="that of step 20"):
+        open_checkpoint(root / "step-00000030")
