@@ -21,8 +21,6 @@ import numpy as np
 from hlat.data import pool
 from hlat.data.lock import locked_folder
 from hlat.data.packed import (
-    FORMAT,
-    MANIFEST,
     SPLITS,
     VERSION,
     TokenFolder,
@@ -31,7 +29,17 @@ from hlat.data.packed import (
     token_dtype,
     write_json,
 )
-from hlat.data.sources import InputFile, Piece, Source, identity, refuse_changed, units
+from hlat.data.sources import (
+    FORMAT,
+    MANIFEST,
+    InputFile,
+    Piece,
+    Source,
+    identity,
+    refuse_changed,
+    tokenized_folder,
+    units,
+)
 from hlat.data.tokenizer import Tokenizer
 from hlat.errors import UserError
 from hlat.storage.fingerprint import digest_of
@@ -114,11 +122,9 @@ def build(
 def _complete(out: Path, key: str) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    if (out / MANIFEST).is_file() and TokenFolder(out).manifest.get("key") == key:
+    if tokenized_folder(out) and TokenFolder(out).manifest.get("key") == key:
         return True
-    raise UserError(
-        f"'{out}' exists and holds something else", where=str(out), fix="delete it or choose another folder"
-    )
+    raise UserError(f"'{out}' exists and holds something else", where=str(out), fix="choose another folder")
 
 
 class _Job:

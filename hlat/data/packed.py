@@ -28,17 +28,17 @@ import numpy as np
 
 from hlat.data.convention import difference
 from hlat.data.readers import Document, read_pieces
-from hlat.data.sources import MANIFEST, InputFile, Piece
+from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
 
-FORMAT, VERSION = "hlat-tokens", 1
+VERSION = 1
 Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, ...] = ("train", "holdout")
 _DOCUMENT_BYTES = 24
 _BATCH_BYTES = 2**20  # text handed to the tokenizer at once
 _EXAMPLES = 3  # names kept per reason of dropping
-REBUILD = "delete the folder and run `hlat data tokenize` again"
+REBUILD = "run `hlat data tokenize` again, with another --out"
 
 
 def document_hash(text: bytes) -> int:
@@ -198,9 +198,12 @@ class _ShardWriter:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either whole or absent. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8: escaped it comes back as it was
+        text = json.dumps(content, indent=2).encode()
+    with open(temporary, "wb") as stream:
+        stream.write(text + b"\n")
         _sync_and_close(stream)
     os.replace(temporary, path)
 

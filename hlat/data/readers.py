@@ -174,7 +174,8 @@ def arrow_table(file: InputFile) -> Any:
         mapped = pyarrow.memory_map(file.path, "rb")
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
-        return (pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)).read_all()
+        table = (pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)).read_all()
+        return table if file.stop < 0 else table.slice(file.start, file.stop - file.start)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"not a readable arrow file ({error})", where=file.path, fix="repair or remove the file"

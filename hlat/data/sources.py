@@ -8,9 +8,8 @@ of workers), so the shards built from a source are the same on every machine.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
+import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, saved_splits
 from hlat.data.progress import tokenizing
-from hlat.errors import UserError, missing_extra
+from hlat.errors import UserError
 from hlat.storage.digests import file_digests
 from hlat.storage.fingerprint import digest_of
 
 FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT = "manifest.json", "hlat-tokens"
 STDLIB = "python-stdlib"
 _SHOW_ABOVE = 2**30  # bytes; smaller sources are hashed within a second
 # A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64
@@ -36,13 +36,17 @@ UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
 class InputFile:
     """One file of a source.
 
-    Absolute path, name relative to the source's root (always with `/`), kind, size in bytes.
+    Absolute path, name relative to the source's root (always with `/`), kind, size in bytes. Of an arrow file
+    in a sliced data set only the rows start <= i < stop are meant (stop -1: to its end), and `size` is their
+    share.
     """
 
     path: str
     name: str
     kind: FileKind
     size: int
+    start: int = 0
+    stop: int = -1
 
 
 @dataclass
@@ -76,9 +80,22 @@ class Piece:
 
 
 def tokenized_folder(path: str | Path | None) -> Path | None:
-    """The path if it is the output of `hlat data tokenize` (it holds a manifest.json), else None."""
+    """The path if it is the output of `hlat data tokenize`, whole or damaged, else None.
+
+    A manifest.json that does not say it is one of ours is a user's own file. One that cannot be read at all
+    counts as ours where shards lie beside it.
+    """
     folder = Path(path).expanduser() if path else None
-    return folder if folder and (folder / MANIFEST).is_file() else None
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        ours = isinstance(content, dict) and content.get("format") == FORMAT
+    except (ValueError, RecursionError):
+        ours = any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].docs"))
+    except OSError:
+        ours = True  # where it is opened, this is told
+    return folder if ours else None
 
 
 def resolve_source(
@@ -120,8 +137,8 @@ def resolve_source(
 
 
 def identity(source: Source, quiet: bool = False) -> str:
-    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order. Neither
-    their names nor where they lie enter.
+    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order, and which
+    rows of them it takes where those are not all. Neither their names nor where they lie enter.
 
     Files are read once (see `hlat.storage.digests`). Raises UserError for one that cannot be read, or that
     changes while it is read.
@@ -151,7 +168,10 @@ def _content(source: Source, quiet: bool) -> str:
             bar.update(done, source.size)
 
         digests = file_digests([file.path for file in source.files], advance)
-    files = [[file.kind, file.size, digest] for file, digest in zip(source.files, digests, strict=True)]
+    files = [
+        [file.kind, file.size, digest, *([file.start, file.stop] if file.stop >= 0 else [])]
+        for file, digest in zip(source.files, digests, strict=True)
+    ]
     return digest_of({"text_field": source.text_field, "files": files})
 
 
@@ -207,59 +227,70 @@ def _from_path(path: Path, where: str) -> Source:
             size = path.stat().st_size
             files = [InputFile(str(path.absolute()), path.name, kind_of(path.name), size)] if size else []
             return Source(str(path), files, skipped={} if size else {"empty file": 1})
-        if (path / "dataset_dict.json").is_file():
-            raise UserError(
-                f"'{path}' holds several splits", where=where, fix=f"name one, such as '{path / 'train'}'"
-            )
-        return _from_folder(path, str(path), python_only=False)
+        return _from_folder(path, str(path), python_only=False, where=where)
     except OSError as error:
         raise UserError(
             f"'{path}' cannot be read ({error.strerror})", where=where, fix="make it readable"
         ) from error
 
 
-def _from_folder(root: Path, label: str, python_only: bool) -> Source:
-    files: list[InputFile] = []
+def _from_folder(root: Path, label: str, python_only: bool, where: str = "") -> Source:
+    found: list[tuple[tuple[str, int], InputFile]] = []  # with what they are sorted by
     skipped: dict[str, int] = {}
 
-    def skip(reason: str) -> None:
-        skipped[reason] = skipped.get(reason, 0) + 1
+    def skip(reason: str, count: int = 1) -> None:
+        if count:
+            skipped[reason] = skipped.get(reason, 0) + count
+
+    def take(folder: str, name: str, place: tuple[str, int] | None = None) -> None:
+        path = os.path.join(folder, name)
+        if size := os.path.getsize(path):
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            file = InputFile(os.path.abspath(path), relative, kind_of(name), size)
+            found.append((place or (relative, 0), file))
+        else:
+            skip("empty file")
 
     def failed(error: OSError) -> None:
         raise error
 
-    # The files with which Hugging Face `datasets` describes a saved folder of arrow files are not text of the
-    # data set.
-    saved_dataset = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
     for folder, subfolders, names in os.walk(root, onerror=failed):
+        if not python_only and (saved := _saved(Path(folder), names, where)) is not None:
+            inside = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+            for number, name in enumerate(saved):
+                take(folder, name, (inside, number))
+            skip("description of a saved data set", 2)
+            skip("not part of the saved data set", len({*names, *subfolders} - {STATE, INFO, *saved}))
+            subfolders.clear()
+            continue
         for name in list(subfolders):
             reason = _folder_reason(folder, name, python_only)
             if reason:
                 subfolders.remove(name)
                 skip(reason)
         for name in names:
-            path = os.path.join(folder, name)
             if python_only and not name.endswith(".py"):
                 continue
             if name.startswith("."):
                 skip("hidden file")
-            elif not os.path.isfile(path):
+            elif not os.path.isfile(os.path.join(folder, name)):
                 skip("not a regular file")
-            elif saved_dataset and folder == str(root) and name in ("state.json", "dataset_info.json"):
-                skip("description of a saved data set")
-            elif not (size := os.path.getsize(path)):
-                skip("empty file")
             else:
-                files.append(
-                    InputFile(
-                        os.path.abspath(path),
-                        os.path.relpath(path, root).replace(os.sep, "/"),
-                        kind_of(name),
-                        size,
-                    )
-                )
-    files.sort(key=lambda file: file.name)
-    return Source(label, files, skipped=dict(sorted(skipped.items())))
+                take(folder, name)
+    found.sort(key=lambda entry: entry[0])
+    return Source(label, [file for _, file in found], skipped=dict(sorted(skipped.items())))
+
+
+def _saved(folder: Path, names: Sequence[str], where: str) -> list[str] | None:
+    """The arrow files of the data set that was saved to this folder; None if none was. Raises UserError for
+    one of several splits.
+    """
+    if SPLITS_FILE in names and (splits := saved_splits(folder)) is not None:
+        first = next(iter(splits), "train")
+        raise UserError(
+            f"'{folder}' holds several splits", where=where, fix=f"name one, such as '{folder / first}'"
+        )
+    return saved_files(folder, where) if STATE in names and INFO in names else None
 
 
 def _folder_reason(parent: str, name: str, python_only: bool) -> str:
@@ -296,36 +327,13 @@ def _refuse_near_builtin(dataset: str, where: str) -> None:
         raise UserError(f"no data set '{dataset}'", where=where, fix=f"did you mean '{near[0]}'?")
 
 
-@contextlib.contextmanager
-def _without_retries_told() -> Iterator[None]:
-    """The hub's library tells of each attempt to reach it; the error at the end says it all."""
-    logger = logging.getLogger("huggingface_hub")
-    former = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(former)
-
-
 def _huggingface(dataset: str, where: str) -> Source:
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "data", f"the data set '{dataset}'") from error
-    name, _, split = dataset.partition("@")
-    name, _, config = name.partition(":")
-    try:
-        with _without_retries_told():
-            loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "check name, config and @split, and that this machine reaches the hub"
-        raise UserError(f"data set '{dataset}' cannot be loaded ({reason})", where=where, fix=fix) from error
     files = []
-    for entry in loaded.cache_files:
-        path = entry["filename"]
-        files.append(InputFile(path, os.path.basename(path), "arrow", os.path.getsize(path)))
+    for path, start, stop, total in load_rows(dataset, where):
+        size, name = os.path.getsize(path), os.path.basename(path)
+        if stop - start == total:
+            files.append(InputFile(path, name, "arrow", size))
+        elif stop > start:
+            share = max(size * (stop - start) // total, 1)
+            files.append(InputFile(path, name, "arrow", share, start, stop))
     return Source(dataset, files)
