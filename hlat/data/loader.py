@@ -14,17 +14,21 @@ import numpy as np
 from hlat.data.apart import check_apart
 from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
+from hlat.data.content import examples_content, source_content
 from hlat.data.convention import difference, extends
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
 from hlat.data.locate import document_ids, documents_in, rows_in
 from hlat.data.mixture import SourceRows, TrainStream
+from hlat.data.origins import shown
 from hlat.data.packed import TokenFolder
+from hlat.data.progress import text_size
 from hlat.data.sources import Source, resolve_source, tokenized_folder
 from hlat.data.staged import is_url, staged
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import trained_vocab
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -66,6 +70,7 @@ class Data:
             folder.check_tokenizer(tokenizer)
         assert tokenizer.eos_id is not None
         self.folders, self.tokenizer, self.vocab_size = list(folders), tokenizer, tokenizer.vocab_size
+        self.content: dict[str, str] = {}  # recipe key -> digest of what was read for it
         self._seq_len, self._mask, self._rows = seq_len, document_mask, rows
         self._global_batch, self._eos = global_batch, tokenizer.eos_id
         self.bos_id = _common_bos(folders)
@@ -191,8 +196,8 @@ class Data:
         lines = []
         for source in self.report()["sources"]:
             lines.append(
-                f"{source['source']}: {_documents(source['documents'])}, {source['tokens']:,} tokens"
-                f" in {source['shards']} shards ({source['bytes'] / 1e6:,.1f} MB of text),"
+                f"{shown(source['source'])}: {_documents(source['documents'])}, {source['tokens']:,} tokens"
+                f" ({text_size(source['bytes'])} of text),"
                 f" held out {_documents(source['holdout_documents'])}, {source['holdout_tokens']:,} tokens;"
                 f" this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
                 f" ({source['share']:.1%} of the mixture)"
@@ -273,6 +278,7 @@ def prepare(
     for number, (text, folder) in enumerate(zip(texts, ready, strict=True)):
         path = folder or (tokenized(text, loaded, holdout, workers, quiet) if text else Path())
         folders.append(TokenFolder(path))
+        folders[-1].named = [text] if text else []
         folders[-1].check_tokenizer(loaded)
         if folders[-1].holdout != holdout:
             raise UserError(
@@ -364,7 +370,10 @@ def open_data(
     if data.examples is not None:
         loaded = _agreed(spec if isinstance(spec, Tokenizer) else load_tokenizer(spec), tokenizer)
         _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
-        return open_examples(recipe, loaded)
+        with watching(Reading()) as reading:
+            examples = open_examples(recipe, loaded)
+        examples.content = examples_content(data.examples, reading)
+        return examples
     specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
     folders, tokenizer = prepare(
         specs,
@@ -375,7 +384,7 @@ def open_data(
         quiet=quiet,
         of_weights=tokenizer,
     )
-    return Data(
+    opened = Data(
         folders,
         [spec.weight for spec in specs],
         tokenizer,
@@ -385,3 +394,7 @@ def open_data(
         rows=recipe.run.steps * data.global_batch,
         global_batch=data.global_batch,
     )
+    opened.content = {
+        f"data.sources.{number}": source_content(folder) for number, folder in enumerate(folders)
+    }
+    return opened

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from hlat.data.sources import InputFile, Piece
 from hlat.errors import UserError, missing_extra
+from hlat.storage.blocks import content, open_file
 
 _ROWS_AT_ONCE = 1000
 
@@ -48,7 +49,7 @@ def read_pieces(files: Sequence[InputFile], pieces: Sequence[Piece], text_field:
 
 
 def _text(file: InputFile) -> Document:
-    with open(file.path, "rb") as stream:
+    with open_file(file.path) as stream:
         return _decoded(file.name, stream.read())
 
 
@@ -64,7 +65,7 @@ def _decoded(name: str, raw: bytes) -> Document:
 
 def _jsonl(file: InputFile, piece: Piece, text_field: str) -> Iterator[Document]:
     """The lines that start within the piece's bytes, so that every line belongs to exactly one piece."""
-    with open(file.path, "rb") as stream:
+    with open_file(file.path) as stream:
         position = piece.start
         if position:
             stream.seek(position - 1)
@@ -78,7 +79,7 @@ def _jsonl(file: InputFile, piece: Piece, text_field: str) -> Iterator[Document]
 
 
 def _jsonl_gz(file: InputFile, text_field: str) -> Iterator[Document]:
-    with gzip.open(file.path, "rb") as stream:
+    with open_file(file.path) as packed, gzip.open(packed, "rb") as stream:
         for number, line in enumerate(stream, 1):
             yield from _record(f"{file.name}:{number}", line, text_field)
 
@@ -111,11 +112,11 @@ def columnar_parts(file: InputFile, wanted: int) -> Iterator[tuple[int, int, int
         for group in range(metadata.num_row_groups):
             yield group, group + 1, metadata.row_group(group).total_byte_size
         return
-    rows = arrow_table(file).num_rows
-    step = max(1, rows * wanted // max(file.size, 1))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield start, stop, file.size * (stop - start) // rows
+    first, end = file.start, arrow_table(file).num_rows if file.stop < 0 else file.stop
+    step = max(1, (end - first) * wanted // max(file.size, 1))
+    for start in range(first, end, step):
+        stop = min(start + step, end)
+        yield start, stop, file.size * (stop - start) // (end - first)
 
 
 def _columnar(file: InputFile, piece: Piece, text_field: str) -> Iterator[Document]:
@@ -126,12 +127,14 @@ def _columnar(file: InputFile, piece: Piece, text_field: str) -> Iterator[Docume
 
 
 def _columns(file: InputFile, piece: Piece, text_field: str) -> Iterator[tuple[int, Any]]:
-    """(first row number, column) of the piece; row numbers of a parquet file count within the row group."""
+    """(first row number in the file, column) of the piece."""
     if file.kind == "parquet":
         parquet = parquet_file(file)
         _check_field(file, parquet.schema_arrow.names, text_field)
+        first = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
         for group in range(piece.start, piece.stop):
-            yield 0, parquet.read_row_group(group, columns=[text_field]).column(0)
+            yield first, parquet.read_row_group(group, columns=[text_field]).column(0)
+            first += parquet.metadata.row_group(group).num_rows
     else:
         table = arrow_table(file)
         _check_field(file, table.column_names, text_field)
@@ -154,7 +157,7 @@ def parquet_file(file: InputFile) -> Any:
     import pyarrow
 
     try:
-        return parquet.ParquetFile(file.path, memory_map=True)
+        return parquet.ParquetFile(pyarrow.BufferReader(content(file.path)))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"not a readable parquet file ({error})", where=file.path, fix="repair or remove the file"
@@ -171,11 +174,9 @@ def arrow_table(file: InputFile) -> Any:
     except ImportError as error:
         raise missing_extra("pyarrow", "data", f"reading '{os.path.basename(file.path)}'") from error
     try:
-        mapped = pyarrow.memory_map(file.path, "rb")
-        is_file = mapped.read(6) == b"ARROW1"
-        mapped.seek(0)
-        table = (pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)).read_all()
-        return table if file.stop < 0 else table.slice(file.start, file.stop - file.start)
+        buffer = pyarrow.py_buffer(content(file.path))
+        is_file = buffer[:6].to_pybytes() == b"ARROW1"
+        return (pyarrow.ipc.open_file(buffer) if is_file else pyarrow.ipc.open_stream(buffer)).read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"not a readable arrow file ({error})", where=file.path, fix="repair or remove the file"
