@@ -117,6 +117,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.build import build
     from hlat.data.cache import trained_tokenizer
     from hlat.data.convention import Convention
+    from hlat.data.origins import shown
     from hlat.data.packed import TokenFolder
     from hlat.data.progress import tokenizing
     from hlat.data.tokenizer import load_tokenizer
@@ -138,7 +139,7 @@ def _tokenize(args: argparse.Namespace) -> int:
         )
         bar.finish(built)
     if not built.seconds:
-        print(f"{args.out} is there already, from the same text and tokenizer")
+        print(f"{shown(str(args.out))} is there already, from the same text and tokenizer")
     _print_counts(TokenFolder(args.out))
     return 0
 
@@ -249,10 +250,8 @@ def _print_counts(folder: TokenFolder) -> None:
 
     manifest = folder.manifest
     tokenizer = manifest["tokenizer"]
-    print(
-        f"{folder.folder}: {folder.dtype.name}, tokenizer {tokenizer['spec']} ({folder.vocab_size:,} ids), ",
-        end="",
-    )
+    name, spec = shown(str(folder.folder)), shown(tokenizer["spec"])
+    print(f"{name}: {folder.dtype.name}, tokenizer {spec} ({folder.vocab_size:,} ids), ", end="")
     print(f"identity {folder.tokenizer_identity[:16]}, content {folder.content_hash()[:16]}")
     for split in ("train", "holdout"):
         counts = manifest["totals"][split]
