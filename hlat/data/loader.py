@@ -18,6 +18,7 @@ from hlat.data.convention import difference, extends
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
 from hlat.data.locate import document_ids, documents_in, rows_in
+from hlat.data.losses import ALLOWED
 from hlat.data.mixture import SourceRows, TrainStream
 from hlat.data.packed import TokenFolder
 from hlat.data.sources import Source, resolve_source, tokenized_folder
@@ -38,6 +39,7 @@ class SourceSpec:
     dataset: str | None = None
     weight: float = 1.0
     text_field: str = "text"
+    allow_dropped: float = ALLOWED
 
 
 class Data:
@@ -263,7 +265,11 @@ def prepare(
         None
         if folder
         else resolve_source(
-            path=spec.path, dataset=spec.dataset, text_field=spec.text_field, where=f"data.sources[{number}]"
+            path=spec.path,
+            dataset=spec.dataset,
+            text_field=spec.text_field,
+            allow_dropped=spec.allow_dropped,
+            where=f"data.sources[{number}]",
         )
         for number, (spec, folder) in enumerate(zip(specs, ready, strict=True))
     ]
@@ -365,7 +371,7 @@ def open_data(
         loaded = _agreed(spec if isinstance(spec, Tokenizer) else load_tokenizer(spec), tokenizer)
         _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
         return open_examples(recipe, loaded)
-    specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
+    specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field, s.allow_dropped) for s in data.sources]
     folders, tokenizer = prepare(
         specs,
         spec,
