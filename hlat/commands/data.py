@@ -42,7 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tokenize.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     for action in (train, tokenize):
         action.add_argument(
-            "--text-field", default="text", metavar="F", help="key or column of records (default: text)"
+            "--text-field",
+            default="text",
+            metavar="F",
+            help="key or column of records, a.b for one inside a (default: text)",
+        )
+        action.add_argument(
+            "--allow-dropped",
+            type=float,
+            default=0.5,
+            metavar="F",
+            help="largest fraction of a source that may be no text (default: 0.5)",
         )
         action.add_argument(
             "--holdout",
@@ -82,6 +92,9 @@ def main(args: argparse.Namespace) -> int:
 def _sources(args: argparse.Namespace) -> list[Source]:
     from hlat.data.sources import STDLIB, resolve_source
 
+    if not 0 <= args.allow_dropped <= 1:
+        fix = "give a fraction from 0 to 1"
+        raise UserError(f"{args.allow_dropped} is no share of a source", where="--allow-dropped", fix=fix)
     sources = []
     for text in args.sources:
         if text.startswith("dataset:"):
@@ -92,6 +105,8 @@ def _sources(args: argparse.Namespace) -> list[Source]:
             sources.append(resolve_source(dataset=text, where=text))
         else:
             sources.append(resolve_source(path=text, text_field=args.text_field, where="SRC"))
+    for source in sources:
+        source.allow_dropped = args.allow_dropped
     return sources
 
 

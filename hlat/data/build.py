@@ -21,6 +21,7 @@ import numpy as np
 
 from hlat.data import origins, pool
 from hlat.data.lock import locked_folder
+from hlat.data.losses import Dropped, Tally, add
 from hlat.data.packed import (
     SPLITS,
     VERSION,
@@ -102,13 +103,13 @@ def build(
         )
     key = key or build_key(sources, tokenizer, holdout)
     if _complete(out, key):
-        return Built(out)
+        return _found(out, sources)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(out.with_name(f"{out.name}.partial")) as partial:
             if _complete(out, key):
                 shutil.rmtree(partial)
-                return Built(out)
+                return _found(out, sources)
             try:
                 return _build_locked(_Job(sources, tokenizer, holdout, key, partial), out, workers, progress)
             except UserError:
@@ -119,6 +120,13 @@ def build(
                 raise disk_error(error, out) from error
     except OSError as error:
         raise disk_error(error, out) from error
+
+
+def _found(out: Path, sources: list[Source]) -> Built:
+    """What is there already, unless too much was dropped of a source for what it allows now."""
+    for source, entry in zip(sources, TokenFolder(out).manifest["sources"], strict=True):
+        Tally(**entry["read"]).check(source)
+    return Built(out)
 
 
 def _complete(out: Path, key: str) -> bool:
@@ -210,6 +218,7 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
     todo = [number for number in range(len(job.units)) if number not in done]
     done |= pool.run(job.folder, todo, job.below, workers, advance)
     job.check(done)
+    tallies = _tallies(job, done)
     threshold = _threshold_with_both_sides(job, done)
     if threshold != job.below:
         moved = [number for number, unit in done.items() if _moves(job.folder, unit, threshold, job.below)]
@@ -218,9 +227,19 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
     refuse_changed(job.sources, "tokenized", job.reading)
     lines = [done[number]["lines"] for number in sorted(done)]
     write_json(job.folder / origins.FILE, origins.describe(job.sources, job.units, lines), indent=None)
-    manifest = _manifest(job, [done[number] for number in sorted(done)], threshold)
+    manifest = _manifest(job, [done[number] for number in sorted(done)], threshold, tallies)
     _publish(job, manifest, out)
     return Built(out, written, time.perf_counter() - started, reused)
+
+
+def _tallies(job: _Job, done: dict[int, dict[str, Any]]) -> list[Tally]:
+    """What was read of each source. Raises UserError where that is nothing, or too little."""
+    tallies = [Tally() for _ in job.sources]
+    for number, (place, _) in enumerate(job.units):
+        tallies[place].add_unit(done[number])
+    for tally, source in zip(tallies, job.sources, strict=True):
+        tally.check(source)
+    return tallies
 
 
 def _hashes(folder: Path, unit: dict[str, Any]) -> np.ndarray:
@@ -240,8 +259,6 @@ def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> in
         split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values())
         for split in SPLITS
     }
-    if not any(counts.values()):
-        raise _nothing_left(job, done)
     if not job.holdout or all(counts.values()):
         return job.below
     marks = [_hashes(job.folder, unit) for unit in done.values()]
@@ -258,27 +275,9 @@ def _moves(folder: Path, unit: dict[str, Any], threshold: int, before: int) -> b
     return bool(((marks < np.uint64(threshold)) != (marks < np.uint64(before))).any())
 
 
-def _nothing_left(job: _Job, done: dict[int, dict[str, Any]]) -> UserError:
-    dropped = _dropped(list(done.values()))
-    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in dropped.items()) or "no records"
-    return UserError(
-        f"no document could be read ({reasons})",
-        where=", ".join(source.label for source in job.sources),
-        fix="name a source with UTF-8 text",
-    )
-
-
-def _dropped(finished: list[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for unit in finished:
-        for reason, entry in unit["dropped"].items():
-            into = merged.setdefault(reason, {"count": 0, "examples": []})
-            into["count"] += entry["count"]
-            into["examples"] = (into["examples"] + entry["examples"])[:3]
-    return merged
-
-
-def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict[str, Any]:
+def _manifest(
+    job: _Job, finished: list[dict[str, Any]], threshold: int, tallies: list[Tally]
+) -> dict[str, Any]:
     shards = {
         split: [unit["shards"][split] for unit in finished if split in unit["shards"]] for split in SPLITS
     }
@@ -288,6 +287,9 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
         }
         for split in SPLITS
     }
+    dropped: Dropped = {}
+    for tally in tallies:
+        add(dropped, tally.dropped)
     tokenizer = job.tokenizer
     names = [file.name for file in tokenizer.files()]
     return {
@@ -303,13 +305,22 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
             "bos_id": tokenizer.convention.bos,
         },
         "sources": [
-            {"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped}
-            for s in job.sources
+            {
+                "label": s.label,
+                "files": len(s.files),
+                "bytes": s.size,
+                "skipped": s.skipped,
+                "read": asdict(tally),
+            }
+            for s, tally in zip(job.sources, tallies, strict=True)
         ],
         "holdout": job.holdout,
         "holdout_below": threshold,
         "totals": totals,
-        "dropped": _dropped(finished),
+        "dropped": {
+            reason: {"count": entry["count"], "examples": entry["examples"]}
+            for reason, entry in dropped.items()
+        },
         "shards": shards,
         "origins_sha256": hashlib.sha256((job.folder / origins.FILE).read_bytes()).hexdigest(),
     }

@@ -207,8 +207,7 @@ def describe(
 def _named(source: Source) -> dict[str, Any]:
     files = [[file.name, _by_rows(file)] for file in source.files]
     if source.first_rows:  # rows of a data set: called by its name and their number in it
-        starts = zip(source.first_rows, source.files, strict=True)
-        return {"rows_of": source.label, "first": [first - file.start for first, file in starts]}
+        return {"rows_of": source.label, "first": list(source.first_rows)}
     return {"root": source.root, "files": files}
 
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hlat.data import origins
+from hlat.data import losses, origins
 from hlat.data.convention import difference
 from hlat.data.readers import Document
 from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece, Source
@@ -41,7 +41,6 @@ Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, ...] = ("train", "holdout")
 _DOCUMENT_BYTES = 24
 _BATCH_BYTES = 2**20  # text handed to the tokenizer at once
-_EXAMPLES = 3  # names kept per reason of dropping
 REBUILD = "run `hlat data tokenize` again, with another --out"
 
 
@@ -122,10 +121,7 @@ def _batches(documents: Iterable[Document], dropped: dict[str, dict[str, Any]]) 
     filled = 0
     for document in documents:
         if document.text is None:
-            entry = dropped.setdefault(document.reason, {"count": 0, "examples": []})
-            entry["count"] += 1
-            if len(entry["examples"]) < _EXAMPLES:
-                entry["examples"].append(document.name.encode("utf-8", "backslashreplace").decode())
+            losses.count(dropped, document)
             continue
         batch.append(document.text)
         filled += len(document.text)

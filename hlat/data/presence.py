@@ -31,8 +31,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Key and path of everything that lies in a file or folder."""
     data = recipe.data
     for number, source in enumerate(data.sources):
-        if path := source.path or _local(source.dataset):
-            yield f"data.sources[{number}].{'path' if source.path else 'dataset'}", path
+        if place := source.path or _local(source.dataset):
+            yield f"data.sources[{number}].{'path' if source.path else 'dataset'}", place
     for name in ("path", "dataset", "eval_path", "eval_dataset"):
         value = getattr(data.examples, name, None)
         if path := value if name.endswith("path") else _local(value):

@@ -15,16 +15,16 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from hlat.data.formats import READING, FileKind, kind_of
 from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, saved_splits
+from hlat.data.losses import ALLOWED
 from hlat.data.progress import tokenizing
 from hlat.errors import UserError
 from hlat.storage.blocks import Reading, changed, note
 from hlat.storage.digests import Digest, forget, looked_at
 from hlat.storage.fingerprint import digest_of
 
-FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
 MANIFEST, FORMAT = "manifest.json", "hlat-tokens"
 STDLIB = "python-stdlib"
 _SHOW_ABOVE = 2**30  # bytes; smaller sources are hashed within a second
@@ -52,7 +52,9 @@ class InputFile:
 
 @dataclass
 class Source:
-    """A resolved source. `skipped` counts what was found and not taken, by reason."""
+    """A resolved source. `skipped` counts what was found and not taken, by reason; `allow_dropped` is the
+    largest share that may turn out to be no text.
+    """
 
     label: str
     files: list[InputFile]
@@ -62,6 +64,7 @@ class Source:
     first_rows: tuple[int, ...] = ()  # of a data set: which of its rows the first one of each file is
     known_identity: str = ""
     digests: dict[str, Digest] = field(default_factory=dict)  # of its files, by path, once that is known
+    allow_dropped: float = ALLOWED
 
     @property
     def size(self) -> int:
@@ -73,8 +76,7 @@ class Source:
 class Piece:
     """A part of one file.
 
-    All of it (`text`, `jsonl.gz`), bytes (`jsonl`), row groups (`parquet`) or rows (`arrow`), start <= i <
-    stop.
+    Bytes of lines, row groups (`parquet`) or rows (`arrow`), start <= i < stop; all of any other file.
     """
 
     file: int
@@ -107,6 +109,7 @@ def resolve_source(
     path: str | Path | None = None,
     dataset: str | None = None,
     text_field: str = "text",
+    allow_dropped: float = ALLOWED,
     where: str = "source",
 ) -> Source:
     """The files of a source.
@@ -115,7 +118,8 @@ def resolve_source(
         path: a file or a folder (read recursively, in sorted order).
         dataset: `python-stdlib`, or a Hugging Face dataset `name[:config][@split]` (split `train` unless
             given; extra `data`).
-        text_field: the column or key that holds the text of jsonl, parquet and arrow records.
+        text_field: the column or key that holds the text of JSON, parquet and arrow records.
+        allow_dropped: see `Source`.
         where: the key to name in errors.
 
     Raises UserError when the source is missing or holds no file.
@@ -129,7 +133,7 @@ def resolve_source(
         source = _huggingface(dataset, where)
     else:
         source = _from_path(Path(str(path)).expanduser(), where)
-    source.text_field = text_field
+    source.text_field, source.allow_dropped = text_field, allow_dropped
     if not source.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
         raise UserError(
@@ -142,8 +146,8 @@ def resolve_source(
 
 
 def identity(source: Source, quiet: bool = False) -> str:
-    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order, and the
-    rows it takes of them where those are not all. Neither their names nor where they lie enter.
+    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order, and
+    which rows of them it takes where those are not all. Neither their names nor where they lie enter.
 
     Files are read once (see `hlat.storage.digests`). Raises UserError for one that cannot be read, or that
     changes while it is read.
@@ -187,7 +191,7 @@ def _content(source: Source, quiet: bool) -> str:
         [file.kind, file.size, digest.whole, *([file.start, file.stop] if file.stop >= 0 else [])]
         for file, digest in zip(source.files, digests, strict=True)
     ]
-    return digest_of({"text_field": source.text_field, "files": files})
+    return digest_of({"reading": READING, "text_field": source.text_field, "files": files})
 
 
 def units(source: Source) -> list[list[Piece]]:
@@ -207,31 +211,9 @@ def units(source: Source) -> list[list[Piece]]:
 
 
 def _pieces(index: int, file: InputFile, wanted: int) -> Iterator[Piece]:
-    if file.kind == "jsonl":
-        for start in range(0, file.size, wanted):
-            stop = min(start + wanted, file.size)
-            yield Piece(index, start, stop, stop - start)
-    elif file.kind in ("parquet", "arrow"):
-        from hlat.data.readers import columnar_parts
+    from hlat.data.readers import pieces_of
 
-        yield from (Piece(index, start, stop, size) for start, stop, size in columnar_parts(file, wanted))
-    else:
-        yield Piece(index, 0, file.size, file.size)
-
-
-def kind_of(name: str) -> FileKind:
-    """The kind of a file by its name; whatever is not a known container is plain text."""
-    lower = name.lower()
-    for suffix, kind in (
-        (".jsonl.gz", "jsonl.gz"),
-        (".jsonl", "jsonl"),
-        (".ndjson", "jsonl"),
-        (".parquet", "parquet"),
-        (".arrow", "arrow"),
-    ):
-        if lower.endswith(suffix):
-            return kind  # type: ignore[return-value]
-    return "text"
+    yield from (Piece(index, start, stop, size) for start, stop, size in pieces_of(file, wanted))
 
 
 def _from_path(path: Path, where: str) -> Source:

@@ -123,7 +123,7 @@ def test_a_tokenized_folder_of_several_sources(place: Path, capsys: pytest.Captu
     write(place / "in")
     (place / "one.jsonl").write_text("\n".join(lines("single")))
     words = ["in", str(place / "one.jsonl"), "--tokenizer", "bytes", "--holdout", "0.2", "--out", "tokens"]
-    assert main(["data", "tokenize", *words, "--workers", "2"]) == 0
+    assert main(["data", "tokenize", *words, "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "shards" not in said and " bytes a token" in said
     data = open_data(recipe("{path: tokens}"), workers=1, quiet=True)
@@ -233,7 +233,7 @@ def test_names_are_shown_escaped() -> None:
     assert str(Place(LATIN, line=3)) == "caf\\xe9:3" and str(Place("x", row=0)) == "x row 0"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_names_that_are_not_utf8(place: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     """The folder, its folders, files, and a file as the source itself; a folder to write into."""
     write(place / "plain")

@@ -91,7 +91,7 @@ def test_jsonl_problems_are_counted_not_dropped_silently(tmp_path):
         "not JSON",
         "no text under 'text'",
         "empty",
-        "no text under 'text'",
+        "not a JSON object",
         "not Unicode text (lone surrogate)",
     ]
 
@@ -126,7 +126,11 @@ def test_parquet_and_both_arrow_forms(tmp_path, monkeypatch):
         source = resolve_source(path=tmp_path / name, text_field="content")
         assert len(units(source)) > 1
         assert texts(source) == values, name
-        with pytest.raises(UserError, match=r"no column 'text'; set text_field to one of: n, content"):
+        message = (
+            r"no column 'text'; the columns are: n \(int64\), content \(string\); "
+            "set text_field to one of: content"
+        )
+        with pytest.raises(UserError, match=message):
             read(resolve_source(path=tmp_path / name))
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"bad\.parquet: not a readable parquet file"):
