@@ -36,6 +36,7 @@ _CLASS_DEFAULTS = {
     "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>"),
     "Qwen2Tokenizer": (None, "<|endoftext|>"),
 }
+_PREFIX_ONCE = ("LlamaTokenizer", "CodeLlamaTokenizer")  # whose `legacy` is false unless it is given
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Named:
     extra: list[Token] = field(default_factory=list)
     tokenizer_class: str = ""
     legacy: bool | None = None
+
+    @property
+    def prefixes_all(self) -> bool:
+        """Whether what follows an added token gets SentencePiece's space in front, as what begins a text."""
+        return self.tokenizer_class not in _PREFIX_ONCE if self.legacy is None else self.legacy
 
     def special(self) -> set[str]:
         """Texts of the tokens that have a role."""

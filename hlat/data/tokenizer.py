@@ -177,8 +177,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
         self.bos_id, self.eos_id = (None if text is None else vocabulary.get(text) for text in marks)
         self._never_in_texts([text for text in marks if text in vocabulary])
-        self._vocabulary = {text: index for text, index in vocabulary.items() if index not in idle}
-        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self.vocab_size = max((index for index in vocabulary.values() if index not in idle), default=-1) + 1
+        self._vocabulary = {text: index for text, index in vocabulary.items() if index < self.vocab_size}
         self.byte_exact = self._is_byte_level()
         self.takes_parts = long_text.cuts_are_safe(self._definition, self._found_in_texts())
         decided = f"\0{self.eos_id}{self._decided_beside_it()}"
