@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +99,7 @@ def _train_tokenizer(args: argparse.Namespace) -> int:
     from hlat.data.train_tokenizer import check_vocab, train_bpe, training_texts
 
     check_vocab(args.vocab, "--vocab")
-    if (args.out / "tokenizer.json").exists():
+    if any(os.path.lexists(args.out / name) for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
             f"'{args.out}' holds a tokenizer already", where="--out", fix="delete it or choose another folder"
         )

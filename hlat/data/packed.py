@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hlat.data.convention import difference
+from hlat.data.partial import temporary
 from hlat.data.readers import Document, read_pieces
 from hlat.data.sources import MANIFEST, InputFile, Piece
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
@@ -154,7 +155,7 @@ class _ShardWriter:
         self._digest = hashlib.sha256()
         self._tokens = 0
         self._rows: list[tuple[int, int, int]] = []
-        self._temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
+        self._temporary = temporary(stem)
 
     def add(self, ids: np.ndarray, tokenizer: Tokenizer, size: int, mark: int) -> None:
         eos = tokenizer.eos_id
@@ -165,7 +166,7 @@ class _ShardWriter:
                 fix='set "eos_token" in tokenizer_config.json beside it',
             )
         if self._file is None:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close or discard)
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by close or discard)
         bos = tokenizer.convention.bos
         whole = np.append(ids if bos is None else np.append(bos, ids), eos).astype(self._dtype)
         packed = whole.tobytes()
@@ -181,7 +182,7 @@ class _ShardWriter:
         _sync_and_close(self._file)
         os.replace(self._temporary, self._stem.with_suffix(".bin"))
         table = np.array(self._rows, dtype="<u8").tobytes()
-        with open(self._temporary, "wb") as stream:
+        with open(self._temporary, "xb") as stream:
             stream.write(table)
             _sync_and_close(stream)
         os.replace(self._temporary, self._stem.with_suffix(".docs"))
@@ -207,12 +208,12 @@ class _ShardWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either whole or absent. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
+    unfinished = temporary(path)
+    with open(unfinished, "x", encoding="utf-8") as stream:
         json.dump(content, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         _sync_and_close(stream)
-    os.replace(temporary, path)
+    os.replace(unfinished, path)
 
 
 def disk_error(error: OSError, folder: Path) -> UserError:
