@@ -21,6 +21,7 @@ from hlat.errors import UserError
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
 
+
 def tokenizer_texts(folder: Path | None) -> list[Path]:
     """The files of a Hugging Face tokenizer, chat templates included, and nothing else of the folder."""
     return [] if folder is None else tokenizer_files(folder)

@@ -63,7 +63,9 @@ def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> st
     if tokenizer.convention.bos is not None:
         parts["bos"] = tokenizer.convention.bos
     if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.takes_parts:
-        parts["long_texts"] = "whole"  # earlier versions cut those of some of these tokenizers at wrong places
+        parts["long_texts"] = (
+            "whole"  # earlier versions cut those of some of these tokenizers at wrong places
+        )
     return digest_of(parts)
 
 

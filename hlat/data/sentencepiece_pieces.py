@@ -21,7 +21,9 @@ from hlat.data.special_tokens import Named, Token, misnumbered
 from hlat.errors import UserError
 
 _PLAIN = "\0"  # stands for the text between added tokens
-_CONTROL = b"\x18\x03"  # ModelProto.SentencePiece.type = CONTROL; of a field given twice the last value counts
+_CONTROL = (
+    b"\x18\x03"  # ModelProto.SentencePiece.type = CONTROL; of a field given twice the last value counts
+)
 _NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false; parts of a message are merged
 
 
@@ -133,7 +135,7 @@ class Pieces:
         divided = [list(_divided(finder, text)) for text in texts]
         first = [[s for s in parts if s[0] == _PLAIN and self._begins(s)] for parts in divided]
         later = [[s for s in parts if s[0] == _PLAIN and not self._begins(s)] for parts in divided]
-        ids = {}
+        ids: dict[tuple[int, int], list[int]] = {}
         for model, chosen in ((self._whole, first), (self._bare, later)):
             places = [(number, start, stop) for number, part in enumerate(chosen) for _, start, stop in part]
             found = self._pieces(model, [texts[number][start:stop] for number, start, stop in places])

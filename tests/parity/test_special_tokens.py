@@ -323,7 +323,10 @@ def test_an_export_has_the_same_ids(vocabularies, tmp_path: Path, kind: str, nam
     (tmp_path / "out").mkdir()
     warnings = export_tokenizer(tokenizer, tmp_path / "out", 64)
     (tmp_path / "out/config.json").write_text(json.dumps({"model_type": "llama"}))
-    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    theirs, again = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        load_tokenizer(tmp_path / "out"),
+    )
     assert warnings == [] or kind == "tokenizer.model"
     assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.eos_id, tokenizer.bos_id)
     assert len(theirs) == tokenizer.vocab_size == again.vocab_size
