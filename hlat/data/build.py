@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from hlat.data.packed import (
     token_dtype,
     write_json,
 )
+from hlat.data.partial import clear, discard
 from hlat.data.sources import (
     FORMAT,
     MANIFEST,
@@ -42,7 +43,8 @@ from hlat.data.sources import (
     tokenized_folder,
     units,
 )
-from hlat.data.tokenizer import Tokenizer
+from hlat.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from hlat.data.tokenizer_files import copy_files
 from hlat.errors import UserError
 from hlat.storage.blocks import Reading, watching
 from hlat.storage.fingerprint import digest_of
@@ -71,6 +73,10 @@ def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> st
     }
     if tokenizer.convention.bos is not None:
         parts["bos"] = tokenizer.convention.bos
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.takes_parts:
+        parts["long_texts"] = (
+            "whole"  # earlier versions cut those of some of these tokenizers at wrong places
+        )
     return digest_of(parts)
 
 
@@ -104,19 +110,21 @@ def build(
     key = key or build_key(sources, tokenizer, holdout)
     if _complete(out, key):
         return _found(out, sources)
+    if out.is_symlink():
+        raise UserError("is a link", where=str(out), fix="name the folder itself, or another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(out.with_name(f"{out.name}.partial")) as partial:
             if _complete(out, key):
-                shutil.rmtree(partial)
+                discard(partial)
                 return _found(out, sources)
             try:
                 return _build_locked(_Job(sources, tokenizer, holdout, key, partial), out, workers, progress)
             except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise
             except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise disk_error(error, out) from error
     except OSError as error:
         raise disk_error(error, out) from error
@@ -127,6 +135,11 @@ def _found(out: Path, sources: list[Source]) -> Built:
     for source, entry in zip(sources, TokenFolder(out).manifest["sources"], strict=True):
         Tally(**entry["read"]).check(source)
     return Built(out)
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):  # what happened before is said; a rest is removed by the next build
+        discard(partial)
 
 
 def _complete(out: Path, key: str) -> bool:
@@ -161,15 +174,10 @@ class _Job:
         """Write job.json and the tokenizer, after removing what another job left in the folder."""
         path = self.folder / "job.json"
         if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == self.key):
-            for item in self.folder.iterdir():
-                if item.is_dir():
-                    shutil.rmtree(item)
-                elif item.name != ".lock":
-                    item.unlink()
+            clear(self.folder)
         copies = self.folder / "tokenizer"
         copies.mkdir(exist_ok=True)
-        for file in self.tokenizer.files():
-            shutil.copyfile(file, copies / file.name)
+        copy_files(self.tokenizer.kept_files(), copies)
         names = [file.name for file in self.tokenizer.files()]
         write_json(
             path,
@@ -345,7 +353,7 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
         # ours.
         if not (out / MANIFEST).is_file():
             raise disk_error(error, out) from error
-        shutil.rmtree(job.folder)
+        discard(job.folder)
     (out / ".lock").unlink(missing_ok=True)
 
 

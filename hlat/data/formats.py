@@ -155,7 +155,7 @@ def opened(path: str, packing: str) -> BinaryIO:
     if packing == "bz2":
         return bz2.BZ2File(file)  # type: ignore[return-value]
     if packing == "xz":
-        return lzma.open(file, "rb")  # type: ignore[return-value]
+        return lzma.LZMAFile(file)  # type: ignore[return-value]
     return _zstd(path, file) if packing == "zst" else file
 
 

@@ -46,6 +46,16 @@ def file_digest(path: str | Path) -> str:
     return file_digests([path])[0]
 
 
+def remembered(path: str | Path) -> str | None:
+    """SHA-256 (hex) of a file that was read before and has not changed since; None: not known."""
+    absolute = os.path.abspath(path)
+    try:
+        known = _Memory(os.path.dirname(absolute)).known(absolute)
+    except OSError:
+        return None
+    return None if known is None else known.whole
+
+
 def file_digests(
     paths: Iterable[str | Path], progress: Callable[[int], None] = lambda size: None
 ) -> list[str]:
@@ -105,14 +115,19 @@ class _Memory:
     def __exit__(self, *_: object) -> None:
         self._save()
 
+    def known(self, path: str) -> Digest | None:
+        """The digests of a file in the folder, if they are remembered. Raises OSError."""
+        mark, found = mark_of(os.stat(path)), self._known.get(_key(path))
+        if found is None or tuple(found[:4]) != mark or (len(found) < 6 and mark[1] > BLOCK):
+            return None
+        return Digest(str(found[4]), mark[1], str(found[-1]))
+
     def digest(self, path: str, progress: Callable[[int], None]) -> Digest:
         """The digests of a file in the folder, computed unless they are known."""
         name = _key(path)
         try:
-            mark = mark_of(os.stat(path))
-            known = self._known.get(name)
-            if known is not None and tuple(known[:4]) == mark and (len(known) > 5 or mark[1] <= BLOCK):
-                return Digest(str(known[4]), mark[1], str(known[-1]))
+            if (known := self.known(path)) is not None:
+                return known
             value, mark = _read(path, progress)
         except OSError as error:
             what = f"cannot be read ({error.strerror or error})"
