@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 
@@ -66,13 +67,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its hash")
     inspect.add_argument("--recipe", metavar="R", help="what a run of this recipe would read from the folder")
-    locate = actions.add_parser("locate", help="the documents that a step of a run was trained on")
-    locate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    locate = actions.add_parser("locate", help="the documents that a step was trained on, by file and line")
+    locate.add_argument("folder", metavar="RUN", help="run folder, or a recipe")
     which = locate.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=int, metavar="N", help="step of the run, as in metrics.jsonl")
     which.add_argument("--data-step", type=int, metavar="N", help="step of the data, as in data.skip")
     locate.add_argument("--row", type=int, metavar="N", help="only this row of the batch, counted from 0")
-    locate.add_argument("--text", action="store_true", help="print their whole text too")
+    form = locate.add_mutually_exclusive_group()
+    form.add_argument("--text", action="store_true", help="print their whole text too")
+    form.add_argument("--json", action="store_true", help="print a JSON list: row, source, file, line, …")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -129,6 +132,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.build import build
     from hlat.data.cache import trained_tokenizer
     from hlat.data.convention import Convention
+    from hlat.data.origins import shown
     from hlat.data.packed import TokenFolder
     from hlat.data.progress import tokenizing
     from hlat.data.tokenizer import load_tokenizer
@@ -150,7 +154,7 @@ def _tokenize(args: argparse.Namespace) -> int:
         )
         bar.finish(built)
     if not built.seconds:
-        print(f"{args.out} is there already, from the same text and tokenizer")
+        print(f"{shown(str(args.out))} is there already, from the same text and tokenizer")
     _print_counts(TokenFolder(args.out))
     return 0
 
@@ -189,23 +193,37 @@ def _locate(args: argparse.Namespace) -> int:
         raise UserError(f"the run has {steps} steps, not {args.step}", where="--step", fix=fix)
     step = args.data_step or skips.position(args.step)
     found = [entry for entry in data.locate(step) if args.row in (None, entry["row"])]
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
     read = f"step {args.step} reads data step {step}" if args.step else f"data step {step}"
     print(f"{read}: {len({entry['row'] for entry in found})} rows, {len(found)} documents")
     for entry in found:
-        if "example" in entry:
-            place = f"{entry['source']} example {entry['example']} (epoch {entry['epoch']})"
-            size = f"{entry['tokens']} tokens"
-        else:
-            place = f"{entry['folder']}/{entry['shard']} document {entry['document']}"
-            size = f"tokens {entry['first']}-{entry['last']} of {entry['tokens']}"
-        print(f"row {entry['row']:>3}  {place}  {size}  hash {entry['hash']}")
+        print(f"row {entry['row']:>3}  {_place_text(entry)}")
         if args.text:
             print(f"{printable(data.document_text(entry))}\n")
+    if any(entry["file"] is None for entry in found):
+        print("made by an earlier version, or not of files: their lines are not known", file=sys.stderr)
     return 0
 
 
-def _data_of_run(run: Path) -> tuple[Data | Examples, Skips, int]:
-    """The data of a run, what the run leaves out of it, and its number of steps.
+def _place_text(entry: dict[str, Any]) -> str:
+    """Where a document is from, and which of its tokens are meant."""
+    from hlat.data.origins import Place, shown
+
+    if entry["file"] is not None:
+        place = str(Place(entry["file"], entry["line"], entry["file_row"]))
+    elif "example" in entry:
+        place = shown(entry["source"])
+    else:
+        place = shown(f"{entry['folder']}/{entry['shard']} document {entry['document']}")
+    if "example" in entry:
+        return f"{place}  example {entry['example']} (epoch {entry['epoch']})  {entry['tokens']} tokens"
+    return f"{place}  tokens {entry['first']}-{entry['last']} of {entry['tokens']}  hash {entry['hash']}"
+
+
+def _data_of_run(name: str) -> tuple[Data | Examples, Skips, int]:
+    """The data of a run or of a recipe, what is left out of it, and its number of steps.
 
     Raises UserError for a folder that is no run, or data that is no longer what the run was trained on.
     """
@@ -218,17 +236,22 @@ def _data_of_run(run: Path) -> tuple[Data | Examples, Skips, int]:
     from hlat.observe.runfolder import RunFolder
     from hlat.train.initial import starting_tokenizer
 
-    folder = RunFolder(run)
+    if not Path(name).is_dir():
+        recipe = load(name)
+        own = RunFolder(Path(recipe.run.dir)).checkpoints
+        data = open_data(recipe, tokenizer=starting_tokenizer(recipe, own), quiet=True)
+        return data, Skips(recipe.data.skip), recipe.run.steps
+    folder = RunFolder(Path(name))
     if not folder.resolved.is_file():
-        fix = "give the run.dir of a training run"
-        raise UserError("not a run folder: it has no resolved.yaml", where=str(run), fix=fix)
+        fix = "give the run.dir of a training run, or a recipe"
+        raise UserError("not a run folder: it has no resolved.yaml", where=name, fix=fix)
     recipe = load(folder.resolved)
     data = open_data(recipe, tokenizer=starting_tokenizer(recipe, folder.checkpoints), quiet=True)
     newest = newest_in(folder.checkpoints, False, Peers())[0] if folder.checkpoints.is_dir() else None
     if newest is not None and newest.meta["data_fingerprint"] != data.fingerprint:
         raise UserError(
             "the data is not what the run was trained on (its text, order or tokenizer changed)",
-            where=str(run),
+            where=name,
             fix="restore the data; relative paths count from the working directory",
         )
     rows = read_rows(folder.metrics) if folder.metrics.is_file() else ()
@@ -237,22 +260,23 @@ def _data_of_run(run: Path) -> tuple[Data | Examples, Skips, int]:
 
 
 def _print_counts(folder: TokenFolder) -> None:
+    from hlat.data.origins import shown
+    from hlat.data.progress import text_size
+
     manifest = folder.manifest
     tokenizer = manifest["tokenizer"]
-    print(
-        f"{folder.folder}: {folder.dtype.name}, tokenizer {tokenizer['spec']} ({folder.vocab_size:,} ids), ",
-        end="",
-    )
+    name, spec = shown(str(folder.folder)), shown(tokenizer["spec"])
+    print(f"{name}: {folder.dtype.name}, tokenizer {spec} ({folder.vocab_size:,} ids), ", end="")
     print(f"identity {folder.tokenizer_identity[:16]}, content {folder.content_hash()[:16]}")
     for split in ("train", "holdout"):
-        counts, shards = manifest["totals"][split], len(manifest["shards"][split])
+        counts = manifest["totals"][split]
         ratio = counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
         print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens in {shards} shards,"
-            f" {counts['bytes'] / 1e6:,.1f} MB of text ({ratio:.2f} bytes a token)"
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens,"
+            f" {text_size(counts['bytes'])} of text ({ratio:.2f} bytes a token)"
         )
     for source in manifest["sources"]:
-        print(f"  from {source['label']}: {source['files']:,} files, {source['bytes'] / 1e6:,.1f} MB")
+        print(f"  from {shown(source['label'])}: {source['files']:,} files, {text_size(source['bytes'])}")
         for reason, count in source["skipped"].items():
             print(f"    skipped: {count:,} x {reason}")
     for reason, entry in manifest["dropped"].items():

@@ -7,6 +7,7 @@ builder waiting, who then finds the finished folder. Disk trouble removes the pa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hlat.data import pool
+from hlat.data import origins, pool
 from hlat.data.lock import locked_folder
 from hlat.data.losses import Dropped, Tally, add
 from hlat.data.packed import (
@@ -43,6 +44,7 @@ from hlat.data.sources import (
 )
 from hlat.data.tokenizer import Tokenizer
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 from hlat.storage.fingerprint import digest_of
 
 
@@ -148,9 +150,11 @@ class _Job:
             key,
             folder,
         )
-        self.units: list[tuple[int, list[Piece]]] = [
-            (i, unit) for i, source in enumerate(sources) for unit in units(source)
-        ]
+        self.reading = Reading()
+        with watching(self.reading):
+            self.units: list[tuple[int, list[Piece]]] = [
+                (i, unit) for i, source in enumerate(sources) for unit in units(source)
+            ]
         self.below = holdout_threshold(holdout)
 
     def prepare(self) -> None:
@@ -191,7 +195,12 @@ class _Job:
             path = self.folder / f"unit-{number:05d}.json"
             if path.is_file():
                 done[number] = json.loads(path.read_text(encoding="utf-8"))
-        return done
+        return {number: unit for number, unit in done.items() if "read" in unit}
+
+    def check(self, finished: dict[int, dict[str, Any]]) -> None:
+        """Raise UserError where what a unit was made of is not what others have read."""
+        for unit in finished.values():
+            self.reading.merge(unit["read"])
 
 
 def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[[int, int], None]) -> Built:
@@ -208,12 +217,16 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
 
     todo = [number for number in range(len(job.units)) if number not in done]
     done |= pool.run(job.folder, todo, job.below, workers, advance)
+    job.check(done)
     tallies = _tallies(job, done)
     threshold = _threshold_with_both_sides(job, done)
     if threshold != job.below:
         moved = [number for number, unit in done.items() if _moves(job.folder, unit, threshold, job.below)]
         done |= pool.run(job.folder, moved, threshold, workers, lambda size: None)
-    refuse_changed(job.sources, "tokenized")
+        job.check(done)
+    refuse_changed(job.sources, "tokenized", job.reading)
+    lines = [done[number]["lines"] for number in sorted(done)]
+    write_json(job.folder / origins.FILE, origins.describe(job.sources, job.units, lines), indent=None)
     manifest = _manifest(job, [done[number] for number in sorted(done)], threshold, tallies)
     _publish(job, manifest, out)
     return Built(out, written, time.perf_counter() - started, reused)
@@ -309,6 +322,7 @@ def _manifest(
             for reason, entry in dropped.items()
         },
         "shards": shards,
+        "origins_sha256": hashlib.sha256((job.folder / origins.FILE).read_bytes()).hexdigest(),
     }
 
 
@@ -317,8 +331,8 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
         f"{shard['file']}{suffix}"
         for split in SPLITS
         for shard in manifest["shards"][split]
-        for suffix in (".bin", ".docs")
-    }
+        for suffix in (".bin", ".docs", origins.SUFFIX)
+    } | {origins.FILE}
     for item in job.folder.iterdir():
         if item.is_file() and item.name not in keep and item.name != ".lock":
             item.unlink()

@@ -21,6 +21,7 @@ from hlat.data.sources import Source, identity, refuse_changed
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import train_bpe, training_texts
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 from hlat.storage.fingerprint import digest_of
 from hlat.storage.user_cache import cache_root
 
@@ -58,9 +59,9 @@ def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: 
 
 def _train_into(partial: Path, sources: list[Source], vocab: int, below: int, quiet: bool) -> None:
     try:
-        with tokenizing(f"training a BPE of {vocab:,} entries", quiet):
+        with tokenizing(f"training a BPE of {vocab:,} entries", quiet), watching(Reading()) as reading:
             train_bpe(training_texts(sources, below), vocab, partial)
-        refuse_changed(sources, "read for a tokenizer")
+        refuse_changed(sources, "read for a tokenizer", reading)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -6,13 +6,13 @@ Both are checked here before a value is made; one that cannot be made is `Unread
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from hlat.errors import UserError, missing_extra
+from hlat.storage.blocks import content
 
 _ROWS_AT_ONCE = 1000
 _SHOWN, _LONGEST_TYPE = 20, 60  # names of columns, characters of a type in a message
@@ -53,9 +53,8 @@ class Table:
             raise missing_extra("pyarrow", "data", f"reading '{os.path.basename(path)}'") from error
         self._arrow, self.path, self.layout = pyarrow, path, layout
         self._start, self._rows = start, None if stop < 0 else stop - start
-        with self._readable(), open(path, "rb") as file:
-            self._buffer = pyarrow.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         with self._readable():
+            self._buffer = pyarrow.py_buffer(content(path))
             if layout == "parquet":
                 self._parquet = parquet.ParquetFile(pyarrow.BufferReader(self._buffer))
                 schema = self._parquet.schema_arrow

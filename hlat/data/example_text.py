@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hlat.data.losses import refuse_most
+from hlat.data.origins import Place
 from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.records import read_records
 from hlat.data.template import field_text, parse_template
@@ -22,7 +23,8 @@ WHERE = "data.examples"
 @dataclass(frozen=True)
 class Example:
     """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt,
-    `group` that of what decides on which side of the held-out split it is.
+    `group` that of what decides on which side of the held-out split it is; `place` where it is from, unless
+    it is made.
     """
 
     prompt: str
@@ -30,6 +32,7 @@ class Example:
     label: int
     mark: int
     group: int
+    place: Place | None = None
 
 
 @dataclass
@@ -120,7 +123,7 @@ def _read(
         if not answer:
             dropped["empty completion"] += 1
             continue
-        examples.append(Example(text, answer, number, mark, own))
+        examples.append(Example(text, answer, number, mark, own, record.place))
     dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
     if not examples:
         raise _nothing(path or dataset or "", first, lacking, dropped, where)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 from hlat.errors import UserError, missing_extra
+from hlat.storage.blocks import open_file
 
 FileKind = str
 """`text`, `jsonl`, `json`, `parquet` or `arrow`; the first three also with `.gz`, `.bz2`, `.xz` or `.zst`."""
@@ -80,7 +81,7 @@ def form_of(path: str, kind: FileKind) -> Form:
     """How a file of this kind is read, after a look at its first bytes. Raises UserError if it cannot be
     opened.
     """
-    with reading(path), open(path, "rb") as stream:
+    with reading(path), open_file(path) as stream:
         head = stream.read(HEAD_BYTES)
         if head.startswith(b"PAR1") and stream.seek(-4, io.SEEK_END) and stream.read() == b"PAR1":
             return Form("parquet", "")
@@ -148,21 +149,20 @@ def opened(path: str, packing: str) -> BinaryIO:
     Raises OSError; UserError for zstd without the package that reads it. What is read from it raises what
     `reading` explains, also at the end of a file that is cut off.
     """
+    file = open_file(path)
     if packing == "gz":
-        return gzip.GzipFile(path)  # type: ignore[return-value]
+        return gzip.open(file, "rb")  # type: ignore[return-value]
     if packing == "bz2":
-        return bz2.BZ2File(path)  # type: ignore[return-value]
+        return bz2.BZ2File(file)  # type: ignore[return-value]
     if packing == "xz":
-        return lzma.LZMAFile(path)  # type: ignore[return-value]
-    if packing == "zst":
-        return _zstd(path)
-    return open(path, "rb")
+        return lzma.open(file, "rb")  # type: ignore[return-value]
+    return _zstd(path, file) if packing == "zst" else file
 
 
-def _zstd(path: str) -> BinaryIO:
+def _zstd(path: str, file: BinaryIO) -> BinaryIO:
     try:
         import pyarrow
     except ImportError as error:
         raise missing_extra("pyarrow", "data", f"reading '{path}'") from error
-    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(open(path, "rb"), "r"), "zstd")  # noqa: SIM115
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
     return io.BufferedReader(stream, 1 << 20)

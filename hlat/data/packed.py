@@ -4,8 +4,10 @@
                         one), as little-endian uint16 (vocabularies up to 65,536) or uint32
     train-00000.docs    one row per document, three little-endian uint64: end in the shard (EOS included),
                         bytes of text, content hash
+    train-00000.from    which line of which file each document is (see `hlat.data.origins`)
     holdout-00000.bin   the same for the held-out documents
     tokenizer/          copy of the tokenizer's files
+    origins.json        the files that those lines are of
     manifest.json       counts, sha256 of every file, dtype, tokenizer identity, source, what was dropped and
                         why
 
@@ -26,12 +28,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hlat.data import losses
+from hlat.data import losses, origins
 from hlat.data.convention import difference
-from hlat.data.readers import Document, read_pieces
-from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece
+from hlat.data.readers import Document
+from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece, Source
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 
 VERSION = 1
 Split = Literal["train", "holdout"]
@@ -77,7 +80,7 @@ def write_unit(
 ) -> dict[str, Any]:
     """Tokenize one work unit into `folder`.
 
-    Returns its statistics (also written, last, as `unit-NNNNN.json`).
+    Returns its statistics (also written, last, as `unit-NNNNN.json`), with the digests of what was read.
 
     `progress` is called with the bytes of text done since the last call. Raises UserError when the disk
     refuses.
@@ -87,19 +90,23 @@ def write_unit(
         for split in SPLITS
     }
     dropped: dict[str, dict[str, Any]] = {}
+    places = origins.Places(files, pieces, text_field)
     try:
-        for batch in _batches(read_pieces(files, pieces, text_field), dropped):
-            raw = [text.encode("utf-8") for text in batch]
-            for content, ids in zip(raw, tokenizer.encode_arrays(batch), strict=True):
-                mark = document_hash(content)
-                writers["holdout" if mark < holdout_below else "train"].add(
-                    ids, tokenizer, len(content), mark
-                )
-            progress(sum(map(len, raw)))
+        with watching(Reading()) as reading:
+            for batch in _batches(places.documents(), dropped):
+                raw = [text.encode("utf-8") for text in batch]
+                encoded = zip(raw, tokenizer.encode_arrays(batch), places.take(len(raw)), strict=True)
+                for content, ids, place in encoded:
+                    mark = document_hash(content)
+                    side: Split = "holdout" if mark < holdout_below else "train"
+                    writers[side].add(ids, tokenizer, len(content), mark, place)
+                progress(sum(map(len, raw)))
         shards = {split: writer.close() for split, writer in writers.items()}
         statistics = {
             "shards": {split: shard for split, shard in shards.items() if shard},
             "dropped": dropped,
+            "lines": places.lines,
+            "read": reading.take(),
         }
         write_json(folder / f"unit-{number:05d}.json", statistics)
     except OSError as error:
@@ -137,9 +144,12 @@ class _ShardWriter:
         self._digest = hashlib.sha256()
         self._tokens = 0
         self._rows: list[tuple[int, int, int]] = []
+        self._origins = origins.Writer()
         self._temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
 
-    def add(self, ids: np.ndarray, tokenizer: Tokenizer, size: int, mark: int) -> None:
+    def add(
+        self, ids: np.ndarray, tokenizer: Tokenizer, size: int, mark: int, place: tuple[int, int]
+    ) -> None:
         eos = tokenizer.eos_id
         if eos is None:
             raise UserError(
@@ -160,6 +170,7 @@ class _ShardWriter:
         self._digest.update(packed)
         self._tokens += len(whole)
         self._rows.append((self._tokens, size, mark))
+        self._origins.add(place)
 
     def close(self) -> dict[str, Any] | None:
         """The shard's entry in the manifest, None when no document came."""
@@ -167,11 +178,12 @@ class _ShardWriter:
             return None
         _sync_and_close(self._file)
         os.replace(self._temporary, self._stem.with_suffix(".bin"))
-        table = np.array(self._rows, dtype="<u8").tobytes()
-        with open(self._temporary, "wb") as stream:
-            stream.write(table)
-            _sync_and_close(stream)
-        os.replace(self._temporary, self._stem.with_suffix(".docs"))
+        table, runs = np.array(self._rows, dtype="<u8").tobytes(), self._origins.table()
+        for content, suffix in ((runs, origins.SUFFIX), (table, ".docs")):
+            with open(self._temporary, "wb") as stream:
+                stream.write(content)
+                _sync_and_close(stream)
+            os.replace(self._temporary, self._stem.with_suffix(suffix))
         return {
             "file": self._stem.name,
             "documents": len(self._rows),
@@ -179,6 +191,7 @@ class _ShardWriter:
             "bytes": sum(row[1] for row in self._rows),
             "sha256": self._digest.hexdigest(),
             "docs_sha256": hashlib.sha256(table).hexdigest(),
+            "from_sha256": hashlib.sha256(runs).hexdigest(),
         }
 
     def discard(self) -> None:
@@ -192,13 +205,13 @@ class _ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write JSON so that the file is either whole or absent. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        text = json.dumps(content, indent=2, ensure_ascii=False).encode()
+        text = json.dumps(content, indent=indent, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8: escaped it comes back as it was
-        text = json.dumps(content, indent=2).encode()
+        text = json.dumps(content, indent=indent).encode()
     with open(temporary, "wb") as stream:
         stream.write(text + b"\n")
         _sync_and_close(stream)
@@ -272,11 +285,15 @@ class Shard:
 class TokenFolder:
     """An opened tokenized folder. Opening reads the manifest and the sizes of the files, not their content.
 
+    Attributes:
+        named: the sources it was made of, where the caller knows them: other files may hold the same text.
+
     Raises UserError for a folder that is not whole.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.named: list[Source] = []
         path = self.folder / MANIFEST
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -336,6 +353,11 @@ class TokenFolder:
         except UserError:  # an old folder may lack its tokenizer
             return False
         return own.identity == self.tokenizer_identity and not difference(tokenizer, own)
+
+    @cached_property
+    def origins(self) -> origins.Origins:
+        """Which file and line its documents came from. Raises UserError when that is damaged."""
+        return origins.Origins(self.folder, self.named)
 
     def count(self, split: Split, what: Literal["count", "documents", "bytes"] = "count") -> int:
         """Tokens (EOS included), documents or bytes of text of a split."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hlat.data.columns import Unreadable, as_text
 from hlat.data.formats import RECORDS, Form, form_of
+from hlat.data.origins import FilePlaces, Place
 from hlat.data.readers import json_records, table
 from hlat.data.sources import InputFile, resolve_source
 from hlat.data.stdlib import BUILTIN
@@ -17,13 +18,15 @@ from hlat.errors import UserError
 
 class Record(NamedTuple):
     """`values` of one record by field, or None and the `reason` it cannot be used. `name` says where it is
-    from; `fields` are the names of all its fields, also of those that were not asked for.
+    from, and `place` which line or row of which file that is; `fields` are the names of all its fields, also
+    of those that were not asked for.
     """
 
     name: str
     values: dict[str, Any] | None
     reason: str = ""
     fields: tuple[str, ...] = ()
+    place: Place | None = None
 
 
 def read_records(
@@ -46,15 +49,15 @@ def read_records(
         return
     source = resolve_source(path=path, dataset=dataset, where=where)
     found = False
-    for file in source.files:
+    for number, file in enumerate(source.files):
         form = form_of(file.path, file.kind)
         if form.layout == "text":
             continue
         found = True
-        if form.layout in ("parquet", "arrow"):
-            yield from _rows(file, form, fields)
-        else:
-            yield from _values(file, form)
+        places = FilePlaces(source, number)
+        columns = form.layout in ("parquet", "arrow")
+        for record in _rows(file, form, fields) if columns else _values(file, form):
+            yield record._replace(place=places.of(record.name))
     if not found:
         fix = f"give a {RECORDS}, or a folder of them"
         raise UserError(f"'{source.label}' holds no records", where=where, fix=fix)

@@ -21,7 +21,8 @@ from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, save
 from hlat.data.losses import ALLOWED
 from hlat.data.progress import tokenizing
 from hlat.errors import UserError
-from hlat.storage.digests import file_digests
+from hlat.storage.blocks import Reading, changed, note
+from hlat.storage.digests import Digest, forget, looked_at
 from hlat.storage.fingerprint import digest_of
 
 MANIFEST, FORMAT = "manifest.json", "hlat-tokens"
@@ -59,7 +60,10 @@ class Source:
     files: list[InputFile]
     text_field: str = "text"
     skipped: dict[str, int] = field(default_factory=dict)
+    root: str = ""  # what stands before the names of its files, for a person
+    first_rows: tuple[int, ...] = ()  # of a data set: which of its rows the first one of each file is
     known_identity: str = ""
+    digests: dict[str, Digest] = field(default_factory=dict)  # of its files, by path, once that is known
     allow_dropped: float = ALLOWED
 
     @property
@@ -137,6 +141,7 @@ def resolve_source(
             where=where,
             fix="name a folder or file that holds text",
         )
+    note(source)
     return source
 
 
@@ -152,14 +157,22 @@ def identity(source: Source, quiet: bool = False) -> str:
     return source.known_identity
 
 
-def refuse_changed(sources: Sequence[Source], doing: str) -> None:
-    """Raise UserError where a source is no longer what `identity` said before it was read: what was made of
-    it, which is called by that, may hold some of both.
+def refuse_changed(sources: Sequence[Source], doing: str, reading: Reading) -> None:
+    """Raise UserError unless all that was read of the sources, which is `reading`, is what `identity` said
+    before: what was made of it is called by that. A file that changed and changed back is noticed.
     """
     for source in sources:
-        if _content(source, quiet=True) != identity(source):
-            fix = "start again when whatever writes it is done"
-            raise UserError(f"changed while it was {doing}", where=source.label, fix=fix)
+        before = identity(source)
+        for path, digest in source.digests.items():
+            try:
+                same = reading.tree(path, digest.size) == digest.tree
+            except OSError as error:
+                raise changed(path, doing) from error
+            if not same:
+                forget([path])
+                raise changed(path, doing)
+        if _content(source, quiet=True) != before:
+            raise changed(source.label, doing)
 
 
 def _content(source: Source, quiet: bool) -> str:
@@ -171,9 +184,11 @@ def _content(source: Source, quiet: bool) -> str:
             done += size
             bar.update(done, source.size)
 
-        digests = file_digests([file.path for file in source.files], advance)
+        paths = [file.path for file in source.files]
+        digests = looked_at(paths, advance)
+    source.digests = dict(zip(paths, digests, strict=True))
     files = [
-        [file.kind, file.size, digest, *([file.start, file.stop] if file.stop >= 0 else [])]
+        [file.kind, file.size, digest.whole, *([file.start, file.stop] if file.stop >= 0 else [])]
         for file, digest in zip(source.files, digests, strict=True)
     ]
     return digest_of({"reading": READING, "text_field": source.text_field, "files": files})
@@ -208,7 +223,8 @@ def _from_path(path: Path, where: str) -> Source:
         if path.is_file():
             size = path.stat().st_size
             files = [InputFile(str(path.absolute()), path.name, kind_of(path.name), size)] if size else []
-            return Source(str(path), files, skipped={} if size else {"empty file": 1})
+            skipped = {} if size else {"empty file": 1}
+            return Source(str(path), files, skipped=skipped, root=os.path.dirname(path))
         return _from_folder(path, str(path), python_only=False, where=where)
     except OSError as error:
         raise UserError(
@@ -260,7 +276,8 @@ def _from_folder(root: Path, label: str, python_only: bool, where: str = "") -> 
             else:
                 take(folder, name)
     found.sort(key=lambda entry: entry[0])
-    return Source(label, [file for _, file in found], skipped=dict(sorted(skipped.items())))
+    files = [file for _, file in found]
+    return Source(label, files, skipped=dict(sorted(skipped.items())), root=str(root))
 
 
 def _saved(folder: Path, names: Sequence[str], where: str) -> list[str] | None:
@@ -310,7 +327,7 @@ def _refuse_near_builtin(dataset: str, where: str) -> None:
 
 
 def _huggingface(dataset: str, where: str) -> Source:
-    files = []
+    files, first, taken = [], [], 0
     for path, start, stop, total in load_rows(dataset, where):
         size, name = os.path.getsize(path), os.path.basename(path)
         if stop - start == total:
@@ -318,4 +335,8 @@ def _huggingface(dataset: str, where: str) -> Source:
         elif stop > start:
             share = max(size * (stop - start) // total, 1)
             files.append(InputFile(path, name, "arrow", share, start, stop))
-    return Source(dataset, files)
+        else:
+            continue
+        first.append(taken)
+        taken += stop - start
+    return Source(dataset, files, first_rows=tuple(first))

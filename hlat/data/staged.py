@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.data.lock import locked_folder
+from hlat.data.origins import is_origin, origin_files
 from hlat.data.packed import SPLITS, TokenFolder, disk_error
 from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
@@ -83,7 +84,7 @@ def _files(manifest: dict[str, Any]) -> dict[str, str]:
             if os.path.basename(name) != name:
                 raise ValueError("a shard outside the folder")
             found |= {f"{name}.bin": str(shard["sha256"]), f"{name}.docs": str(shard["docs_sha256"])}
-    return found
+    return found | origin_files(manifest)
 
 
 def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -> None:
@@ -93,6 +94,8 @@ def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -
         for name in listed
         if name.startswith(f"{TOKENIZER}/") and name.count("/") == 1 and not name.endswith("/..")
     ]
+    without = {name for name in wanted if is_origin(name)} - listed.keys()  # tokens are read without them
+    wanted = {name: digest for name, digest in wanted.items() if name not in without}
     if missing := sorted(wanted.keys() - listed.keys()):
         what = f"{len(missing)} files are missing, first {missing[0]}"
         raise UserError(what, where=remote.url, fix="copy the whole folder there")

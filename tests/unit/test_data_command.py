@@ -205,7 +205,7 @@ def test_commands_end_to_end(text, capsys):
     tokenize = ["data", "tokenize", str(text / "a"), str(text / "b"), "--tokenizer", str(text / "tok")]
     assert main([*tokenize, "--out", str(text / "out"), "--workers", "2"]) == 0
     captured = capsys.readouterr()
-    assert "MB/s" in captured.err and "MB of text" in captured.out
+    assert "MB/s" in captured.err and "kB of text" in captured.out
     assert main([*tokenize, "--out", str(text / "out")]) == 0
     assert "is there already" in capsys.readouterr().out
     recipe(text, two(text))
