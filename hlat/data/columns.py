@@ -91,7 +91,6 @@ class Table:
         for part in self._parts([steps[0]], start, stop, leaf=field):
             array = part.columns[steps[0]]
             with self._readable():
-                array.validate()
                 for step in steps[1:]:
                     array = self._inside(array, step)
             for row, value in enumerate(self.values(array), part.first):
@@ -118,9 +117,13 @@ class Table:
             return array.to_pylist()  # type: ignore[no-any-return]
         except _FAILURES:
             pass  # one value spoils it: look at each
+        if isinstance(array, self._arrow.DictionaryArray):
+            known = self.values(array.dictionary)
+            return [_picked(known, place) for place in self.values(array.indices)]
         try:
-            array.validate()
-            array = array.cast(_without_text(self._arrow, array.type))
+            array = array.view(
+                _without_text(self._arrow, array.type)
+            )  # a cast would follow what points astray
             array.validate(full=True)
         except _FAILURES as error:
             return [Unreadable(f"cannot be read ({error})")] * len(array)
@@ -183,6 +186,7 @@ class Table:
                 first, batch = next(batches, (0, None))
                 if batch is None:
                     return
+                batch.validate()
                 found = [_name(batch.schema.field(number)) for number in range(batch.num_columns)]
                 part = Part(first, {name: batch.column(found.index(name)) for name in names})
             yield part
@@ -292,16 +296,23 @@ def _text_fields(arrow: Any, name: str, kind: Any) -> list[str]:
 def _without_text(arrow: Any, kind: Any) -> Any:
     """The type with bytes in place of text, at every depth."""
     if _is_string(arrow, kind):
-        return arrow.binary() if arrow.types.is_string(kind) else arrow.large_binary()
-    if arrow.types.is_dictionary(kind):
-        return _without_text(arrow, kind.value_type)
+        if arrow.types.is_string(kind):
+            return arrow.binary()
+        return arrow.large_binary() if arrow.types.is_large_string(kind) else arrow.binary_view()
     if arrow.types.is_struct(kind):
         children = [child.with_type(_without_text(arrow, child.type)) for child in _children(kind)]
         return arrow.struct(children)
-    for test, make in (("list", arrow.list_), ("large_list", arrow.large_list)):
-        if getattr(arrow.types, f"is_{test}")(kind):
-            return make(kind.value_field.with_type(_without_text(arrow, kind.value_type)))
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        make = arrow.list_ if arrow.types.is_list(kind) else arrow.large_list
+        return make(kind.value_field.with_type(_without_text(arrow, kind.value_type)))
     return kind
+
+
+def _picked(known: list[Any], place: Any) -> Any:
+    """The value that an index of a dictionary stands for."""
+    if place is None or isinstance(place, Unreadable):
+        return place
+    return known[place] if 0 <= place < len(known) else Unreadable("cannot be read (it points to no value)")
 
 
 def _value(array: Any, place: int) -> Any:

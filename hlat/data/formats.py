@@ -13,8 +13,8 @@ import io
 import lzma
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO, NamedTuple
 
 from hlat.errors import UserError, missing_extra
 from hlat.storage.blocks import open_file
@@ -143,26 +143,30 @@ def reading(path: str) -> Iterator[None]:
         raise UserError(f"cannot be read ({reason})", where=path, fix=fix) from error
 
 
-def opened(path: str, packing: str) -> BinaryIO:
+@contextmanager
+def opened(path: str, packing: str) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed; all members or frames of it, one after the other.
 
-    Raises OSError; UserError for zstd without the package that reads it. What is read from it raises what
-    `reading` explains, also at the end of a file that is cut off.
+    Raises UserError (see `reading`), also for one that is cut off, and for zstd without the package that
+    reads it.
     """
-    file = open_file(path)
-    if packing == "gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if packing == "bz2":
-        return bz2.BZ2File(file)  # type: ignore[return-value]
-    if packing == "xz":
-        return lzma.LZMAFile(file)  # type: ignore[return-value]
-    return _zstd(path, file) if packing == "zst" else file
+    with reading(path), open_file(path) as packed, ExitStack() as stack:
+        stream: Any = packed
+        if packing == "gz":
+            stream = stack.enter_context(gzip.GzipFile(fileobj=packed))
+        elif packing == "bz2":
+            stream = stack.enter_context(bz2.BZ2File(packed))
+        elif packing == "xz":
+            stream = stack.enter_context(lzma.LZMAFile(packed))
+        elif packing == "zst":
+            stream = stack.enter_context(_zstd(path, packed))
+        yield stream
 
 
-def _zstd(path: str, file: BinaryIO) -> BinaryIO:
+def _zstd(path: str, packed: BinaryIO) -> io.BufferedReader:
     try:
         import pyarrow
     except ImportError as error:
         raise missing_extra("pyarrow", "data", f"reading '{path}'") from error
-    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
     return io.BufferedReader(stream, 1 << 20)

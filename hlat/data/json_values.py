@@ -288,11 +288,15 @@ class _Values:
         size = 0
         while broken:
             found = self._text.find(mark, self._at) if mark else -1
-            kept = 0 if self._ended or not mark else len(mark) - 1
-            last = found + 1 if found >= 0 else max(self._at, len(self._text) - kept)
+            if found >= 0 or self._ended or not mark:
+                last = found + 1 if found >= 0 else len(self._text)
+            else:
+                last = max(self._at, len(self._text) - len(mark) + 1)  # the mark may be cut in two
             size += _size(self._text[self._at : last])
             self._at = last
-            broken = found < 0 and self._more(_CHUNK)
+            broken = found < 0 and not self._ended
+            if broken:
+                self._more(_CHUNK)
         return size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,27 +64,24 @@ class Tally:
         """Raise UserError when nothing of the source was read, or more was dropped than it allows: of the
         documents, or of the bytes.
         """
-        refuse_losses(source.label, self, source.allow_dropped)
-
-
-def refuse_losses(label: str, tally: Tally, allowed: float, key: str = "allow_dropped") -> None:
-    """Raise UserError: see `Tally.check`. `key` is what allows more."""
-    reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in _by_count(tally.dropped))
-    if not tally.documents:
-        what = f"no document could be read ({reasons or 'no records'})"
-        raise UserError(what, where=label, fix=_advice(tally.dropped) or "name a source with UTF-8 text")
-    lost = sum(entry["count"] for reason, entry in tally.dropped.items() if reason != EMPTY)
-    size = sum(entry["bytes"] for entry in tally.dropped.values())
-    shares = lost / (lost + tally.documents), size / (size + tally.bytes) if size else 0.0
-    if max(shares) <= allowed:
-        return
-    if shares[0] > allowed:
-        much = f"{lost:,} of {lost + tally.documents:,} records"
-    else:
-        much = f"{size:,} of {size + tally.bytes:,} bytes"
-    advice = _advice(tally.dropped) or "repair or remove what is no text"
-    fix = f"{advice}; or set {key} to {_at_least(max(shares))} if the rest is enough"
-    raise UserError(f"most of it was dropped: {much} ({reasons})", where=label, fix=fix)
+        where, ordered = source.label, sorted(self.dropped.items(), key=lambda item: -item[1]["count"])
+        reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in ordered)
+        fields = next((entry["fields"] for _, entry in ordered if entry["fields"]), "")
+        advice = f"set text_field (--text-field) to what holds the text, of: {fields}" if fields else ""
+        if not self.documents:
+            what = f"no document could be read ({reasons or 'no records'})"
+            raise UserError(what, where=where, fix=advice or "name a source with UTF-8 text")
+        lost = sum(entry["count"] for reason, entry in ordered if reason != EMPTY)
+        size = sum(entry["bytes"] for _, entry in ordered)
+        records, text = lost + self.documents, size + self.bytes
+        share = max(lost / records, size / text if size else 0.0)
+        if share <= source.allow_dropped:
+            return
+        of_records = lost / records > source.allow_dropped
+        much = f"{lost:,} of {records:,} records" if of_records else f"{size:,} of {text:,} bytes"
+        allow = f"set allow_dropped (--allow-dropped) to {_at_least(share)} if the rest is enough"
+        fix = f"{advice or 'repair or remove what is no text'}; or {allow}"
+        raise UserError(f"most of it was dropped: {much} ({reasons})", where=where, fix=fix)
 
 
 def refuse_most(label: str, kept: int, dropped: Mapping[str, int], allowed: float, where: str) -> None:
@@ -94,25 +92,11 @@ def refuse_most(label: str, kept: int, dropped: Mapping[str, int], allowed: floa
     share = lost / (lost + kept) if lost else 0.0
     if share <= allowed:
         return
-    reasons = "; ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=_most))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(dropped).most_common())
     what = f"{lost:,} of {lost + kept:,} records of '{label}' were dropped ({reasons})"
     fix = f"correct the fields or the records; or set data.examples.allow_dropped to {_at_least(share)}"
     raise UserError(what, where=where, fix=f"{fix} if the rest is enough")
 
 
-def _most(item: tuple[str, int]) -> int:
-    return -item[1]
-
-
 def _at_least(share: float) -> str:
     return f"{math.ceil(share * 100) / 100:g}"
-
-
-def _by_count(dropped: Dropped) -> list[tuple[str, dict[str, Any]]]:
-    return sorted(dropped.items(), key=lambda item: -item[1]["count"])
-
-
-def _advice(dropped: Dropped) -> str:
-    """What to set when the text is in another field than was said."""
-    fields = next((entry["fields"] for _, entry in _by_count(dropped) if entry["fields"]), "")
-    return f"set text_field to what holds the text, of: {fields}" if fields else ""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hlat.data.columns import Table, Unreadable
-from hlat.data.formats import BOM, HEAD_BYTES, Form, container, form_of, opened, reading
+from hlat.data.formats import BOM, HEAD_BYTES, Form, container, form_of, opened
 from hlat.data.json_values import LONGEST, Value, lines_of, lookup, parsed, text_fields, values_of
 from hlat.data.losses import EMPTY
 from hlat.data.sources import InputFile, Piece
@@ -66,7 +66,7 @@ def table(file: InputFile, form: Form) -> Table:
 
 def json_records(file: InputFile, form: Form, piece: Piece | None = None) -> Iterator[tuple[str, Value]]:
     """(name, value) of the JSON values in a file, or in a piece of it. Raises UserError."""
-    with reading(file.path), opened(file.path, form.packing) as stream:
+    with opened(file.path, form.packing) as stream:
         if form == Form("jsonl", "") and piece is not None:
             yield from _lines_of_piece(file, stream, piece)
         else:
@@ -104,7 +104,7 @@ def _lines_of_piece(file: InputFile, stream: Any, piece: Piece) -> Iterator[tupl
 
 
 def _text(file: InputFile, form: Form) -> Document:
-    with reading(file.path), opened(file.path, form.packing) as stream:
+    with opened(file.path, form.packing) as stream:
         raw = stream.read(LONGEST + 1) if form.packing else stream.read()
     if form.packing and len(raw) > LONGEST:
         return Document(file.name, None, "too long", file.size)
@@ -144,8 +144,9 @@ def _checked(name: str, text: str) -> Document:
 
 
 def _columnar(file: InputFile, form: Form, piece: Piece, text_field: str) -> Iterator[Document]:
+    first = int(file.kind != form.layout)  # where the name does not tell of rows, they count as lines do
     for row, value in table(file, form).texts(text_field, piece.start, piece.stop):
-        name = f"{file.name}:{row}"
+        name = f"{file.name}:{row + first}"
         if isinstance(value, str):
             yield _checked(name, value)
         else:
