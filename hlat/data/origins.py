@@ -241,11 +241,7 @@ class Origins:
         except FileNotFoundError:
             self._sources, self._shards = [], []
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"not origins that this version reads ({error})",
-                where=str(folder / FILE),
-                fix="run `hlat data tokenize` again, with another --out",
-            ) from error
+            raise _damaged(folder, str(error)) from error
         self._runs = lru_cache(maxsize=16)(self._read_runs)
 
     @property
@@ -260,9 +256,12 @@ class Origins:
             return None
         run = int(np.searchsorted(runs[:, 0], document, side="right")) - 1
         first, piece, number = (int(value) for value in runs[run])
-        source, pieces = self._shards[int(shard.rpartition("-")[2])]
-        file, before = pieces[piece]
-        return _place(self._sources[source], file, before + number + document - first if number else 0)
+        try:
+            source, pieces = self._shards[int(shard.rpartition("-")[2])]
+            file, before = pieces[piece]
+            return _place(self._sources[source], file, before + number + document - first if number else 0)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise _damaged(self._folder, f"{type(error).__name__}: {error}") from error
 
     def _read_runs(self, shard: str) -> np.ndarray:
         path = self._folder / f"{shard}{SUFFIX}"
@@ -271,4 +270,9 @@ class Origins:
         except FileNotFoundError:
             return np.zeros((0, _COLUMNS), dtype="<u8")
         except (OSError, ValueError) as error:
-            raise UserError(f"not a table of origins ({error})", where=str(path)) from error
+            raise _damaged(self._folder, f"{path.name}: {error}") from error
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    fix = "run `hlat data tokenize` again, with another --out; training needs none of it"
+    return UserError(f"not origins that this version reads ({reason})", where=str(folder / FILE), fix=fix)

@@ -39,7 +39,7 @@ LATIN = "caf\udce9"
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources_module, "UNIT_BYTES_MIN", 700)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES_MIN", 1200)
     return tmp_path
 
 
@@ -98,7 +98,7 @@ def recipe(*sources: str) -> Any:
 
 
 def all_found(data: Any) -> list[dict[str, Any]]:
-    return [entry for step in range(1, 21) for entry in data.locate(step)]
+    return [entry for step in range(1, 16) for entry in data.locate(step)]
 
 
 def test_every_kind_of_file_from_the_recipe(place: Path) -> None:
@@ -110,7 +110,7 @@ def test_every_kind_of_file_from_the_recipe(place: Path) -> None:
         assert entry["file"].startswith("in/")
     suffixes = {Path(entry["file"]).suffix for entry in found}
     assert suffixes == {".txt", ".jsonl", ".gz", ".parquet", ".arrow"}
-    assert len({entry["shard"] for entry in found}) > 6  # files of lines were cut
+    assert len({entry["shard"] for entry in found}) > 4  # files of lines were cut
     shutil.move("in", "moved")  # the same tokens, of files that lie elsewhere now
     again = open_data(recipe("{path: moved}"), workers=1, quiet=True)
     assert again.folders[0].folder == data.folders[0].folder
@@ -147,17 +147,31 @@ def test_folders_of_earlier_versions(place: Path, capsys: pytest.CaptureFixture[
     assert {entry["file"] for entry in json.loads(capsys.readouterr().out)} == {None}
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "sources": 3}']
-)
-def test_damaged_origins_are_one_line(place: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
-    write(place / "in")
+def test_damaged_origins_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "in").mkdir()
+    (place / "in" / "a.jsonl").write_text("\n".join(lines("a")))
     source = resolve_source(path="in")
     build([source], load_tokenizer("bytes"), place / "tokens", holdout=0.2, workers=1)
-    (place / "tokens" / FILE).write_text(content)
     recipe("{path: tokens}")
+    whole = json.loads((place / "tokens" / FILE).read_text())
+    damaged: list[Any] = [
+        [],
+        {"version": 2},
+        {"version": 1},
+        whole | {"sources": 3},
+        whole | {"shards": [[0, 5]]},
+    ]
+    damaged += [whole | {"shards": [[0, [[9, 0]]]] * 9}, whole | {"sources": [{}]}, whole | {"sources": []}]
+    for content in ["", *map(json.dumps, damaged)]:
+        (place / "tokens" / FILE).write_text(content)
+        assert main(["data", "locate", "r.yaml", "--step", "1"]) == 2, content
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "not origins that this version reads" in error, content
+    (place / "tokens" / FILE).write_text(json.dumps(whole))
+    for table in (place / "tokens").glob("train-*.from"):
+        table.write_bytes(b"x" * 25)
     assert main(["data", "locate", "r.yaml", "--step", "1"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert ".from: " in capsys.readouterr().err
     TokenFolder(place / "tokens")  # training needs none of it
 
 
