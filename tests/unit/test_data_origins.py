@@ -169,7 +169,7 @@ def test_damaged_origins_are_one_line(place: Path, capsys: pytest.CaptureFixture
         assert error.count("\n") == 1 and "not origins that this version reads" in error, content
     (place / "tokens" / FILE).write_text(json.dumps(whole))
     for table in (place / "tokens").glob("train-*.from"):
-        table.write_bytes(b"x" * 25)
+        table.write_bytes(b"x" * 32)
     assert main(["data", "locate", "r.yaml", "--step", "1"]) == 2
     assert ".from: " in capsys.readouterr().err
     TokenFolder(place / "tokens")  # training needs none of it
