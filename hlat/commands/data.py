@@ -1,4 +1,5 @@
-"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect them, find a step's documents."""
+"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect and verify them, find a step's
+documents."""
 
 from __future__ import annotations
 

@@ -145,7 +145,9 @@ def open_tokenizers(path: Path) -> tuple[Any, set[int]]:
     content = _read(path)
     try:
         backend = Backend.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and panics with a BaseException
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
         raise UserError(
             f"not a tokenizer.json ({error})",
             where=str(path),

@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +240,34 @@ def test_a_manifest_that_contradicts_its_tokenizer(folder: Path) -> None:
     manifest(folder, lambda m: m["tokenizer"].update(vocab_size=70_000))
     with pytest.raises(UserError, match="does not say of the tokenizer"):
         start(folder)
+
+
+@pytest.mark.slow
+def test_a_run_whose_tokens_are_truncated_ends_with_one_line(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"""
+run: {{name: cut, steps: 100000, dir: {tmp_path}/run}}
+model: {{layers: 1, hidden: 16, heads: 2, ffn: 32, vocab: 257, max_seq_len: 32}}
+data: {{sources: [{{path: {folder}}}], tokenizer: bytes, seq_len: 32, micro_batch: 4, global_batch: 4,
+       holdout: 0.2}}
+precision: {{compute: fp32}}
+eval: {{every: 0}}
+log: {{every: 1}}
+compile: false
+"""
+    )
+    command = [sys.executable, "-m", "hlat", "train", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.is_file() and metrics.read_text().count('"train"') > 3:
+                break
+            time.sleep(0.05)
+        os.truncate(folder / "train-00000.bin", 10)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "token shard changed while a run reads it" in errors
+    assert "Traceback" not in errors and "train-00000.bin" in errors
 
 
 class TestUnderARun:
