@@ -74,7 +74,13 @@ class SourceSection(Section):
     weight: PositiveFloat = 1.0
     """Share of this source in the training mixture, relative to the others."""
     text_field: Text = "text"
-    """Field or column that holds the text (jsonl, parquet, arrow, data sets)."""
+    """Field or column that holds the text (JSON, parquet, arrow, data sets); a.b is the field b of the
+    object or struct a.
+    """
+    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Largest share of the source, by documents or by bytes, that may turn out to be no text. More is an
+    error.
+    """
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceSection:
@@ -113,6 +119,8 @@ class ExamplesSection(Section):
     """Field whose value decides which side of the held-out split a record is on, such as the document it is
     from; null: the prompt.
     """
+    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Largest share of the records that may turn out to be no examples. More is an error."""
     limit: Positive | None = None
     """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
 

@@ -1,19 +1,20 @@
-"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect them, find a step's documents."""
+"""`hlat data`: train a tokenizer, tokenize text into packed shards, inspect and verify them, find a step's
+documents."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hlat.commands import data_locate
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
-    from hlat.data.examples import Examples
-    from hlat.data.loader import Data
     from hlat.data.packed import TokenFolder
-    from hlat.data.skips import Skips
     from hlat.data.sources import Source
     from hlat.data.tokenizer import Tokenizer
 
@@ -41,7 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tokenize.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     for action in (train, tokenize):
         action.add_argument(
-            "--text-field", default="text", metavar="F", help="key or column of records (default: text)"
+            "--text-field",
+            default="text",
+            metavar="F",
+            help="key or column of records, a.b for one inside a (default: text)",
+        )
+        action.add_argument(
+            "--allow-dropped",
+            type=float,
+            default=0.5,
+            metavar="F",
+            help="largest fraction of a source that may be no text (default: 0.5)",
         )
         action.add_argument(
             "--holdout",
@@ -54,15 +65,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "inspect", help="counts, tokenizer, what was dropped, and a sample of a tokenized folder"
     )
     inspect.add_argument("folder", type=Path, metavar="DIR")
-    inspect.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    inspect.add_argument(
+        "--verify", action="store_true", help=argparse.SUPPRESS
+    )  # gone: says what replaces it
     inspect.add_argument("--recipe", metavar="R", help="what a run of this recipe would read from the folder")
-    locate = actions.add_parser("locate", help="the documents that a step of a run was trained on")
-    locate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    which = locate.add_mutually_exclusive_group(required=True)
-    which.add_argument("--step", type=int, metavar="N", help="step of the run, as in metrics.jsonl")
-    which.add_argument("--data-step", type=int, metavar="N", help="step of the data, as in data.skip")
-    locate.add_argument("--row", type=int, metavar="N", help="only this row of the batch, counted from 0")
-    locate.add_argument("--text", action="store_true", help="print their whole text too")
+    verify = actions.add_parser("verify", help="compare all of a tokenized folder with what was written")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument(
+        "--json", action="store_true", help='print {"ok": …, "bad": [{"file": …, "reason": …}]}'
+    )
+    locate = actions.add_parser("locate", help="the documents that a step was trained on, by file and line")
+    data_locate.configure(locate)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
         "train-tokenizer": _train_tokenizer,
         "tokenize": _tokenize,
         "inspect": _inspect,
-        "locate": _locate,
+        "verify": _verify,
+        "locate": data_locate.main,
     }
     return actions[args.action](args)
 
@@ -79,6 +93,9 @@ def main(args: argparse.Namespace) -> int:
 def _sources(args: argparse.Namespace) -> list[Source]:
     from hlat.data.sources import STDLIB, resolve_source
 
+    if not 0 <= args.allow_dropped <= 1:
+        fix = "give a fraction from 0 to 1"
+        raise UserError(f"{args.allow_dropped} is no share of a source", where="--allow-dropped", fix=fix)
     sources = []
     for text in args.sources:
         if text.startswith("dataset:"):
@@ -89,6 +106,8 @@ def _sources(args: argparse.Namespace) -> list[Source]:
             sources.append(resolve_source(dataset=text, where=text))
         else:
             sources.append(resolve_source(path=text, text_field=args.text_field, where="SRC"))
+    for source in sources:
+        source.allow_dropped = args.allow_dropped
     return sources
 
 
@@ -98,7 +117,7 @@ def _train_tokenizer(args: argparse.Namespace) -> int:
     from hlat.data.train_tokenizer import check_vocab, train_bpe, training_texts
 
     check_vocab(args.vocab, "--vocab")
-    if (args.out / "tokenizer.json").exists():
+    if any(os.path.lexists(args.out / name) for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
             f"'{args.out}' holds a tokenizer already", where="--out", fix="delete it or choose another folder"
         )
@@ -114,6 +133,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     from hlat.data.build import build
     from hlat.data.cache import trained_tokenizer
     from hlat.data.convention import Convention
+    from hlat.data.origins import shown
     from hlat.data.packed import TokenFolder
     from hlat.data.progress import tokenizing
     from hlat.data.tokenizer import load_tokenizer
@@ -135,109 +155,67 @@ def _tokenize(args: argparse.Namespace) -> int:
         )
         bar.finish(built)
     if not built.seconds:
-        print(f"{args.out} is there already, from the same text and tokenizer")
+        print(f"{shown(str(args.out))} is there already, from the same text and tokenizer")
     _print_counts(TokenFolder(args.out))
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from hlat.data.packed import SPLITS, TokenFolder
+    from hlat.data.packed import TokenFolder
     from hlat.data.tokenizer import load_tokenizer
 
+    if args.verify:
+        fix = f"run: hlat data verify {args.folder}"
+        raise UserError("inspect no longer compares hashes", where="--verify", fix=fix)
     folder = TokenFolder(args.folder)
     tokenizer = load_tokenizer(args.folder)
     folder.check_tokenizer(tokenizer)
     _print_counts(folder)
-    if args.verify:
-        shards = [shard for split in SPLITS for shard in folder.shards[split]]
-        for shard in shards:
-            shard.check_content()
-        print(f"verified: {len(shards)} shards are what the manifest says")
     if args.recipe:
         _print_for_recipe(folder, tokenizer, args.recipe)
+    if not folder.shards["train"]:
+        return 0
     shard = folder.shards["train"][0]
     size = min(int(shard.table[0, 0]) - 1, _SAMPLE_TOKENS)
     print(f"first {size} tokens of the first document:\n{tokenizer.decode(shard.tokens[:size].tolist())}")
     return 0
 
 
-def _locate(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> int:
+    from hlat.data.verify import as_json, verify
     from hlat.observe.text import printable
 
-    number = args.data_step if args.step is None else args.step
-    if number < 1:
-        flag = "--data-step" if args.step is None else "--step"
-        raise UserError(f"there is no step {number}", where=flag, fix="steps are counted from 1")
-    data, skips, steps = _data_of_run(args.folder)
-    if args.step is not None and args.step > steps:
-        fix = f"give a step up to {steps}, or --data-step {skips.position(args.step)} to look further on"
-        raise UserError(f"the run has {steps} steps, not {args.step}", where="--step", fix=fix)
-    step = args.data_step or skips.position(args.step)
-    found = [entry for entry in data.locate(step) if args.row in (None, entry["row"])]
-    read = f"step {args.step} reads data step {step}" if args.step else f"data step {step}"
-    print(f"{read}: {len({entry['row'] for entry in found})} rows, {len(found)} documents")
-    for entry in found:
-        if "example" in entry:
-            place = f"{entry['source']} example {entry['example']} (epoch {entry['epoch']})"
-            size = f"{entry['tokens']} tokens"
-        else:
-            place = f"{entry['folder']}/{entry['shard']} document {entry['document']}"
-            size = f"tokens {entry['first']}-{entry['last']} of {entry['tokens']}"
-        print(f"row {entry['row']:>3}  {place}  {size}  hash {entry['hash']}")
-        if args.text:
-            print(f"{printable(data.document_text(entry))}\n")
-    return 0
-
-
-def _data_of_run(run: Path) -> tuple[Data | Examples, Skips, int]:
-    """The data of a run, what the run leaves out of it, and its number of steps.
-
-    Raises UserError for a folder that is no run, or data that is no longer what the run was trained on.
-    """
-    from hlat.checkpoint.peers import Peers
-    from hlat.checkpoint.reader import newest_in
-    from hlat.commands.recipe_file import load
-    from hlat.data import open_data
-    from hlat.data.skips import Skips
-    from hlat.observe.jsonl import read_rows
-    from hlat.observe.runfolder import RunFolder
-    from hlat.train.initial import starting_tokenizer
-
-    folder = RunFolder(run)
-    if not folder.resolved.is_file():
-        fix = "give the run.dir of a training run"
-        raise UserError("not a run folder: it has no resolved.yaml", where=str(run), fix=fix)
-    recipe = load(folder.resolved)
-    data = open_data(recipe, tokenizer=starting_tokenizer(recipe, folder.checkpoints), quiet=True)
-    newest = newest_in(folder.checkpoints, False, Peers())[0] if folder.checkpoints.is_dir() else None
-    if newest is not None and newest.meta["data_fingerprint"] != data.fingerprint:
-        raise UserError(
-            "the data is not what the run was trained on (its text, order or tokenizer changed)",
-            where=str(run),
-            fix="restore the data; relative paths count from the working directory",
-        )
-    rows = read_rows(folder.metrics) if folder.metrics.is_file() else ()
-    found = (row["skipped_data"] for row in rows if row.get("kind") == "anomaly" and "skipped_data" in row)
-    return data, Skips(recipe.data.skip, tuple((first, last) for first, last in found)), recipe.run.steps
+    bad = verify(args.folder)
+    if args.json:
+        print(json.dumps(as_json(bad)))
+    elif bad:
+        for entry in bad:
+            print(printable(f"{args.folder / entry.file}: {entry.reason}"))
+        fix = "restore these files, or run `hlat data tokenize` again, with another --out"
+        print(f"{len(bad)} fault{'s' * (len(bad) != 1)}: {fix}")
+    else:
+        print(f"{args.folder} is whole")
+    return 2 if bad else 0
 
 
 def _print_counts(folder: TokenFolder) -> None:
+    from hlat.data.origins import shown
+    from hlat.data.progress import text_size
+
     manifest = folder.manifest
     tokenizer = manifest["tokenizer"]
-    print(
-        f"{folder.folder}: {folder.dtype.name}, tokenizer {tokenizer['spec']} ({folder.vocab_size:,} ids), ",
-        end="",
-    )
+    name, spec = shown(str(folder.folder)), shown(tokenizer["spec"])
+    print(f"{name}: {folder.dtype.name}, tokenizer {spec} ({folder.vocab_size:,} ids), ", end="")
     print(f"identity {folder.tokenizer_identity[:16]}, content {folder.content_hash()[:16]}")
     for split in ("train", "holdout"):
-        counts, shards = manifest["totals"][split], len(manifest["shards"][split])
+        counts = manifest["totals"][split]
         ratio = counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
         print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens in {shards} shards,"
-            f" {counts['bytes'] / 1e6:,.1f} MB of text ({ratio:.2f} bytes a token)"
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens,"
+            f" {text_size(counts['bytes'])} of text ({ratio:.2f} bytes a token)"
         )
     for source in manifest["sources"]:
-        print(f"  from {source['label']}: {source['files']:,} files, {source['bytes'] / 1e6:,.1f} MB")
+        print(f"  from {shown(source['label'])}: {source['files']:,} files, {text_size(source['bytes'])}")
         for reason, count in source["skipped"].items():
             print(f"    skipped: {count:,} x {reason}")
     for reason, entry in manifest["dropped"].items():

@@ -105,6 +105,7 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
+    from hlat.data.presence import missing_paths
     from hlat.recipe_io import shipped_recipes
 
     overrides = [word for word in args.recipes if "=" in word and not Path(word).exists()]
@@ -112,6 +113,8 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         recipe = _load(name, overrides)
         what = f"{recipe.model.parameter_count():,} parameters, {recipe.tokens_per_step:,} tokens a step"
         _print(console, Text.assemble(("ok", "bold green"), f"  {name}: {what}"))
+        for line in missing_paths(recipe):
+            _print(console, Text.assemble(("    not here", "yellow"), f"  {line}"))
     return 0
 
 

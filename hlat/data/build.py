@@ -7,22 +7,22 @@ builder waiting, who then finds the finished folder. Disk trouble removes the pa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hlat.data import pool
+from hlat.data import origins, pool
 from hlat.data.lock import locked_folder
+from hlat.data.losses import Dropped, Tally, add
 from hlat.data.packed import (
-    FORMAT,
-    MANIFEST,
     SPLITS,
     VERSION,
     TokenFolder,
@@ -31,9 +31,22 @@ from hlat.data.packed import (
     token_dtype,
     write_json,
 )
-from hlat.data.sources import InputFile, Piece, Source, identity, refuse_changed, units
-from hlat.data.tokenizer import Tokenizer
+from hlat.data.partial import clear, discard
+from hlat.data.sources import (
+    FORMAT,
+    MANIFEST,
+    InputFile,
+    Piece,
+    Source,
+    identity,
+    refuse_changed,
+    tokenized_folder,
+    units,
+)
+from hlat.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from hlat.data.tokenizer_files import copy_files
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 from hlat.storage.fingerprint import digest_of
 
 
@@ -60,6 +73,10 @@ def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> st
     }
     if tokenizer.convention.bos is not None:
         parts["bos"] = tokenizer.convention.bos
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.takes_parts:
+        parts["long_texts"] = (
+            "whole"  # earlier versions cut those of some of these tokenizers at wrong places
+        )
     return digest_of(parts)
 
 
@@ -92,33 +109,45 @@ def build(
         )
     key = key or build_key(sources, tokenizer, holdout)
     if _complete(out, key):
-        return Built(out)
+        return _found(out, sources)
+    if out.is_symlink():
+        raise UserError("is a link", where=str(out), fix="name the folder itself, or another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(out.with_name(f"{out.name}.partial")) as partial:
             if _complete(out, key):
-                shutil.rmtree(partial)
-                return Built(out)
+                discard(partial)
+                return _found(out, sources)
             try:
                 return _build_locked(_Job(sources, tokenizer, holdout, key, partial), out, workers, progress)
             except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise
             except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise disk_error(error, out) from error
     except OSError as error:
         raise disk_error(error, out) from error
 
 
+def _found(out: Path, sources: list[Source]) -> Built:
+    """What is there already, unless too much was dropped of a source for what it allows now."""
+    for source, entry in zip(sources, TokenFolder(out).manifest["sources"], strict=True):
+        Tally(**entry["read"]).check(source)
+    return Built(out)
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):  # what happened before is said; a rest is removed by the next build
+        discard(partial)
+
+
 def _complete(out: Path, key: str) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    if (out / MANIFEST).is_file() and TokenFolder(out).manifest.get("key") == key:
+    if tokenized_folder(out) and TokenFolder(out).manifest.get("key") == key:
         return True
-    raise UserError(
-        f"'{out}' exists and holds something else", where=str(out), fix="delete it or choose another folder"
-    )
+    raise UserError(f"'{out}' exists and holds something else", where=str(out), fix="choose another folder")
 
 
 class _Job:
@@ -134,24 +163,21 @@ class _Job:
             key,
             folder,
         )
-        self.units: list[tuple[int, list[Piece]]] = [
-            (i, unit) for i, source in enumerate(sources) for unit in units(source)
-        ]
+        self.reading = Reading()
+        with watching(self.reading):
+            self.units: list[tuple[int, list[Piece]]] = [
+                (i, unit) for i, source in enumerate(sources) for unit in units(source)
+            ]
         self.below = holdout_threshold(holdout)
 
     def prepare(self) -> None:
         """Write job.json and the tokenizer, after removing what another job left in the folder."""
         path = self.folder / "job.json"
         if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == self.key):
-            for item in self.folder.iterdir():
-                if item.is_dir():
-                    shutil.rmtree(item)
-                elif item.name != ".lock":
-                    item.unlink()
+            clear(self.folder)
         copies = self.folder / "tokenizer"
         copies.mkdir(exist_ok=True)
-        for file in self.tokenizer.files():
-            shutil.copyfile(file, copies / file.name)
+        copy_files(self.tokenizer.kept_files(), copies)
         names = [file.name for file in self.tokenizer.files()]
         write_json(
             path,
@@ -177,7 +203,12 @@ class _Job:
             path = self.folder / f"unit-{number:05d}.json"
             if path.is_file():
                 done[number] = json.loads(path.read_text(encoding="utf-8"))
-        return done
+        return {number: unit for number, unit in done.items() if "read" in unit}
+
+    def check(self, finished: dict[int, dict[str, Any]]) -> None:
+        """Raise UserError where what a unit was made of is not what others have read."""
+        for unit in finished.values():
+            self.reading.merge(unit["read"])
 
 
 def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[[int, int], None]) -> Built:
@@ -194,14 +225,29 @@ def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[
 
     todo = [number for number in range(len(job.units)) if number not in done]
     done |= pool.run(job.folder, todo, job.below, workers, advance)
+    job.check(done)
+    tallies = _tallies(job, done)
     threshold = _threshold_with_both_sides(job, done)
     if threshold != job.below:
         moved = [number for number, unit in done.items() if _moves(job.folder, unit, threshold, job.below)]
         done |= pool.run(job.folder, moved, threshold, workers, lambda size: None)
-    refuse_changed(job.sources, "tokenized")
-    manifest = _manifest(job, [done[number] for number in sorted(done)], threshold)
+        job.check(done)
+    refuse_changed(job.sources, "tokenized", job.reading)
+    lines = [done[number]["lines"] for number in sorted(done)]
+    write_json(job.folder / origins.FILE, origins.describe(job.sources, job.units, lines), indent=None)
+    manifest = _manifest(job, [done[number] for number in sorted(done)], threshold, tallies)
     _publish(job, manifest, out)
     return Built(out, written, time.perf_counter() - started, reused)
+
+
+def _tallies(job: _Job, done: dict[int, dict[str, Any]]) -> list[Tally]:
+    """What was read of each source. Raises UserError where that is nothing, or too little."""
+    tallies = [Tally() for _ in job.sources]
+    for number, (place, _) in enumerate(job.units):
+        tallies[place].add_unit(done[number])
+    for tally, source in zip(tallies, job.sources, strict=True):
+        tally.check(source)
+    return tallies
 
 
 def _hashes(folder: Path, unit: dict[str, Any]) -> np.ndarray:
@@ -221,8 +267,6 @@ def _threshold_with_both_sides(job: _Job, done: dict[int, dict[str, Any]]) -> in
         split: sum(unit["shards"].get(split, {}).get("documents", 0) for unit in done.values())
         for split in SPLITS
     }
-    if not any(counts.values()):
-        raise _nothing_left(job, done)
     if not job.holdout or all(counts.values()):
         return job.below
     marks = [_hashes(job.folder, unit) for unit in done.values()]
@@ -239,27 +283,9 @@ def _moves(folder: Path, unit: dict[str, Any], threshold: int, before: int) -> b
     return bool(((marks < np.uint64(threshold)) != (marks < np.uint64(before))).any())
 
 
-def _nothing_left(job: _Job, done: dict[int, dict[str, Any]]) -> UserError:
-    dropped = _dropped(list(done.values()))
-    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in dropped.items()) or "no records"
-    return UserError(
-        f"no document could be read ({reasons})",
-        where=", ".join(source.label for source in job.sources),
-        fix="name a source with UTF-8 text",
-    )
-
-
-def _dropped(finished: list[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for unit in finished:
-        for reason, entry in unit["dropped"].items():
-            into = merged.setdefault(reason, {"count": 0, "examples": []})
-            into["count"] += entry["count"]
-            into["examples"] = (into["examples"] + entry["examples"])[:3]
-    return merged
-
-
-def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict[str, Any]:
+def _manifest(
+    job: _Job, finished: list[dict[str, Any]], threshold: int, tallies: list[Tally]
+) -> dict[str, Any]:
     shards = {
         split: [unit["shards"][split] for unit in finished if split in unit["shards"]] for split in SPLITS
     }
@@ -269,6 +295,9 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
         }
         for split in SPLITS
     }
+    dropped: Dropped = {}
+    for tally in tallies:
+        add(dropped, tally.dropped)
     tokenizer = job.tokenizer
     names = [file.name for file in tokenizer.files()]
     return {
@@ -284,14 +313,24 @@ def _manifest(job: _Job, finished: list[dict[str, Any]], threshold: int) -> dict
             "bos_id": tokenizer.convention.bos,
         },
         "sources": [
-            {"label": s.label, "files": len(s.files), "bytes": s.size, "skipped": s.skipped}
-            for s in job.sources
+            {
+                "label": s.label,
+                "files": len(s.files),
+                "bytes": s.size,
+                "skipped": s.skipped,
+                "read": asdict(tally),
+            }
+            for s, tally in zip(job.sources, tallies, strict=True)
         ],
         "holdout": job.holdout,
         "holdout_below": threshold,
         "totals": totals,
-        "dropped": _dropped(finished),
+        "dropped": {
+            reason: {"count": entry["count"], "examples": entry["examples"]}
+            for reason, entry in dropped.items()
+        },
         "shards": shards,
+        "origins_sha256": hashlib.sha256((job.folder / origins.FILE).read_bytes()).hexdigest(),
     }
 
 
@@ -300,8 +339,8 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
         f"{shard['file']}{suffix}"
         for split in SPLITS
         for shard in manifest["shards"][split]
-        for suffix in (".bin", ".docs")
-    }
+        for suffix in (".bin", ".docs", origins.SUFFIX)
+    } | {origins.FILE}
     for item in job.folder.iterdir():
         if item.is_file() and item.name not in keep and item.name != ".lock":
             item.unlink()
@@ -314,7 +353,7 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
         # ours.
         if not (out / MANIFEST).is_file():
             raise disk_error(error, out) from error
-        shutil.rmtree(job.folder)
+        discard(job.folder)
     (out / ".lock").unlink(missing_ok=True)
 
 

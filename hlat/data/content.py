@@ -9,10 +9,11 @@ import platform
 from typing import TYPE_CHECKING
 
 from hlat.data.packed import TokenFolder
-from hlat.data.sources import STDLIB, identity, resolve_source, tokenized_folder
+from hlat.data.sources import STDLIB, identity, refuse_changed, resolve_source, tokenized_folder
 from hlat.data.staged import is_url, staged
 from hlat.data.stdlib import BUILTIN
 from hlat.data.tokenizer import load_tokenizer
+from hlat.storage.blocks import Reading
 from hlat.storage.fingerprint import digest_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,29 @@ def stdlib_content() -> str:
     source = resolve_source(dataset=STDLIB)
     names = [file.name for file in source.files]
     return digest_of({"python": platform.python_version(), "names": names, "files": identity(source)})
+
+
+def source_content(folder: TokenFolder) -> str:
+    """What `data_content` says of a source whose tokens have been opened."""
+    return identity(folder.named[0]) if folder.named else folder.content_hash()
+
+
+def examples_content(examples: ExamplesSection, reading: Reading) -> dict[str, str]:
+    """What `data_content` says of examples that have been read.
+
+    Raises UserError where that is not what they are called by: a file changed while it was read.
+    """
+    named = {"data.examples": examples.dataset}
+    if examples.eval_path or examples.eval_dataset:
+        named["data.examples.eval"] = examples.eval_dataset
+    content = {}
+    for (key, dataset), source in zip(named.items(), reading.sources, strict=True):
+        if dataset in BUILTIN:
+            content[key] = digest_of({"made of": stdlib_content()})
+        else:
+            refuse_changed([source], "read", reading)
+            content[key] = identity(source)
+    return content
 
 
 def _source(source: SourceSection, where: str, quiet: bool) -> str:

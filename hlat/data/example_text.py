@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hlat.data.losses import refuse_most
+from hlat.data.origins import Place
 from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.records import read_records
 from hlat.data.template import field_text, parse_template
@@ -21,7 +23,8 @@ WHERE = "data.examples"
 @dataclass(frozen=True)
 class Example:
     """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt,
-    `group` that of what decides on which side of the held-out split it is.
+    `group` that of what decides on which side of the held-out split it is; `place` where it is from, unless
+    it is made.
     """
 
     prompt: str
@@ -29,6 +32,7 @@ class Example:
     label: int
     mark: int
     group: int
+    place: Place | None = None
 
 
 @dataclass
@@ -53,12 +57,13 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
 
     Raises UserError: see `_read`; also when no example is left on a side that needs one.
     """
-    texts = Texts()
+    texts, held_out_dropped = Texts(), Counter[str]()
     everything = _read(section, section.path, section.dataset, WHERE, texts.dropped)
     if section.eval_path or section.eval_dataset:
         key = f"{WHERE}.{'eval_path' if section.eval_path else 'eval_dataset'}"
         texts.train = everything
-        texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, texts.dropped)
+        texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, held_out_dropped)
+        texts.dropped.update(held_out_dropped)
     else:
         below = holdout_threshold(holdout)
         texts.train = [example for example in everything if example.group >= below]
@@ -80,10 +85,10 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
 def _read(
     section: ExamplesSection, path: str | None, dataset: str | None, where: str, dropped: Counter[str]
 ) -> list[Example]:
-    """The examples of one source.
+    """The examples of one source; what was dropped of it is added to `dropped`.
 
     Raises UserError when the source cannot be read or is empty, when no record has the fields of the
-    templates, or when a label is not among the recipe's.
+    templates, when more records are dropped than allowed, or when a label is not among the recipe's.
     """
     prompt, completion = parse_template(section.prompt), parse_template(section.completion)
     group = section.group_field
@@ -92,13 +97,13 @@ def _read(
     numbers = {label: number for number, label in enumerate(section.labels)}
     words = list(section.labels.values())
     examples: list[Example] = []
-    first: Mapping[str, Any] | None = None
+    first: Sequence[str] = ()
     lacking: Counter[str] = Counter()
-    for record in read_records(path, dataset, where):
+    for record in read_records(path, dataset, where, needed):
         if record.values is None:
             dropped[record.reason] += 1
             continue
-        first = record.values if first is None else first
+        first = first or record.fields
         missing = next((name for name in needed if field_text(record.values, name) is None), None)
         if missing is not None:
             lacking[missing] += 1
@@ -118,10 +123,11 @@ def _read(
         if not answer:
             dropped["empty completion"] += 1
             continue
-        examples.append(Example(text, answer, number, mark, own))
+        examples.append(Example(text, answer, number, mark, own, record.place))
     dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
     if not examples:
         raise _nothing(path or dataset or "", first, lacking, dropped, where)
+    refuse_most(path or dataset or "", len(examples), dropped, section.allow_dropped, where)
     return examples
 
 
@@ -133,7 +139,7 @@ def _unknown_label(label: str, known: Sequence[str], name: str, where: str) -> U
 
 def _nothing(
     source: str,
-    first: Mapping[str, Any] | None,
+    first: Sequence[str],
     lacking: Counter[str],
     dropped: Counter[str],
     where: str,
@@ -141,7 +147,7 @@ def _nothing(
     """Why a source gave no example: an empty one, or one whose records lack a field."""
     if lacking:
         name = lacking.most_common(1)[0][0]
-        fields = ", ".join(first or {}) or "none"
+        fields = ", ".join(first) or "none"
         what = f"no record of '{source}' has a text or number in the field '{name}'"
         fix = f"the fields of its first record are: {fields}"
         return UserError(what, where=where, fix=fix)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,8 +18,9 @@ import numpy as np
 from hlat.data.batch import Batch, rows_of
 from hlat.data.example_rows import Ids, fit_prompt, label_batch, pair_batch, rows_per_example
 from hlat.data.example_text import WHERE, Example, read_examples
-from hlat.data.locate import rows_in
+from hlat.data.locate import place_values, rows_in
 from hlat.data.mixture import permute
+from hlat.data.origins import Place
 from hlat.data.packed import document_hash
 from hlat.errors import UserError
 
@@ -36,7 +37,7 @@ evaluation); a linear head.
 @dataclass
 class Split:
     """Tokenized examples: `prompts` and, for pairs, `completions` (EOS included); `labels` by number;
-    `texts` of prompt and completion; `cut` prompts that lost their beginning.
+    `texts` of prompt and completion; `cut` prompts that lost their beginning; `places` they are from.
     """
 
     prompts: list[Ids]
@@ -44,6 +45,7 @@ class Split:
     labels: list[int]
     texts: list[tuple[str, str]]
     cut: int
+    places: list[Place | None] = field(default_factory=list)
 
     @property
     def documents(self) -> int:
@@ -82,6 +84,7 @@ class Examples:
         notes: Sequence[str] = (),
     ) -> None:
         assert tokenizer.eos_id is not None
+        self.content: dict[str, str] = {}  # recipe key -> digest of what was read for it
         self.train, self.holdout, self.kind, self.labels = train, holdout, kind, list(labels)
         self.spelled, self.tokenizer, self.vocab_size = list(spelled), tokenizer, tokenizer.vocab_size
         self._seq_len, self._seed, self._global_batch = seq_len, seed, global_batch
@@ -126,15 +129,16 @@ class Examples:
     def locate(self, step: int) -> list[dict[str, Any]]:
         """The training examples in the global batch of data step `step` (from 1), as JSON values.
 
-        `row`: place in the batch; `source`; `example`: number among the training examples; `epoch`: from 0;
-        `hash`: of the prompt; `tokens`: how many it has.
+        `row`: place in the batch; `source`; `file`, `line`, `file_row`: see `hlat.data.locate`; `example`:
+        number among the training examples; `epoch`: from 0; `hash`: of the prompt; `tokens`: how many it has.
         """
         found = []
         for place, row in enumerate(rows_in(step, self._global_batch)):
             number, split = self.index(row), self.train
             tokens = len(split.prompts[number]) + (len(split.completions[number]) if split.completions else 0)
             mark = document_hash(split.texts[number][0].encode("utf-8", "replace"))
-            entry = {"row": place, "source": self._source, "example": number}
+            origin = place_values(split.places[number] if split.places else None)
+            entry = {"row": place, "source": self._source, **origin, "example": number}
             found.append({**entry, "epoch": row // split.documents, "hash": f"{mark:016x}", "tokens": tokens})
         return found
 
@@ -317,4 +321,5 @@ def _tokenized(
         split.completions += completions[i : i + 1]
         split.labels.append(example.label)
         split.texts.append((example.prompt, example.completion))
+        split.places.append(example.place)
     return split, too_long

@@ -14,17 +14,22 @@ import numpy as np
 from hlat.data.apart import check_apart
 from hlat.data.batch import Batch, make_batch, rows_of
 from hlat.data.cache import tokenized, trained_tokenizer
+from hlat.data.content import examples_content, source_content
 from hlat.data.convention import difference, extends
 from hlat.data.examples import Examples, open_examples
 from hlat.data.holdout import HoldoutStream
 from hlat.data.locate import document_ids, documents_in, rows_in
+from hlat.data.losses import ALLOWED
 from hlat.data.mixture import SourceRows, TrainStream
 from hlat.data.packed import TokenFolder
+from hlat.data.report import report, report_lines
 from hlat.data.sources import Source, resolve_source, tokenized_folder
 from hlat.data.staged import is_url, staged
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import trained_vocab
+from hlat.data.verify import check_before_training
 from hlat.errors import UserError
+from hlat.storage.blocks import Reading, watching
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -38,6 +43,7 @@ class SourceSpec:
     dataset: str | None = None
     weight: float = 1.0
     text_field: str = "text"
+    allow_dropped: float = ALLOWED
 
 
 class Data:
@@ -66,6 +72,7 @@ class Data:
             folder.check_tokenizer(tokenizer)
         assert tokenizer.eos_id is not None
         self.folders, self.tokenizer, self.vocab_size = list(folders), tokenizer, tokenizer.vocab_size
+        self.content: dict[str, str] = {}  # recipe key -> digest of what was read for it
         self._seq_len, self._mask, self._rows = seq_len, document_mask, rows
         self._global_batch, self._eos = global_batch, tokenizer.eos_id
         self.bos_id = _common_bos(folders)
@@ -150,68 +157,11 @@ class Data:
 
         JSON-able.
         """
-        rows = self.train.quota.counts(self._rows)
-        sources = [self._source_report(number, rows[number]) for number in range(len(self.folders))]
-        keys = ("documents", "tokens", "bytes", "shards", "holdout_documents", "holdout_tokens", "rows")
-        return {
-            "tokenizer": {
-                "spec": self.tokenizer.spec,
-                "vocab_size": self.vocab_size,
-                "identity": self.tokenizer.identity,
-            },
-            "fingerprint": self.fingerprint,
-            "sources": sources,
-            "totals": {key: sum(source[key] for source in sources) for key in keys},
-        }
-
-    def _source_report(self, number: int, rows: int) -> dict[str, Any]:
-        folder, source = self.folders[number], self.train.sources[number]
-        described = folder.manifest.get("sources", [])
-        return {
-            "source": ", ".join(entry["label"] for entry in described),
-            "folder": str(folder.folder),
-            "share": self.train.quota.shares[number] / self.train.quota.period,
-            "documents": folder.count("train", "documents"),
-            "tokens": source.tokens,
-            "bytes": folder.count("train", "bytes"),
-            "shards": len(folder.shards["train"]) + len(folder.shards["holdout"]),
-            "holdout_documents": folder.count("holdout", "documents"),
-            "holdout_tokens": folder.count("holdout"),
-            "rows": rows,
-            "epochs": rows / source.windows,
-            "tokens_dropped_per_epoch": source.dropped_per_epoch,
-            "documents_dropped": {
-                reason: entry["count"] for reason, entry in folder.manifest.get("dropped", {}).items()
-            },
-            "files_skipped": _merged([entry.get("skipped", {}) for entry in described]),
-        }
+        return report(self, self._rows)
 
     def report_lines(self) -> list[str]:
         """The report as lines for a person."""
-        lines = []
-        for source in self.report()["sources"]:
-            lines.append(
-                f"{source['source']}: {_documents(source['documents'])}, {source['tokens']:,} tokens"
-                f" in {source['shards']} shards ({source['bytes'] / 1e6:,.1f} MB of text),"
-                f" held out {_documents(source['holdout_documents'])}, {source['holdout_tokens']:,} tokens;"
-                f" this run reads {source['rows']:,} rows = {source['epochs']:.2f} epochs"
-                f" ({source['share']:.1%} of the mixture)"
-            )
-            lines += [
-                f"  dropped: {_documents(count)}: {reason}"
-                for reason, count in source["documents_dropped"].items()
-            ]
-            lines += [f"  skipped: {count:,} x {reason}" for reason, count in source["files_skipped"].items()]
-            if source["tokens_dropped_per_epoch"]:
-                lines.append(
-                    f"  dropped: {source['tokens_dropped_per_epoch']:,} tokens per epoch, less than a row;"
-                    " others in every epoch"
-                )
-        return lines
-
-
-def _documents(count: int) -> str:
-    return f"{count:,} document{'s' * (count != 1)}"
+        return report_lines(self.report())
 
 
 def _common_bos(folders: Sequence[TokenFolder]) -> int | None:
@@ -225,14 +175,6 @@ def _common_bos(folders: Sequence[TokenFolder]) -> int | None:
             fix="tokenize it again, with the same tokenizer and hlat data tokenize --bos",
         )
     return found.pop() if found else None
-
-
-def _merged(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for entry in counts:
-        for reason, count in entry.items():
-            total[reason] = total.get(reason, 0) + count
-    return total
 
 
 def prepare(
@@ -263,7 +205,11 @@ def prepare(
         None
         if folder
         else resolve_source(
-            path=spec.path, dataset=spec.dataset, text_field=spec.text_field, where=f"data.sources[{number}]"
+            path=spec.path,
+            dataset=spec.dataset,
+            text_field=spec.text_field,
+            allow_dropped=spec.allow_dropped,
+            where=f"data.sources[{number}]",
         )
         for number, (spec, folder) in enumerate(zip(specs, ready, strict=True))
     ]
@@ -273,7 +219,9 @@ def prepare(
     for number, (text, folder) in enumerate(zip(texts, ready, strict=True)):
         path = folder or (tokenized(text, loaded, holdout, workers, quiet) if text else Path())
         folders.append(TokenFolder(path))
+        folders[-1].named = [text] if text else []
         folders[-1].check_tokenizer(loaded)
+        check_before_training(folders[-1])
         if folders[-1].holdout != holdout:
             raise UserError(
                 f"the folder was tokenized with holdout {folders[-1].holdout:g}, the recipe says {holdout:g}",
@@ -364,8 +312,11 @@ def open_data(
     if data.examples is not None:
         loaded = _agreed(spec if isinstance(spec, Tokenizer) else load_tokenizer(spec), tokenizer)
         _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
-        return open_examples(recipe, loaded)
-    specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field) for s in data.sources]
+        with watching(Reading()) as reading:
+            examples = open_examples(recipe, loaded)
+        examples.content = examples_content(data.examples, reading)
+        return examples
+    specs = [SourceSpec(s.path, s.dataset, s.weight, s.text_field, s.allow_dropped) for s in data.sources]
     folders, tokenizer = prepare(
         specs,
         spec,
@@ -375,7 +326,7 @@ def open_data(
         quiet=quiet,
         of_weights=tokenizer,
     )
-    return Data(
+    opened = Data(
         folders,
         [spec.weight for spec in specs],
         tokenizer,
@@ -385,3 +336,7 @@ def open_data(
         rows=recipe.run.steps * data.global_batch,
         global_batch=data.global_batch,
     )
+    opened.content = {
+        f"data.sources.{number}": source_content(folder) for number, folder in enumerate(folders)
+    }
+    return opened

@@ -11,7 +11,8 @@ from hlat.data.batch import rows_of
 
 if TYPE_CHECKING:
     from hlat.data.loader import Data
-    from hlat.data.packed import Shard
+    from hlat.data.origins import Place
+    from hlat.data.shard import Shard
 
 Found = dict[str, Any]
 """One document in one row: see `documents_in`."""
@@ -27,9 +28,11 @@ def rows_in(step: int, global_batch: int) -> range:
 def documents_in(data: Data, row: int) -> Iterator[Found]:
     """The documents in a global row, in order, as JSON values.
 
-    `source`: number in the recipe; `folder`, `shard`: the tokenized folder and its shard; `document`: number
-    in the shard; `hash`: of its content, as the shard's table has it; `first`, `last`: which of its `tokens`
-    (the end-of-document token included) the row holds, counted from 0.
+    `source`: number in the recipe; `file`: the user's own, or the data set; `line`: of it, from 1 (of a text
+    the first); `file_row`: in place of a line, the row of columns or of a data set, from 0; all three None
+    where a tokenized folder does not say. `folder`, `shard`: the tokenized folder and its shard; `document`:
+    number in the shard; `hash`: of its content, as the shard's table has it; `first`, `last`: which of its
+    `tokens` (the end-of-document token included) the row holds, counted from 0.
     """
     number, k = data.train.quota.locate(row)
     folder = data.folders[number]
@@ -38,6 +41,7 @@ def documents_in(data: Data, row: int) -> Iterator[Found]:
         for document, begin, end in _overlapping(shard, first, first + count):
             yield {
                 "source": number,
+                **place_values(folder.origins.find(shard.path.stem, document)),
                 "folder": str(folder.folder),
                 "shard": shard.path.stem,
                 "document": document,
@@ -48,13 +52,20 @@ def documents_in(data: Data, row: int) -> Iterator[Found]:
             }
 
 
+def place_values(place: Place | None) -> Found:
+    """`file`, `line` and `file_row` of a place, as JSON values."""
+    if place is None:
+        return {"file": None, "line": None, "file_row": None}
+    return {"file": place.file, "line": place.line, "file_row": place.row}
+
+
 def document_ids(data: Data, found: Found) -> np.ndarray:
     """All ids of a document that `documents_in` has found, without the end-of-document token: int64 (n,)."""
     shards = data.folders[found["source"]].shards["train"]
     shard = next(shard for shard in shards if shard.path.stem == found["shard"])
     number = found["document"]
     begin = int(shard.table[number - 1, 0]) if number else 0
-    return shard.tokens[begin : int(shard.table[number, 0]) - 1].astype(np.int64)
+    return shard.ids(begin, int(shard.table[number, 0]) - 1)
 
 
 def _overlapping(shard: Shard, first: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from hlat.data.build import Built
 
 
+def text_size(size: int) -> str:
+    """Bytes of text for a person: `812 bytes`, `43.1 kB`, `1,234.5 MB`."""
+    if size < 1000:
+        return f"{size} byte{'s' * (size != 1)}"
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+
+
 class Bar:
     """Receives progress in bytes.
 
@@ -39,10 +46,10 @@ class Bar:
         self.close()
         if not self._quiet and built.seconds:
             again = f", {built.reused_units} units kept from an interrupted run" if built.reused_units else ""
-            size = built.bytes / 1e6
-            speed = size / max(built.seconds, 1e-9)
+            speed = built.bytes / 1e6 / max(built.seconds, 1e-9)
+            size = text_size(built.bytes)
             print(
-                f"{self._label}: {size:,.1f} MB in {built.seconds:.1f} s ({speed:.1f} MB/s){again}",
+                f"{self._label}: {size} in {built.seconds:.1f} s ({speed:.1f} MB/s){again}",
                 file=sys.stderr,
             )
 

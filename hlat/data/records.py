@@ -4,37 +4,42 @@ two that need no download.
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from hlat.data.readers import arrow_table, parquet_file
+from hlat.data.columns import Unreadable, as_text
+from hlat.data.formats import RECORDS, Form, form_of
+from hlat.data.origins import FilePlaces, Place
+from hlat.data.readers import json_records, table
 from hlat.data.sources import InputFile, resolve_source
 from hlat.data.stdlib import BUILTIN
 from hlat.errors import UserError
 
-_ROWS_AT_ONCE = 1000
-
 
 class Record(NamedTuple):
     """`values` of one record by field, or None and the `reason` it cannot be used. `name` says where it is
-    from.
+    from, and `place` which line or row of which file that is; `fields` are the names of all its fields, also
+    of those that were not asked for.
     """
 
     name: str
     values: dict[str, Any] | None
     reason: str = ""
+    fields: tuple[str, ...] = ()
+    place: Place | None = None
 
 
-def read_records(path: str | None, dataset: str | None, where: str) -> Iterator[Record]:
+def read_records(
+    path: str | None, dataset: str | None, where: str, fields: Collection[str] | None = None
+) -> Iterator[Record]:
     """The records of a source, in order.
 
     Args:
-        path: a jsonl, parquet or arrow file, or a folder of them.
+        path: a file of JSON, parquet or arrow, or a folder of them.
         dataset: a built-in name (see `hlat.data.stdlib`), or a Hugging Face data set NAME[:CONFIG][@SPLIT].
         where: the key to name in errors.
+        fields: the columns to read of parquet and arrow files; None for all. A value of theirs that cannot
+            be read leaves the record out; one of another column is None.
 
     Raises UserError when the source is missing, cannot be read or holds no file of records.
     """
@@ -43,46 +48,43 @@ def read_records(path: str | None, dataset: str | None, where: str) -> Iterator[
             yield Record(f"{dataset}:{number}", values)
         return
     source = resolve_source(path=path, dataset=dataset, where=where)
-    files = [file for file in source.files if file.kind != "text"]
-    if not files:
-        raise UserError(
-            f"'{source.label}' holds no records",
-            where=where,
-            fix="give a .jsonl, .jsonl.gz, .parquet or .arrow file, or a folder of them",
-        )
-    for file in files:
-        try:
-            yield from _rows(file) if file.kind in ("parquet", "arrow") else _lines(file)
-        except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            fix = "repair or remove the file"
-            raise UserError(f"cannot be read ({reason})", where=file.path, fix=fix) from error
+    found = False
+    for number, file in enumerate(source.files):
+        form = form_of(file.path, file.kind)
+        if form.layout == "text":
+            continue
+        found = True
+        places = FilePlaces(source, number)
+        columns = form.layout in ("parquet", "arrow")
+        for record in _rows(file, form, fields) if columns else _values(file, form):
+            yield record._replace(place=places.of(record.name))
+    if not found:
+        fix = f"give a {RECORDS}, or a folder of them"
+        raise UserError(f"'{source.label}' holds no records", where=where, fix=fix)
 
 
-def _lines(file: InputFile) -> Iterator[Record]:
-    with gzip.open(file.path, "rb") if file.kind == "jsonl.gz" else open(file.path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _line(f"{file.name}:{number}", line)
+def _values(file: InputFile, form: Form) -> Iterator[Record]:
+    for name, (_, value, reason, _) in json_records(file, form):
+        if reason or not isinstance(value, dict):
+            yield Record(name, None, reason or "not a JSON object")
+        else:
+            yield Record(name, value, fields=tuple(value))
 
 
-def _line(name: str, line: bytes) -> Record:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return Record(name, None, "not JSON")
-    return Record(name, values) if isinstance(values, dict) else Record(name, None, "not a JSON object")
+def _rows(file: InputFile, form: Form, fields: Collection[str] | None) -> Iterator[Record]:
+    columns = table(file, form)
+    names = tuple(name for name in columns.names if name)
+    for row, values in columns.records(fields):
+        name = f"{file.name}:{row + 1}"
+        values = {
+            field: as_text(value) for field, value in values.items() if fields is None or field in fields
+        }
+        bad = [field for field, value in values.items() if isinstance(value, Unreadable)]
+        if bad and fields is not None:
+            yield Record(name, None, f"'{bad[0]}' {_reason(values[bad[0]])}", names)
+        else:
+            yield Record(name, values | dict.fromkeys(bad), fields=names)
 
 
-def _rows(file: InputFile) -> Iterator[Record]:
-    number = 0
-    for batch in _batches(file):
-        for values in batch.to_pylist():
-            number += 1
-            yield Record(f"{file.name}:{number}", values)
-
-
-def _batches(file: InputFile) -> Iterable[Any]:
-    if file.kind == "parquet":
-        return parquet_file(file).iter_batches(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
-    return arrow_table(file).to_batches(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
+def _reason(value: Unreadable) -> str:
+    return f"is {value.reason}" if value.reason.startswith("not") else value.reason

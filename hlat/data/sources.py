@@ -8,23 +8,24 @@ of workers), so the shards built from a source are the same on every machine.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
+import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
+from hlat.data.formats import READING, FileKind, kind_of
+from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, saved_splits
+from hlat.data.losses import ALLOWED
 from hlat.data.progress import tokenizing
-from hlat.errors import UserError, missing_extra
-from hlat.storage.digests import file_digests
+from hlat.errors import UserError
+from hlat.storage.blocks import Reading, changed, note
+from hlat.storage.digests import Digest, forget, looked_at
 from hlat.storage.fingerprint import digest_of
 
-FileKind = Literal["text", "jsonl", "jsonl.gz", "parquet", "arrow"]
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT = "manifest.json", "hlat-tokens"
 STDLIB = "python-stdlib"
 _SHOW_ABOVE = 2**30  # bytes; smaller sources are hashed within a second
 # A unit is what one worker tokenizes at a time, and becomes one shard: at most 64 units of small sources, 64
@@ -36,24 +37,34 @@ UNIT_BYTES_MIN, UNIT_BYTES_MAX, UNITS_WANTED = 2**20, 64 * 2**20, 64
 class InputFile:
     """One file of a source.
 
-    Absolute path, name relative to the source's root (always with `/`), kind, size in bytes.
+    Absolute path, name relative to the source's root (always with `/`), kind, size in bytes. Of an arrow file
+    in a sliced data set only the rows start <= i < stop are meant (stop -1: to its end), and `size` is their
+    share.
     """
 
     path: str
     name: str
     kind: FileKind
     size: int
+    start: int = 0
+    stop: int = -1
 
 
 @dataclass
 class Source:
-    """A resolved source. `skipped` counts what was found and not taken, by reason."""
+    """A resolved source. `skipped` counts what was found and not taken, by reason; `allow_dropped` is the
+    largest share that may turn out to be no text.
+    """
 
     label: str
     files: list[InputFile]
     text_field: str = "text"
     skipped: dict[str, int] = field(default_factory=dict)
+    root: str = ""  # what stands before the names of its files, for a person
+    first_rows: tuple[int, ...] = ()  # of a data set: which of its rows the first one of each file is
     known_identity: str = ""
+    digests: dict[str, Digest] = field(default_factory=dict)  # of its files, by path, once that is known
+    allow_dropped: float = ALLOWED
 
     @property
     def size(self) -> int:
@@ -65,8 +76,7 @@ class Source:
 class Piece:
     """A part of one file.
 
-    All of it (`text`, `jsonl.gz`), bytes (`jsonl`), row groups (`parquet`) or rows (`arrow`), start <= i <
-    stop.
+    Bytes of lines, row groups (`parquet`) or rows (`arrow`), start <= i < stop; all of any other file.
     """
 
     file: int
@@ -76,9 +86,22 @@ class Piece:
 
 
 def tokenized_folder(path: str | Path | None) -> Path | None:
-    """The path if it is the output of `hlat data tokenize` (it holds a manifest.json), else None."""
+    """The path if it is the output of `hlat data tokenize`, whole or damaged, else None.
+
+    A manifest.json that does not say it is one of ours is a user's own file. One that cannot be read at all
+    counts as ours where shards lie beside it.
+    """
     folder = Path(path).expanduser() if path else None
-    return folder if folder and (folder / MANIFEST).is_file() else None
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        ours = isinstance(content, dict) and content.get("format") == FORMAT
+    except (ValueError, RecursionError):
+        ours = any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].docs"))
+    except OSError:
+        ours = True  # where it is opened, this is told
+    return folder if ours else None
 
 
 def resolve_source(
@@ -86,6 +109,7 @@ def resolve_source(
     path: str | Path | None = None,
     dataset: str | None = None,
     text_field: str = "text",
+    allow_dropped: float = ALLOWED,
     where: str = "source",
 ) -> Source:
     """The files of a source.
@@ -94,7 +118,8 @@ def resolve_source(
         path: a file or a folder (read recursively, in sorted order).
         dataset: `python-stdlib`, or a Hugging Face dataset `name[:config][@split]` (split `train` unless
             given; extra `data`).
-        text_field: the column or key that holds the text of jsonl, parquet and arrow records.
+        text_field: the column or key that holds the text of JSON, parquet and arrow records.
+        allow_dropped: see `Source`.
         where: the key to name in errors.
 
     Raises UserError when the source is missing or holds no file.
@@ -108,7 +133,7 @@ def resolve_source(
         source = _huggingface(dataset, where)
     else:
         source = _from_path(Path(str(path)).expanduser(), where)
-    source.text_field = text_field
+    source.text_field, source.allow_dropped = text_field, allow_dropped
     if not source.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
         raise UserError(
@@ -116,12 +141,13 @@ def resolve_source(
             where=where,
             fix="name a folder or file that holds text",
         )
+    note(source)
     return source
 
 
 def identity(source: Source, quiet: bool = False) -> str:
-    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order. Neither
-    their names nor where they lie enter.
+    """Hash (hex sha256) of what the source holds: kind, size and bytes of its files, in their order, and
+    which rows of them it takes where those are not all. Neither their names nor where they lie enter.
 
     Files are read once (see `hlat.storage.digests`). Raises UserError for one that cannot be read, or that
     changes while it is read.
@@ -131,14 +157,22 @@ def identity(source: Source, quiet: bool = False) -> str:
     return source.known_identity
 
 
-def refuse_changed(sources: Sequence[Source], doing: str) -> None:
-    """Raise UserError where a source is no longer what `identity` said before it was read: what was made of
-    it, which is called by that, may hold some of both.
+def refuse_changed(sources: Sequence[Source], doing: str, reading: Reading) -> None:
+    """Raise UserError unless all that was read of the sources, which is `reading`, is what `identity` said
+    before: what was made of it is called by that. A file that changed and changed back is noticed.
     """
     for source in sources:
-        if _content(source, quiet=True) != identity(source):
-            fix = "start again when whatever writes it is done"
-            raise UserError(f"changed while it was {doing}", where=source.label, fix=fix)
+        before = identity(source)
+        for path, digest in source.digests.items():
+            try:
+                same = reading.tree(path, digest.size) == digest.tree
+            except OSError as error:
+                raise changed(path, doing) from error
+            if not same:
+                forget([path])
+                raise changed(path, doing)
+        if _content(source, quiet=True) != before:
+            raise changed(source.label, doing)
 
 
 def _content(source: Source, quiet: bool) -> str:
@@ -150,9 +184,14 @@ def _content(source: Source, quiet: bool) -> str:
             done += size
             bar.update(done, source.size)
 
-        digests = file_digests([file.path for file in source.files], advance)
-    files = [[file.kind, file.size, digest] for file, digest in zip(source.files, digests, strict=True)]
-    return digest_of({"text_field": source.text_field, "files": files})
+        paths = [file.path for file in source.files]
+        digests = looked_at(paths, advance)
+    source.digests = dict(zip(paths, digests, strict=True))
+    files = [
+        [file.kind, file.size, digest.whole, *([file.start, file.stop] if file.stop >= 0 else [])]
+        for file, digest in zip(source.files, digests, strict=True)
+    ]
+    return digest_of({"reading": READING, "text_field": source.text_field, "files": files})
 
 
 def units(source: Source) -> list[list[Piece]]:
@@ -172,31 +211,9 @@ def units(source: Source) -> list[list[Piece]]:
 
 
 def _pieces(index: int, file: InputFile, wanted: int) -> Iterator[Piece]:
-    if file.kind == "jsonl":
-        for start in range(0, file.size, wanted):
-            stop = min(start + wanted, file.size)
-            yield Piece(index, start, stop, stop - start)
-    elif file.kind in ("parquet", "arrow"):
-        from hlat.data.readers import columnar_parts
+    from hlat.data.readers import pieces_of
 
-        yield from (Piece(index, start, stop, size) for start, stop, size in columnar_parts(file, wanted))
-    else:
-        yield Piece(index, 0, file.size, file.size)
-
-
-def kind_of(name: str) -> FileKind:
-    """The kind of a file by its name; whatever is not a known container is plain text."""
-    lower = name.lower()
-    for suffix, kind in (
-        (".jsonl.gz", "jsonl.gz"),
-        (".jsonl", "jsonl"),
-        (".ndjson", "jsonl"),
-        (".parquet", "parquet"),
-        (".arrow", "arrow"),
-    ):
-        if lower.endswith(suffix):
-            return kind  # type: ignore[return-value]
-    return "text"
+    yield from (Piece(index, start, stop, size) for start, stop, size in pieces_of(file, wanted))
 
 
 def _from_path(path: Path, where: str) -> Source:
@@ -206,60 +223,73 @@ def _from_path(path: Path, where: str) -> Source:
         if path.is_file():
             size = path.stat().st_size
             files = [InputFile(str(path.absolute()), path.name, kind_of(path.name), size)] if size else []
-            return Source(str(path), files, skipped={} if size else {"empty file": 1})
-        if (path / "dataset_dict.json").is_file():
-            raise UserError(
-                f"'{path}' holds several splits", where=where, fix=f"name one, such as '{path / 'train'}'"
-            )
-        return _from_folder(path, str(path), python_only=False)
+            skipped = {} if size else {"empty file": 1}
+            return Source(str(path), files, skipped=skipped, root=os.path.dirname(path))
+        return _from_folder(path, str(path), python_only=False, where=where)
     except OSError as error:
         raise UserError(
             f"'{path}' cannot be read ({error.strerror})", where=where, fix="make it readable"
         ) from error
 
 
-def _from_folder(root: Path, label: str, python_only: bool) -> Source:
-    files: list[InputFile] = []
+def _from_folder(root: Path, label: str, python_only: bool, where: str = "") -> Source:
+    found: list[tuple[tuple[str, int], InputFile]] = []  # with what they are sorted by
     skipped: dict[str, int] = {}
 
-    def skip(reason: str) -> None:
-        skipped[reason] = skipped.get(reason, 0) + 1
+    def skip(reason: str, count: int = 1) -> None:
+        if count:
+            skipped[reason] = skipped.get(reason, 0) + count
+
+    def take(folder: str, name: str, place: tuple[str, int] | None = None) -> None:
+        path = os.path.join(folder, name)
+        if size := os.path.getsize(path):
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            file = InputFile(os.path.abspath(path), relative, kind_of(name), size)
+            found.append((place or (relative, 0), file))
+        else:
+            skip("empty file")
 
     def failed(error: OSError) -> None:
         raise error
 
-    # The files with which Hugging Face `datasets` describes a saved folder of arrow files are not text of the
-    # data set.
-    saved_dataset = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
     for folder, subfolders, names in os.walk(root, onerror=failed):
+        if not python_only and (saved := _saved(Path(folder), names, where)) is not None:
+            inside = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+            for number, name in enumerate(saved):
+                take(folder, name, (inside, number))
+            skip("description of a saved data set", 2)
+            skip("not part of the saved data set", len({*names, *subfolders} - {STATE, INFO, *saved}))
+            subfolders.clear()
+            continue
         for name in list(subfolders):
             reason = _folder_reason(folder, name, python_only)
             if reason:
                 subfolders.remove(name)
                 skip(reason)
         for name in names:
-            path = os.path.join(folder, name)
             if python_only and not name.endswith(".py"):
                 continue
             if name.startswith("."):
                 skip("hidden file")
-            elif not os.path.isfile(path):
+            elif not os.path.isfile(os.path.join(folder, name)):
                 skip("not a regular file")
-            elif saved_dataset and folder == str(root) and name in ("state.json", "dataset_info.json"):
-                skip("description of a saved data set")
-            elif not (size := os.path.getsize(path)):
-                skip("empty file")
             else:
-                files.append(
-                    InputFile(
-                        os.path.abspath(path),
-                        os.path.relpath(path, root).replace(os.sep, "/"),
-                        kind_of(name),
-                        size,
-                    )
-                )
-    files.sort(key=lambda file: file.name)
-    return Source(label, files, skipped=dict(sorted(skipped.items())))
+                take(folder, name)
+    found.sort(key=lambda entry: entry[0])
+    files = [file for _, file in found]
+    return Source(label, files, skipped=dict(sorted(skipped.items())), root=str(root))
+
+
+def _saved(folder: Path, names: Sequence[str], where: str) -> list[str] | None:
+    """The arrow files of the data set that was saved to this folder; None if none was. Raises UserError for
+    one of several splits.
+    """
+    if SPLITS_FILE in names and (splits := saved_splits(folder)) is not None:
+        first = next(iter(splits), "train")
+        raise UserError(
+            f"'{folder}' holds several splits", where=where, fix=f"name one, such as '{folder / first}'"
+        )
+    return saved_files(folder, where) if STATE in names and INFO in names else None
 
 
 def _folder_reason(parent: str, name: str, python_only: bool) -> str:
@@ -296,36 +326,17 @@ def _refuse_near_builtin(dataset: str, where: str) -> None:
         raise UserError(f"no data set '{dataset}'", where=where, fix=f"did you mean '{near[0]}'?")
 
 
-@contextlib.contextmanager
-def _without_retries_told() -> Iterator[None]:
-    """The hub's library tells of each attempt to reach it; the error at the end says it all."""
-    logger = logging.getLogger("huggingface_hub")
-    former = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(former)
-
-
 def _huggingface(dataset: str, where: str) -> Source:
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "data", f"the data set '{dataset}'") from error
-    name, _, split = dataset.partition("@")
-    name, _, config = name.partition(":")
-    try:
-        with _without_retries_told():
-            loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the library raises a dozen unrelated types for a wrong name, split or no network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "check name, config and @split, and that this machine reaches the hub"
-        raise UserError(f"data set '{dataset}' cannot be loaded ({reason})", where=where, fix=fix) from error
-    files = []
-    for entry in loaded.cache_files:
-        path = entry["filename"]
-        files.append(InputFile(path, os.path.basename(path), "arrow", os.path.getsize(path)))
-    return Source(dataset, files)
+    files, first, taken = [], [], 0
+    for path, start, stop, total in load_rows(dataset, where):
+        size, name = os.path.getsize(path), os.path.basename(path)
+        if stop - start == total:
+            files.append(InputFile(path, name, "arrow", size))
+        elif stop > start:
+            share = max(size * (stop - start) // total, 1)
+            files.append(InputFile(path, name, "arrow", share, start, stop))
+        else:
+            continue
+        first.append(taken)
+        taken += stop - start
+    return Source(dataset, files, first_rows=tuple(first))

@@ -15,13 +15,16 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hlat.data.lock import locked_folder
+from hlat.data.origins import is_origin, origin_files
 from hlat.data.packed import SPLITS, TokenFolder, disk_error
+from hlat.data.partial import discard
 from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
+from hlat.data.tokenizer_files import TEMPLATES
 from hlat.errors import StorageFailed, UserError
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
@@ -61,7 +64,7 @@ def staged(url: str, where: str = "data.sources", quiet: bool = False) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder.with_name(f"{folder.name}.partial")) as partial:
             if (folder / MANIFEST).is_file():
-                shutil.rmtree(partial)
+                discard(partial)
                 return folder
             _fetch(remote, wanted, partial, quiet)
             (partial / MANIFEST).write_bytes(text)
@@ -83,7 +86,7 @@ def _files(manifest: dict[str, Any]) -> dict[str, str]:
             if os.path.basename(name) != name:
                 raise ValueError("a shard outside the folder")
             found |= {f"{name}.bin": str(shard["sha256"]), f"{name}.docs": str(shard["docs_sha256"])}
-    return found
+    return found | origin_files(manifest)
 
 
 def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -> None:
@@ -91,8 +94,11 @@ def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -
     tokenizer = [
         name
         for name in listed
-        if name.startswith(f"{TOKENIZER}/") and name.count("/") == 1 and not name.endswith("/..")
+        if PurePosixPath(name).parent in (PurePosixPath(TOKENIZER), PurePosixPath(TOKENIZER, TEMPLATES))
+        and not name.endswith("/..")
     ]
+    without = {name for name in wanted if is_origin(name)} - listed.keys()  # tokens are read without them
+    wanted = {name: digest for name, digest in wanted.items() if name not in without}
     if missing := sorted(wanted.keys() - listed.keys()):
         what = f"{len(missing)} files are missing, first {missing[0]}"
         raise UserError(what, where=remote.url, fix="copy the whole folder there")
@@ -110,6 +116,7 @@ def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -
     def bring(name: str) -> None:
         nonlocal done
         for last in (False, True):
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).unlink(missing_ok=True)
             _patiently(lambda: remote.download(name, partial / name), remote.url)
             if name not in wanted or _digest(partial / name) == wanted[name]:

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hlat.data.losses import Tally, count
 from hlat.data.packed import document_hash
+from hlat.data.partial import temporary
 from hlat.data.readers import read_pieces
 from hlat.data.sources import Source, units
 from hlat.errors import UserError
@@ -51,18 +53,24 @@ def check_vocab(size: int, where: str) -> int:
 def training_texts(sources: list[Source], holdout_threshold: int, limit: int = SAMPLE_BYTES) -> Iterator[str]:
     """The documents to train on: never held-out ones.
 
-    Of large sources an even sample, chosen by content hash, of about `limit` bytes.
+    Of large sources an even sample, chosen by content hash, of about `limit` bytes. Raises UserError for a
+    source of which too much is no text (see `hlat.data.losses`).
     """
     share = limit / max(sum(source.size for source in sources), 1)
     chosen_below = int(min(share, 1.0) * (2**64 - holdout_threshold)) + holdout_threshold
     for source in sources:
+        tally = Tally()
         for unit in units(source):
             for document in read_pieces(source.files, unit, source.text_field):
-                if (
-                    document.text is not None
-                    and holdout_threshold <= document_hash(document.text.encode("utf-8")) < chosen_below
-                ):
+                if document.text is None:
+                    count(tally.dropped, document)
+                    continue
+                content = document.text.encode("utf-8")
+                tally.documents += 1
+                tally.bytes += len(content)
+                if holdout_threshold <= document_hash(content) < chosen_below:
                     yield document.text
+        tally.check(source)
 
 
 def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
@@ -98,9 +106,9 @@ def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
             (folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
             (path, tokenizer.to_str(pretty=True)),
         ):
-            temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, target)
+            unfinished = temporary(target)
+            unfinished.write_text(content, encoding="utf-8")
+            os.replace(unfinished, target)
     except OSError as error:
         raise UserError(
             f"cannot be written ({error.strerror})",

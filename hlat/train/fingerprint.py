@@ -204,7 +204,7 @@ def note_start(
 def _begun(run: Run, now: bool) -> dict[str, str]:
     """What a run is made of that begins now, or began, on the same data, when that was not noted."""
     recipe, spec = run.recipe, run.recipe.data.tokenizer
-    content = data_content(recipe.data)
+    content = dict(run.data.content) or data_content(recipe.data)
     content[TOKENIZER] = spec if spec.startswith("train:") else run.data.tokenizer.identity
     if not now:
         content[INIT] = UNKNOWN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import types
 from pathlib import Path
 
 import pytest
@@ -45,12 +44,17 @@ def test_a_tokenized_folder_is_what_its_manifest_says(tmp_path) -> None:
     assert known == content_of(sources=[{"path": moved}])  # and in a store
 
 
-def test_a_data_set_of_the_hub_is_its_files(tmp_path, monkeypatch) -> None:
-    datasets = types.ModuleType("datasets")
-    files = [{"filename": str(tmp_path / "hub.arrow")}]
-    datasets.load_dataset = lambda *names, **options: types.SimpleNamespace(cache_files=files)  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "datasets", datasets)
-    (tmp_path / "hub.arrow").write_bytes(b"one")
+def test_a_data_set_of_the_hub_is_its_rows(tmp_path, monkeypatch) -> None:
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    arrow = tmp_path / "hub.arrow"
+
+    def write(*texts: str) -> None:
+        table = pyarrow.table({"text": list(texts)})
+        with pyarrow.OSFile(str(arrow), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_file(str(arrow)))
+    write("one", "two")
     text, records = (
         {"sources": [{"dataset": "a/b"}]},
         {"examples": {"dataset": "a/b", "eval_dataset": "a/b@test"}},
@@ -58,7 +62,7 @@ def test_a_data_set_of_the_hub_is_its_files(tmp_path, monkeypatch) -> None:
     first = content_of(**text), content_of(**records)
     assert first == (content_of(**text), content_of(**records))
     assert first[1].keys() == {"data.examples", "data.examples.eval"}
-    (tmp_path / "hub.arrow").write_bytes(b"two")  # a new revision under the same name
+    write("one", "owt")  # a new revision under the same name
     now = content_of(**text), content_of(**records)
     assert all(old[key] != new[key] for old, new in zip(first, now, strict=True) for key in old)
 

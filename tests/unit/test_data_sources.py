@@ -91,7 +91,7 @@ def test_jsonl_problems_are_counted_not_dropped_silently(tmp_path):
         "not JSON",
         "no text under 'text'",
         "empty",
-        "no text under 'text'",
+        "not a JSON object",
         "not Unicode text (lone surrogate)",
     ]
 
@@ -126,7 +126,11 @@ def test_parquet_and_both_arrow_forms(tmp_path, monkeypatch):
         source = resolve_source(path=tmp_path / name, text_field="content")
         assert len(units(source)) > 1
         assert texts(source) == values, name
-        with pytest.raises(UserError, match=r"no column 'text'; set text_field to one of: n, content"):
+        message = (
+            r"no column 'text'; the columns are: n \(int64\), content \(string\); "
+            "set text_field to one of: content"
+        )
+        with pytest.raises(UserError, match=message):
             read(resolve_source(path=tmp_path / name))
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"bad\.parquet: not a readable parquet file"):
@@ -157,7 +161,7 @@ def test_saved_data_set_and_local_hugging_face_data_set(tmp_path, monkeypatch):
     assert texts(resolve_source(dataset="some/name:config@test")) == ["one", "two"]
     assert calls == [(("some/name", "config"), {"split": "test"})]
     (tmp_path / "dict").mkdir()
-    (tmp_path / "dict" / "dataset_dict.json").write_text("{}")
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(UserError, match="several splits"):
         resolve_source(path=tmp_path / "dict")
 
@@ -253,7 +257,25 @@ def test_times_do_not_make_other_content(tmp_path):
     assert identity(resolve_source(path=path)) != first
 
 
-def test_tokenized_folder_is_recognised(tmp_path):
+OURS = '{"format": "hlat-tokens", "version": 1}'
+
+
+@pytest.mark.parametrize(
+    ("manifest", "beside", "ours"),
+    [
+        (OURS, None, True),
+        (OURS[:-4], "train-00000.docs", True),
+        ("", "holdout-00003.docs", True),
+        ("{}", None, False),
+        ('{"files": ["a.txt"]}', "train-00000.docs", False),
+        ("[1]", None, False),
+        ("not JSON", "a.txt", False),
+        ("[" * 100_000, None, False),
+    ],
+)
+def test_a_manifest_is_ours_when_it_says_so(tmp_path, manifest, beside, ours):
     assert tokenized_folder(tmp_path) is None and tokenized_folder(None) is None
-    (tmp_path / "manifest.json").write_text("{}")
-    assert tokenized_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "manifest.json").write_text(manifest)
+    if beside:
+        (tmp_path / beside).write_text("x")
+    assert tokenized_folder(str(tmp_path)) == (tmp_path if ours else None)

@@ -1,0 +1,52 @@
+"""Which of the files and folders that a recipe names are not there, said before a run needs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hlat.data.origins import shown
+from hlat.data.staged import is_url
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
+
+_NO_PATHS = ("bytes", "init")
+
+
+def missing_paths(recipe: Recipe) -> list[str]:
+    """A line for each file or folder that a recipe names for its data, tokenizer or first weights and that
+    does not exist on this machine. What is in a store, or on the hub, is not looked for.
+    """
+    lines = []
+    for key, path in _named(recipe):
+        if not is_url(path) and not os.path.exists(os.path.expanduser(path)):
+            here = "" if os.path.isabs(os.path.expanduser(path)) else f" in {shown(os.getcwd())}"
+            lines.append(f"{key}: no such file or folder: '{shown(path)}'{here}")
+    return lines
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Key and path of everything that lies in a file or folder."""
+    data = recipe.data
+    for number, source in enumerate(data.sources):
+        if place := source.path or _local(source.dataset):
+            yield f"data.sources[{number}].{'path' if source.path else 'dataset'}", place
+    for name in ("path", "dataset", "eval_path", "eval_dataset"):
+        value = getattr(data.examples, name, None)
+        if path := value if name.endswith("path") else _local(value):
+            yield f"data.examples.{name}", path
+    if data.tokenizer not in _NO_PATHS and not data.tokenizer.startswith("train:"):
+        yield "data.tokenizer", data.tokenizer
+    if template := getattr(data, "chat_template", None):
+        yield "data.chat_template", template
+    if recipe.init.from_:
+        yield "init.from", recipe.init.from_
+
+
+def _local(dataset: str | None) -> str:
+    """The folder that a data set's name is by its form; empty for a name of the hub."""
+    from hlat.data.hub import parts_of
+
+    return parts_of(dataset)[0] if dataset and dataset.startswith(("/", "./", "../", "~")) else ""
