@@ -105,7 +105,8 @@ def _ends_words(step: Mapping[str, Any]) -> bool | None:
         return False
     if kind != "Split" or step.get("behavior") != "Isolated" or step.get("invert"):
         return None
-    pattern = (step.get("pattern") or {}).get("Regex")
+    pattern = step.get("pattern")
+    pattern = pattern.get("Regex") if isinstance(pattern, dict) else None
     found = set(_alternatives(pattern)) if isinstance(pattern, str) else {""}
     if not found <= _ALTERNATIVES or (_LOOKS_AHEAD in found and _SPACES not in found):
         return None

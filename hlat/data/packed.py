@@ -33,7 +33,7 @@ from hlat.data import shard as shards
 from hlat.data.convention import difference
 from hlat.data.partial import temporary
 from hlat.data.readers import Document
-from hlat.data.shard import REBUILD, Shard, check_described
+from hlat.data.shard import REBUILD, Shard, check_described, is_hash
 from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece, Source
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
@@ -291,8 +291,8 @@ class TokenFolder:
 
     def _check_numbers(self) -> None:
         marks = [self.eos_id] if self.bos_id is None else [self.eos_id, self.bos_id]
-        if not isinstance(self.tokenizer_identity, str):
-            raise ValueError(f"tokenizer identity {self.tokenizer_identity}")
+        if not is_hash(self.tokenizer_identity):
+            raise ValueError("the tokenizer's identity is no hash")
         if not all(0 <= mark < self.vocab_size <= 2**32 for mark in marks):
             raise ValueError(f"marks {marks} in a vocabulary of {self.vocab_size}")
         if not 0 <= self.holdout < 1:

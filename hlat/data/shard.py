@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,11 @@ class BlockDigests:
         return {"block_bytes": BLOCK, "blocks": [*self._done, *last]}
 
 
+def is_hash(value: Any) -> bool:
+    """Whether it is a hex sha256."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def check_described(manifest: dict[str, Any]) -> None:
     """Raises ValueError, KeyError or TypeError where what a manifest says for people is not of its form."""
     for source in manifest.get("sources", []):
@@ -86,6 +92,8 @@ class Shard:
         self.docs_sha256: str = entry["docs_sha256"]
         if min(self.count, self.documents, self.bytes) < 0:
             raise ValueError(f"a shard of {self.count} tokens")
+        if not (str(entry["file"]).isascii() and is_hash(self.sha256) and is_hash(self.docs_sha256)):
+            raise ValueError("a shard without its name or hashes")
         # Folders of earlier versions have none.
         blocks = entry.get("blocks") if entry.get("block_bytes") == BLOCK else None
         self.blocks: list[str] = blocks if isinstance(blocks, list) else []

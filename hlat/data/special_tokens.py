@@ -145,7 +145,7 @@ def read_named(vocabulary: Path) -> Named:
         if key in _ROLES:
             named.roles[key] = _role(key, value, places[key])
         elif key.endswith("_token") and isinstance(value, str):
-            named.roles[key] = Token(value)
+            named.roles[key] = _token(key, value, places[key])
     _further(named, values, places)
     if numbered is None:
         path = vocabulary.with_name(_ADDED)
@@ -185,9 +185,9 @@ def _further(named: Named, values: Mapping[str, Any], places: Mapping[str, str])
 
 
 def _token(key: str, value: Any, where: str, special: bool = True) -> Token:
-    if isinstance(value, str) and value:
+    if _is_text(value):
         return Token(value, special=special)
-    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+    if isinstance(value, dict) and _is_text(value.get("content")):
         names = ("special", "normalized", "lstrip", "rstrip", "single_word")
         flags = {name: value[name] for name in names if value.get(name) is not None}
         if all(isinstance(flag, bool) for flag in flags.values()):
@@ -197,8 +197,18 @@ def _token(key: str, value: Any, where: str, special: bool = True) -> Token:
     raise _wrong(key, value, where, 'the token as text, or {"content": "…"}')
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is text with something in it; half a surrogate pair, which JSON can spell, is none."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
 def _number(named: Named, index: Any, token: Token, where: str) -> None:
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**31 or not token.content:
+    if (
+        isinstance(index, bool)
+        or not isinstance(index, int)
+        or not 0 <= index < 2**31
+        or not _is_text(token.content)
+    ):
         raise _wrong(f"the id of '{token.content}'", index, where, "a whole number, at least 0")
     if index in named.numbered:
         both = f"'{named.numbered[index].content}' and '{token.content}'"
@@ -207,7 +217,7 @@ def _number(named: Named, index: Any, token: Token, where: str) -> None:
 
 
 def _wrong(key: str, value: Any, where: str, wanted: str) -> UserError:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value)
     return UserError(f"{key} is {text[:60]}", where=where, fix=f"write {wanted}")
 
 
@@ -225,6 +235,23 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("not a JSON object", where=str(path), fix="repair or remove the file")
     return value
+
+
+def read_definition(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json that the `tokenizers` library has read. Raises UserError for forms that
+    it reads and does not write: lists in place of objects."""
+    definition = read_object(path)
+    parts = [definition.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "model")]
+    objects = [part for part in parts if part is not None]
+    for part in list(objects):
+        inner = part.get("pretokenizers") if isinstance(part, dict) else None
+        objects += inner if isinstance(inner, list) else []
+    objects += definition.get("added_tokens") or []
+    for part in objects:
+        if not isinstance(part, dict):
+            what = f"not a tokenizer.json (a list where an object is due: {json.dumps(part)[:40]})"
+            raise UserError(what, where=str(path), fix="save it again with the tokenizers library")
+    return definition
 
 
 def complete(backend: Any, named: Named, where: str) -> set[int]:

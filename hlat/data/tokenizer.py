@@ -22,7 +22,14 @@ from hlat.data import long_text
 from hlat.data.convention import Convention
 from hlat.data.sentencepiece_pieces import Pieces
 from hlat.data.sources import MANIFEST
-from hlat.data.special_tokens import Token, complete, decided_beside, read_named, sidecars
+from hlat.data.special_tokens import (
+    Token,
+    complete,
+    decided_beside,
+    read_definition,
+    read_named,
+    sidecars,
+)
 from hlat.data.tokenizer_files import companions_of
 from hlat.errors import UserError
 from hlat.host.limits import cores
@@ -169,7 +176,7 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(str(path), [path, *sidecars(path)])
         self.companions = companions_of(path)
         self._backend, idle = open_tokenizers(path)
-        self._definition: dict[str, Any] = json.loads(_read(path))
+        self._definition = read_definition(path)
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         named = read_named(path)
         marks = [

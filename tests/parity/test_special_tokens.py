@@ -203,6 +203,9 @@ def test_an_id_that_a_new_token_cannot_have_is_one_line(vocabularies, tmp_path: 
         ("tokenizer_config.json", '{"extra_special_tokens": 4}', "extra_special_tokens is 4"),
         ("tokenizer_config.json", '{"additional_special_tokens": [{}]}', "additional_special_tokens"),
         ("tokenizer_config.json", "[" * 9999, "not JSON"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "eos_token is"),
+        ("tokenizer_config.json", '{"image_token": "\\ud800"}', "image_token is"),
+        ("added_tokens.json", '{"\\ud800": 999}', "the id of"),
         ("special_tokens_map.json", "[]", "not a JSON object"),
         ("special_tokens_map.json", '{"bos_token": [1]}', "bos_token is"),
         ("added_tokens.json", "{", "not JSON"),
@@ -222,6 +225,26 @@ def test_files_that_say_something_else_are_one_line(
         with pytest.raises(UserError, match=message) as caught:
             load_tokenizer(folder)
         assert file in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decoder": [True, True, True]},
+        {"normalizer": []},
+        {"added_tokens": 5},
+        {"added_tokens": [[]]},
+        {"model": []},
+        {"model": None},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [[False, True, True]]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": ["x"], "behavior": "Isolated", "invert": False}},
+    ],
+)
+def test_a_definition_of_another_form_is_one_line_or_read(vocabularies, tmp_path: Path, change) -> None:
+    definition = json.loads(vocabularies["tokenizer.json"].read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition | change))
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("bos", [False, True])
