@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hlat.data.packed import document_hash, holdout_threshold
+from hlat.data.quoted import Quoted, Span
 from hlat.data.records import read_records
 from hlat.data.template import field_text, parse_template
 from hlat.errors import UserError
@@ -21,14 +22,16 @@ WHERE = "data.examples"
 @dataclass(frozen=True)
 class Example:
     """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt,
-    `group` that of what decides on which side of the held-out split it is.
+    `group` that of what decides on which side of the held-out split it is. `spans`: places of the answers in
+    the completion of a conversation, which begins and ends with one; None: all of it is the answer.
     """
 
-    prompt: str
-    completion: str
+    prompt: Quoted
+    completion: Quoted
     label: int
     mark: int
     group: int
+    spans: tuple[Span, ...] | None = None
 
 
 @dataclass
@@ -90,7 +93,7 @@ def _read(
     needed = [*prompt.fields, *([section.label_field] if section.label_field else completion.fields)]
     needed += [group] if group else []
     numbers = {label: number for number, label in enumerate(section.labels)}
-    words = list(section.labels.values())
+    words = [Quoted(word) for word in section.labels.values()]
     examples: list[Example] = []
     first: Mapping[str, Any] | None = None
     lacking: Counter[str] = Counter()
@@ -103,19 +106,20 @@ def _read(
         if missing is not None:
             lacking[missing] += 1
             continue
-        text, answer, number = prompt.render(record.values) or "", completion.render(record.values) or "", -1
+        text, answer = (part.fill(record.values) or Quoted("") for part in (prompt, completion))
+        number = -1
         if section.label_field:
             label = field_text(record.values, section.label_field) or ""
             if label not in numbers:
                 raise _unknown_label(label, list(numbers), record.name, where)
             number, answer = numbers[label], words[numbers[label]]
         try:
-            mark, _ = document_hash(text.encode("utf-8")), answer.encode("utf-8")
+            mark, _ = document_hash(text.text.encode("utf-8")), answer.text.encode("utf-8")
             own = document_hash((field_text(record.values, group) or "").encode("utf-8")) if group else mark
         except UnicodeEncodeError:
             dropped["not Unicode text (lone surrogate)"] += 1
             continue
-        if not answer:
+        if not answer.text:
             dropped["empty completion"] += 1
             continue
         examples.append(Example(text, answer, number, mark, own))

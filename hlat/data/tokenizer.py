@@ -65,6 +65,14 @@ class Tokenizer:
         """What each id stands for, as the vocabulary spells it."""
         raise NotImplementedError
 
+    def definition(self) -> dict[str, Any] | None:
+        """Its tokenizer.json, parsed; None: it has none."""
+        return None
+
+    def control_pieces(self) -> dict[str, int]:
+        """Special tokens by what spells them, for a tokenizer without a tokenizer.json."""
+        return {}
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
         return self.encode_batch([text])[0]
@@ -76,15 +84,6 @@ class Tokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each as int64 (n,); long texts piecewise where that gives the same ids."""
         return [np.asarray(ids, dtype=np.int64) for ids in self.encode_batch(texts)]
-
-    def encode_parts(self, texts: Sequence[str], *, begin: bool) -> list[np.ndarray]:
-        """Ids of prompts (`begin`) or of what follows them, as the convention says, each int64 (n,): a prompt
-        begins with BOS where the weights know one, unless it is spelled there already.
-        """
-        arrays, bos = self.encode_arrays(texts), self.convention.bos
-        if bos is None or not begin:
-            return arrays
-        return [ids if ids[:1].tolist() == [bos] else np.append(bos, ids).astype(np.int64) for ids in arrays]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens give nothing. Bytes that are no whole character become U+FFFD."""
@@ -155,6 +154,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.byte_exact = self._is_byte_level()
         self.identity = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
 
+    def definition(self) -> dict[str, Any]:
+        return dict(json.loads(self._backend.to_str()))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast variant skips offsets; it came with tokenizers 0.20.1.
         run = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
@@ -162,13 +164,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def pieces(self) -> dict[int, str]:
         return {index: piece for piece, index in self._vocabulary.items()}
-
-    def encode_parts(self, texts: Sequence[str], *, begin: bool) -> list[np.ndarray]:
-        self._backend.encode_special_tokens = not self.convention.special
-        try:
-            return super().encode_parts(texts, begin=begin)
-        finally:
-            self._backend.encode_special_tokens = True
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         arrays = []
@@ -255,6 +250,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def pieces(self) -> dict[int, str]:
         return {index: self._backend.id_to_piece(index) for index in range(self.vocab_size)}
+
+    def control_pieces(self) -> dict[str, int]:
+        controls = (i for i in range(self.vocab_size) if self._backend.is_control(i))
+        return {self._backend.id_to_piece(index): index for index in controls}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._backend.encode(list(texts), out_type=int, num_threads=self._threads)
