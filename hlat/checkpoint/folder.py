@@ -33,6 +33,7 @@ from typing import Any
 from hlat import process
 from hlat.checkpoint.codec import hash_file, seal, unseal, write_bytes
 from hlat.checkpoint.retention import Entry
+from hlat.data import tokenizer_files as tokenizer_texts
 from hlat.observe.durable import sync_folder
 
 FORMAT = 1
@@ -172,7 +173,11 @@ def seal_folder(
     if tokenizer:
         (partial / TOKENIZER).mkdir()
         for source, name in zip(tokenizer, stored_names(tokenizer), strict=True):
-            files[f"{TOKENIZER}/{name}"] = write_bytes(partial / TOKENIZER / name, source.read_bytes())
+            copy = partial / TOKENIZER / name
+            copy.parent.mkdir(exist_ok=True)
+            files[f"{TOKENIZER}/{name}"] = write_bytes(copy, source.read_bytes())
+        for folder in {(partial / name).parent for name in files if name.startswith(f"{TOKENIZER}/")}:
+            sync_folder(folder)
         sync_folder(partial / TOKENIZER)
     write_bytes(partial / MARKER, seal({"format": FORMAT, **marker, "files": files}))
     sync_folder(partial)
@@ -252,16 +257,19 @@ def tokenizer_files(tokenizer: Path | Sequence[Path] | None) -> list[Path]:
         return []
     if not isinstance(tokenizer, Path):
         return list(tokenizer)
-    if tokenizer.is_dir():
-        return sorted(f for f in tokenizer.iterdir() if f.is_file() and f.suffix in TOKENIZER_SUFFIXES)
-    return [tokenizer]
+    if not tokenizer.is_dir():
+        return [tokenizer]
+    templates = tokenizer_texts.TEMPLATES
+    places = [tokenizer, *([tokenizer / templates] if (tokenizer / templates).is_dir() else [])]
+    found = [path for place in places for path in place.iterdir()]
+    return sorted(path for path in found if path.is_file() and path.suffix in TOKENIZER_SUFFIXES)
 
 
 def stored_names(files: Sequence[Path]) -> list[str]:
     """Names of tokenizer files inside a checkpoint: their own, but a tokenizer.json under another name gets
     that name, by which it is looked for. It is the first file of a tokenizer.
     """
-    names = [file.name for file in files]
+    names = [tokenizer_texts.kept_name(file) for file in files]
     if files and files[0].suffix == ".json" and "tokenizer.json" not in names and "vocab.json" not in names:
         names[0] = "tokenizer.json"
     return names

@@ -14,34 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece, to_tokenizers
+from hlat.data.special_tokens import CONFIG, complete, read_named, read_object
+from hlat.data.tokenizer_files import copy_files, tokenizer_files
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_CONFIG = "tokenizer_config.json"
-
 
 def tokenizer_texts(folder: Path | None) -> list[Path]:
-    """The files of a Hugging Face tokenizer, chat template included, and nothing else of the folder."""
-    return [] if folder is None else [folder / name for name in FILES if (folder / name).is_file()]
+    """The files of a Hugging Face tokenizer, chat templates included, and nothing else of the folder."""
+    return [] if folder is None else tokenizer_files(folder)
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
     """Copies `tokenizer_texts(folder)` unchanged."""
-    for path in tokenizer_texts(folder):
-        shutil.copyfile(path, target / path.name)
+    copy_files(tokenizer_texts(folder), target)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -62,15 +50,14 @@ def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int, bos: int
     files = {path.suffix: path for path in tokenizer.files()}
     if not files:
         backend = _bytes_backend()
-    elif ".model" in files:
-        shutil.copyfile(files[".model"], out / "tokenizer.model")
-        backend = _from_sentencepiece(files[".model"], tokenizer)
     else:
-        folder = files[".json"].parent
-        copy_tokenizer(folder, out)
-        if (folder / _CONFIG).is_file():
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        backend = _without_added_tokens(next(path for path in tokenizer.files() if path.name != _CONFIG))
+        copy_files([path for path in tokenizer.kept_files() if path.suffix != ".model"], out)
+        config = read_object(tokenizer.files()[0].with_name(CONFIG))
+        if ".model" in files:
+            shutil.copyfile(files[".model"], out / "tokenizer.model")
+            backend = _from_sentencepiece(files[".model"], tokenizer)
+        else:
+            backend = _without_added_tokens(tokenizer.files()[0])
     for key in ("add_bos_token", "add_eos_token"):
         config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -88,16 +75,18 @@ def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int, bos: int
             add_bos(backend, bos)
         backend.save(str(out / "tokenizer.json"))
         for key, index in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-            if index is not None and key not in config:
+            if index is not None and config.get(key) is None:
                 config[key] = backend.id_to_token(index)
-    (out / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return warnings
 
 
 def _without_added_tokens(path: Path) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(path))
+    from hlat.data.tokenizer import open_tokenizers
+
+    backend, _ = open_tokenizers(path)
     if backend.encode("a").ids != backend.encode("a", add_special_tokens=False).ids:
         definition = json.loads(backend.to_str())
         definition["post_processor"] = None
@@ -119,12 +108,17 @@ def add_bos(backend: Any, bos: int) -> None:
 def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> Any:
     try:
         backend = to_tokenizers(read_sentencepiece(path))
+        complete(backend, read_named(path), str(path))
     except ValueError as error:
         raise UserError(str(error), where=str(path)) from None
+    except UserError:
+        raise
     except Exception:  # the tokenizers library raises plain Exception for what it cannot express
         return None
-    ids = [backend.encode(text, add_special_tokens=False).ids for text in PROBES]
-    same = ids == tokenizer.encode_batch(PROBES)
+    added = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+    probes = [*PROBES, *(f"a {text} b{text}c" for text in added)]
+    ids = [backend.encode(text, add_special_tokens=False).ids for text in probes]
+    same = ids == tokenizer.encode_batch(probes)
     return backend if same else None
 
 
@@ -157,23 +151,17 @@ class PromptEncoder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from hlat.data.tokenizer import load_tokenizer
+        from hlat.data.tokenizer import load_tokenizer, open_tokenizers
 
         tokenizer = load_tokenizer(folder)
         folder = Path(folder).expanduser()
         folder = folder.parent if folder.is_file() else folder
-        path = folder / _CONFIG
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self._add_bos: bool | None = raw.get("add_bos_token")
-        self.bos_id, self._backend = tokenizer.bos_id, None
+        said = read_object(folder / CONFIG).get("add_bos_token")
+        self._add_bos: bool | None = said if isinstance(said, bool) else None
+        self.bos_id, self._backend, self._tokenizer = tokenizer.bos_id, None, tokenizer
         if (folder / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer as Backend
-
-            self._backend = Backend.from_file(str(folder / "tokenizer.json"))
-            self._backend.no_truncation()
-            self._backend.no_padding()
+            self._backend, _ = open_tokenizers(folder / "tokenizer.json")
         else:
-            self._plain = tokenizer.encode
             self._add_bos = True if self._add_bos is None else self._add_bos  # LlamaTokenizer's default
         first, plain = self.encode("a")[:1], self.encode("a", special=False)[:1]
         self.added: int | None = first[0] if first and first != plain else None
@@ -183,7 +171,7 @@ class PromptEncoder:
         if self._backend is not None:
             ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         else:
-            ids = self._plain(text)
+            [ids] = self._tokenizer.encode_special([text])
         if self.bos_id is None or self._add_bos is None or not special:
             return ids
         has_bos = ids[:1] == [self.bos_id]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hlat.checkpoint.store import CheckpointStore
+from hlat.data.tokenizer_files import place_in
 from hlat.errors import UserError
 from hlat.observe.lock import Lock
 
@@ -102,8 +103,9 @@ def from_nxd(source: str | Path, run: str | Path) -> list[str]:
     try:
         store = CheckpointStore(Path(run) / "checkpoints", keep=1 << 30, claim=lock)
         with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder) / Path(name).name for name in found.tokenizer]
+            files = [place_in(Path(folder), name) for name in found.tokenizer]
             for file, content in zip(files, found.tokenizer.values(), strict=True):
+                file.parent.mkdir(exist_ok=True)
                 file.write_bytes(content.numpy().tobytes())
             store.save(found.step, wholes, found.meta, int(found.meta["tokens"]), tokenizer=files, wait=True)
     finally:

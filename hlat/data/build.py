@@ -32,7 +32,8 @@ from hlat.data.packed import (
     write_json,
 )
 from hlat.data.sources import InputFile, Piece, Source, identity, refuse_changed, units
-from hlat.data.tokenizer import Tokenizer
+from hlat.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from hlat.data.tokenizer_files import copy_files
 from hlat.errors import UserError
 from hlat.storage.fingerprint import digest_of
 
@@ -60,6 +61,10 @@ def build_key(sources: list[Source], tokenizer: Tokenizer, holdout: float) -> st
     }
     if tokenizer.convention.bos is not None:
         parts["bos"] = tokenizer.convention.bos
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.takes_parts:
+        parts["long_texts"] = (
+            "whole"  # earlier versions cut those of some of these tokenizers at wrong places
+        )
     return digest_of(parts)
 
 
@@ -150,8 +155,7 @@ class _Job:
                     item.unlink()
         copies = self.folder / "tokenizer"
         copies.mkdir(exist_ok=True)
-        for file in self.tokenizer.files():
-            shutil.copyfile(file, copies / file.name)
+        copy_files(self.tokenizer.kept_files(), copies)
         names = [file.name for file in self.tokenizer.files()]
         write_json(
             path,

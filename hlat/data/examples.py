@@ -303,8 +303,8 @@ def _notes_of_ids(joint: Joint, train: Split, held_out: Split) -> list[str]:
     ]
     if joint.straddling:
         notes.append(
-            f"  note: {joint.straddling:,} prompts end where no token ends once the completion follows, with a "
-            "space perhaps, and are encoded by themselves; better let the completion begin with that space"
+            f"  note: {joint.straddling:,} prompts end where no token ends once the completion follows, "
+            "with a space perhaps, and are encoded alone; better let the completion begin with that space"
         )
     if quoting := train.quoting + held_out.quoting:
         notes.append(f"  note: {quoting:,} records spell special tokens, which are taken as text there")

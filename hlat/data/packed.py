@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,13 @@ SPLITS: tuple[Split, ...] = ("train", "holdout")
 _DOCUMENT_BYTES = 24
 _BATCH_BYTES = 2**20  # text handed to the tokenizer at once
 _EXAMPLES = 3  # names kept per reason of dropping
+HOLDS_MARKS = "text that the tokenizer encodes to its end-of-document or BOS token"
 REBUILD = "delete the folder and run `hlat data tokenize` again"
+
+
+class _Text(NamedTuple):
+    name: str
+    text: str
 
 
 def document_hash(text: bytes) -> int:
@@ -89,8 +95,12 @@ def write_unit(
     dropped: dict[str, dict[str, Any]] = {}
     try:
         for batch in _batches(read_pieces(files, pieces, text_field), dropped):
-            raw = [text.encode("utf-8") for text in batch]
-            for content, ids in zip(raw, tokenizer.encode_arrays(batch), strict=True):
+            raw = [document.text.encode("utf-8") for document in batch]
+            arrays = tokenizer.encode_arrays([document.text for document in batch])
+            for document, content, ids in zip(batch, raw, arrays, strict=True):
+                if tokenizer.marks_in(ids):
+                    _drop(document.name, HOLDS_MARKS, dropped)
+                    continue
                 mark = document_hash(content)
                 writers["holdout" if mark < holdout_below else "train"].add(
                     ids, tokenizer, len(content), mark
@@ -109,17 +119,21 @@ def write_unit(
     return statistics
 
 
-def _batches(documents: Iterable[Document], dropped: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _drop(name: str, reason: str, dropped: dict[str, dict[str, Any]]) -> None:
+    entry = dropped.setdefault(reason, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if len(entry["examples"]) < _EXAMPLES:
+        entry["examples"].append(name.encode("utf-8", "backslashreplace").decode())
+
+
+def _batches(documents: Iterable[Document], dropped: dict[str, dict[str, Any]]) -> Iterator[list[_Text]]:
+    batch: list[_Text] = []
     filled = 0
     for document in documents:
         if document.text is None:
-            entry = dropped.setdefault(document.reason, {"count": 0, "examples": []})
-            entry["count"] += 1
-            if len(entry["examples"]) < _EXAMPLES:
-                entry["examples"].append(document.name.encode("utf-8", "backslashreplace").decode())
+            _drop(document.name, document.reason, dropped)
             continue
-        batch.append(document.text)
+        batch.append(_Text(document.name, document.text))
         filled += len(document.text)
         if filled >= _BATCH_BYTES:
             yield batch
@@ -149,10 +163,6 @@ class _ShardWriter:
                 "the tokenizer has no end-of-document token",
                 where=tokenizer.spec,
                 fix='set "eos_token" in tokenizer_config.json beside it',
-            )
-        if (ids == eos).any():
-            raise ValueError(
-                f"text encodes to the end-of-document id {eos}; document boundaries would be ambiguous"
             )
         if self._file is None:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close or discard)

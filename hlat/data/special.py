@@ -40,8 +40,12 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, literals: str = "") -> None:
         self.tokenizer = tokenizer
-        self._definition: dict[str, Any] | None = tokenizer.definition()
-        self.control = tokenizer.control_pieces() if self._definition is None else self._marked(literals)
+        own = (tokenizer.bos_id, tokenizer.eos_id)
+        self.control = {
+            text: index
+            for text, index, special in tokenizer.added_tokens()
+            if special or index in own or (text in literals and not text.isspace())
+        }
         names = sorted((name for name in self.control if name), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._anywhere = re.compile(f"(?=({self._pattern.pattern}))")
@@ -76,17 +80,6 @@ class TextEncoder:
         *_, (part, index) = [("", None), *self._pieces(text)]
         return "" if index is None else part
 
-    def _marked(self, literals: str) -> dict[str, int]:
-        assert self._definition is not None
-        own = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        return {
-            token["content"]: token["id"]
-            for token in self._definition["added_tokens"]
-            if token["special"]
-            or token["id"] in own
-            or (token["content"] in literals and not token["content"].isspace())
-        }
-
     def _pieces(self, text: Quoted) -> Iterator[tuple[str, int | None]]:
         """The text in order: special tokens of the template with their ids, text between them with None."""
         done = start = 0
@@ -104,9 +97,7 @@ class TextEncoder:
         """Ids of texts in which every special token is one."""
         if not texts:
             return []
-        if self._definition is None:
-            return [self._apart(Quoted(text)) for text in texts]
-        return [np.asarray(item.ids, dtype=np.int64) for item in _run(self._backend, texts)]
+        return [np.asarray(ids, dtype=np.int64) for ids in self.tokenizer.encode_special(texts)]
 
     def _apart(self, text: Quoted) -> Ids:
         """Ids of one text in which the template's special tokens alone are such."""
@@ -124,11 +115,12 @@ class TextEncoder:
         return self._pattern.sub(lambda found: found[0][0] + between + found[0][1:], part)
 
     def _in_pieces(self, text: Quoted) -> Ids:
-        """The same for a tokenizer that knows no special tokens in a text."""
-        parts = [(part, index) for part, index in self._pieces(text)]
-        between = iter(self.tokenizer.encode_arrays([part for part, index in parts if index is None]))
-        arrays = [next(between) if index is None else np.array([index]) for _, index in parts]
-        return np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64)
+        """The same for a tokenizer without a tokenizer.json: what is between special tokens by itself."""
+        ids: list[int] = []
+        for number, (part, index) in enumerate(self._pieces(text)):
+            encode = self.tokenizer.encode_later if number else self.tokenizer.encode_batch
+            ids += encode([part])[0] if index is None else [index]
+        return np.array(ids, dtype=np.int64)
 
     def _checked(self, text: Quoted, ids: Ids) -> Ids:
         """The ids, or those of the text encoded apart where normalisation made a special token of quoted
@@ -148,8 +140,8 @@ class TextEncoder:
         return any(t["normalized"] for t in self._definition["added_tokens"] if t["content"] in self.control)
 
     @cached_property
-    def _backend(self) -> Any:
-        return _backend_of(self._definition)
+    def _definition(self) -> dict[str, Any] | None:
+        return self.tokenizer.definition()
 
     @cached_property
     def _renamed(self) -> Any:

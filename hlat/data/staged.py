@@ -15,13 +15,14 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hlat.data.lock import locked_folder
 from hlat.data.packed import SPLITS, TokenFolder, disk_error
 from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
+from hlat.data.tokenizer_files import TEMPLATES
 from hlat.errors import StorageFailed, UserError
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
@@ -91,7 +92,8 @@ def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -
     tokenizer = [
         name
         for name in listed
-        if name.startswith(f"{TOKENIZER}/") and name.count("/") == 1 and not name.endswith("/..")
+        if PurePosixPath(name).parent in (PurePosixPath(TOKENIZER), PurePosixPath(TOKENIZER, TEMPLATES))
+        and not name.endswith("/..")
     ]
     if missing := sorted(wanted.keys() - listed.keys()):
         what = f"{len(missing)} files are missing, first {missing[0]}"
@@ -110,6 +112,7 @@ def _fetch(remote: Remote, wanted: dict[str, str], partial: Path, quiet: bool) -
     def bring(name: str) -> None:
         nonlocal done
         for last in (False, True):
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).unlink(missing_ok=True)
             _patiently(lambda: remote.download(name, partial / name), remote.url)
             if name not in wanted or _digest(partial / name) == wanted[name]:

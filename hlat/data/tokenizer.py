@@ -2,37 +2,36 @@
 
 In HLAT's stream a document is its ids followed by one end-of-document id (EOS); BOS comes before it only
 where the weights that are trained on know one (`Tokenizer.convention`). `encode` adds neither; the writer of
-the shards does. Text that happens to spell a special token (`</s>`)
-is encoded as ordinary text, so EOS ids in a stream are document ends and nothing else.
+the shards does. Text that happens to spell a special token (`</s>`) is encoded as ordinary text, also where
+a file does not mark EOS or BOS as special, so EOS ids in a stream are document ends and nothing else. Other
+added tokens are found in a text, as `transformers` finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hlat.data import long_text
 from hlat.data.convention import Convention
+from hlat.data.sentencepiece_pieces import Pieces
 from hlat.data.sources import MANIFEST
+from hlat.data.special_tokens import Token, complete, read_named, sidecars
+from hlat.data.tokenizer_files import companions_of
 from hlat.errors import UserError
 from hlat.host.limits import cores
 
-# Names under which published tokenizers keep their end-of-document token, tried when no tokenizer_config.json
-# says it.
+# Names under which published tokenizers keep their marks, tried where no file says them.
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
+_BYTES_EOS = "<|endoftext|>"
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
-# Longer texts are encoded in pieces, where the tokenizer allows it: an encoding takes some hundred bytes per
-# token while it is built.
-SPLIT_ABOVE = 4 * 2**20
-# Where long texts may be cut. Next to other white space a cut could change how the run of white space is
-# split into words.
-_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Tokenizer:
@@ -45,8 +44,9 @@ class Tokenizer:
         False  # decode_bytes(encode(text)) is the text, and every id stands for a fixed number of bytes
     )
     identity: str  # hex sha256 of everything that decides the ids
+    takes_parts = False  # whether long texts are encoded in parts: see `hlat.data.long_text`
     convention = Convention()  # how the weights it is used with know texts
-    companions: tuple[Path, ...] = ()  # further files that go where the tokenizer goes: a chat template, …
+    companions: tuple[Path, ...] = ()  # further files that go where the tokenizer goes: chat templates, …
     of_weights = False  # whether it came with the weights that a run starts from
 
     def __init__(self, spec: str, files: list[Path]) -> None:
@@ -69,9 +69,9 @@ class Tokenizer:
         """Its tokenizer.json, parsed; None: it has none."""
         return None
 
-    def control_pieces(self) -> dict[str, int]:
-        """Special tokens by what spells them, for a tokenizer without a tokenizer.json."""
-        return {}
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        """Text and id of the tokens that are found in a text as a whole, and whether they are special."""
+        return []
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
@@ -81,9 +81,23 @@ class Tokenizer:
         """Ids of several texts, without BOS and EOS."""
         raise NotImplementedError
 
+    def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_batch`, but special tokens that are spelled in the texts are taken as such."""
+        return self.encode_batch(texts)
+
+    def encode_later(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_batch`, of texts that follow a special token."""
+        return self.encode_batch(texts)
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each as int64 (n,); long texts piecewise where that gives the same ids."""
         return [np.asarray(ids, dtype=np.int64) for ids in self.encode_batch(texts)]
+
+    def marks_in(self, ids: np.ndarray) -> bool:
+        """Whether the ids of a text hold EOS, or BOS where texts begin with it: an ordinary token of the
+        vocabulary is used as such a mark, and the document's borders would be ambiguous."""
+        marks = [mark for mark in (self.eos_id, self.convention.bos) if mark is not None]
+        return bool(np.isin(ids, marks).any())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens give nothing. Bytes that are no whole character become U+FFFD."""
@@ -107,10 +121,19 @@ class BytesTokenizer(Tokenizer):
         self.identity = hashlib.sha256(b"hlat bytes 257").hexdigest()
 
     def pieces(self) -> dict[int, str]:
-        return {byte: spelled for spelled, byte in _byte_spellings().items()} | {256: "<|endoftext|>"}
+        return {byte: spelled for spelled, byte in _byte_spellings().items()} | {256: _BYTES_EOS}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        return [(_BYTES_EOS, 256, True)]
+
+    def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            [*first.encode("utf-8"), *(index for part in rest for index in (256, *part.encode("utf-8")))]
+            for first, *rest in (text.split(_BYTES_EOS) for text in texts)
+        ]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) for text in texts]
@@ -122,45 +145,96 @@ class BytesTokenizer(Tokenizer):
         return bytes(int(i) for i in ids if i < 256)
 
 
+def open_tokenizers(path: Path) -> tuple[Any, set[int]]:
+    """A tokenizer.json and the tokens that the files beside it add, as a `tokenizers` object.
+
+    Returns it and the ids that are there for padding and masks alone. Raises UserError.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    content = _read(path)
+    try:
+        backend = Backend.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"not a tokenizer.json ({error})",
+            where=str(path),
+            fix="name a file saved by the tokenizers library",
+        ) from error
+    backend.no_padding()
+    backend.no_truncation()
+    return backend, complete(backend, read_named(path), str(path))
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library.
 
-    BOS and EOS are read from `tokenizer_config.json` beside it, else by usual names.
+    BOS, EOS and further tokens are those that the files beside it name (`hlat.data.special_tokens`), BOS and
+    EOS else by usual names.
     """
 
     def __init__(self, path: Path) -> None:
-        config = path.with_name("tokenizer_config.json")
-        super().__init__(str(path), [path, config] if config.is_file() else [path])
-        from tokenizers import Tokenizer as Backend
-
-        content = _read(path)
-        try:
-            self._backend = Backend.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(
-                f"not a tokenizer.json ({error})",
-                where=str(path),
-                fix="name a file saved by the tokenizers library",
-            ) from error
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-        self._definition: dict[str, Any] = json.loads(content)
-        self._vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        super().__init__(str(path), [path, *sidecars(path)])
+        self.companions = companions_of(path)
+        self._backend, idle = open_tokenizers(path)
+        self._definition: dict[str, Any] = json.loads(_read(path))
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        named = read_named(path)
+        marks = [
+            named.role(role, vocabulary.__contains__, names)
+            for role, names in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES))
+        ]
+        self.bos_id, self.eos_id = (None if text is None else vocabulary.get(text) for text in marks)
+        self._never_in_texts([text for text in marks if text in vocabulary])
+        self._vocabulary = {text: index for text, index in vocabulary.items() if index not in idle}
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        named = _config_tokens(config)
-        self.eos_id = self._first_known([named.get("eos_token"), *_EOS_NAMES])
-        self.bos_id = self._first_known([named.get("bos_token"), *_BOS_NAMES])
         self.byte_exact = self._is_byte_level()
-        self.identity = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
+        self.takes_parts = long_text.cuts_are_safe(self._definition, self._found_in_texts())
+        decided = f"\0{self.eos_id}{self._decided_beside_it()}"
+        self.identity = hashlib.sha256(_read(path) + decided.encode()).hexdigest()
+
+    def _never_in_texts(self, marks: Sequence[str | None]) -> None:
+        """Mark them as special, also where the files do not."""
+        known = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        tokens = [known.get(text) or Token(text).added() for text in marks if text is not None]
+        self._backend.add_special_tokens(tokens)
+        self._backend.encode_special_tokens = True
+
+    def _decided_beside_it(self) -> str:
+        """What other files decide of the ids, as text; empty: nothing."""
+        own = {token["content"]: token for token in self._definition.get("added_tokens") or []}
+        base = self._backend.get_vocab(with_added_tokens=False)
+        found = []
+        for index, token in sorted(self._backend.get_added_tokens_decoder().items()):
+            values = _flags(token)
+            before = own.get(token.content)
+            if before is None:
+                matters = index < self.vocab_size and (token.content not in base or not token.special)
+            else:
+                matters = any(before.get(name) != flag for name, flag in values.items() if name != "content")
+                matters &= not (token.special and before.get("special"))  # not found in texts either way
+            if matters:
+                found.append([index, values])
+        return "\0" + json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
 
     def definition(self) -> dict[str, Any]:
         return dict(json.loads(self._backend.to_str()))
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        found = self._backend.get_added_tokens_decoder().items()
+        return [(token.content, index, token.special) for index, token in sorted(found)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast variant skips offsets; it came with tokenizers 0.20.1.
         run = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         return [encoding.ids for encoding in run(list(texts), add_special_tokens=False)]
+
+    def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode_batch(texts)
+        finally:
+            self._backend.encode_special_tokens = True
 
     def pieces(self) -> dict[int, str]:
         return {index: piece for piece, index in self._vocabulary.items()}
@@ -168,8 +242,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         arrays = []
         for text in texts:
-            parts = _line_parts(text) if len(text) > SPLIT_ABOVE and self._splits_at_lines else None
-            arrays.append(np.concatenate(super().encode_arrays(parts)) if parts else None)
+            long = len(text) > long_text.SPLIT_ABOVE and self.takes_parts
+            arrays.append(np.concatenate(super().encode_arrays(long_text.parts(text))) if long else None)
         short = iter(
             super().encode_arrays([text for text, done in zip(texts, arrays, strict=True) if done is None])
         )
@@ -186,25 +260,26 @@ class HuggingFaceTokenizer(Tokenizer):
         table = self._byte_table
         return b"".join(table.get(int(i), b"") for i in ids)
 
-    def _first_known(self, names: Sequence[Any]) -> int | None:
-        return next((self._vocabulary[name] for name in names if name in self._vocabulary), None)
-
     def _is_byte_level(self) -> bool:
         decoder = self._definition.get("decoder") or {}
         before = self._definition.get("pre_tokenizer") or {}
         steps = before.get("pretokenizers", [before])
         prefix = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps)
-        return decoder.get("type") == "ByteLevel" and not self._definition.get("normalizer") and not prefix
+        exact = decoder.get("type") == "ByteLevel" and not self._definition.get("normalizer") and not prefix
+        return exact and not any(token.lstrip or token.rstrip for token in self._found_in_texts())
+
+    def _found_in_texts(self) -> list[Any]:
+        return [token for token in self._backend.get_added_tokens_decoder().values() if not token.special]
 
     @cached_property
     def _byte_table(self) -> dict[int, bytes]:
         """Bytes of each id."""
         spelled = _byte_spellings()
         table = {}
-        added = {token["id"]: token for token in self._definition.get("added_tokens", [])}
+        added = self._backend.get_added_tokens_decoder()
         for piece, index in self._vocabulary.items():
             if index in added:
-                table[index] = b"" if added[index].get("special") else piece.encode("utf-8")
+                table[index] = b"" if added[index].special else piece.encode("utf-8")
             else:
                 table[index] = (
                     bytes(spelled[c] for c in piece)
@@ -213,53 +288,41 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
         return table
 
-    @cached_property
-    def _splits_at_lines(self) -> bool:
-        """Whether encoding line blocks apart gives the ids of the whole.
-
-        Not so for tokenizers that put a space before a text.
-        """
-        probes = ["a b\n", "x = 1;\n", "  // y)\n", "7\n", "é\n"]
-        starts = ["next line", "{", "7 of", "(a)", "#é", "'s"]
-        return all(self.encode(a + b) == self.encode(a) + self.encode(b) for a in probes for b in starts)
-
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`.
+    """A SentencePiece `.model`, with the tokens that the files beside it add: see
+    `hlat.data.sentencepiece_pieces`.
 
     Decoding is exact only as far as the model's own normalisation keeps the text.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        super().__init__(str(path), [path])
-        import sentencepiece
-
+        super().__init__(str(path), [path, *sidecars(path)])
+        self.companions = companions_of(path)
         content = _read(path)
-        self._backend = sentencepiece.SentencePieceProcessor()
-        try:
-            self._backend.LoadFromSerializedProto(content)
-        except Exception as error:  # RuntimeError or a protobuf error, by version
-            raise UserError(
-                f"not a SentencePiece model ({error})", where=str(path), fix="name a .model file"
-            ) from error
-        self._threads = threads or cores()
-        self.vocab_size = self._backend.vocab_size()
-        self.eos_id = self._backend.eos_id() if self._backend.eos_id() >= 0 else None
-        self.bos_id = self._backend.bos_id() if self._backend.bos_id() >= 0 else None
-        self.identity = hashlib.sha256(content).hexdigest()
+        self._pieces = Pieces(content, read_named(path), path, threads or cores())
+        self.vocab_size = self._pieces.size
+        self.bos_id, self.eos_id = self._pieces.marks
+        further = f"\0{self._pieces.further}" if self._pieces.further else ""
+        self.identity = hashlib.sha256(content + further.encode()).hexdigest()
 
     def pieces(self) -> dict[int, str]:
-        return {index: self._backend.id_to_piece(index) for index in range(self.vocab_size)}
-
-    def control_pieces(self) -> dict[str, int]:
-        controls = (i for i in range(self.vocab_size) if self._backend.is_control(i))
-        return {self._backend.id_to_piece(index): index for index in controls}
+        return self._pieces.names
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._backend.encode(list(texts), out_type=int, num_threads=self._threads)
+        return self._pieces.encode(texts, special=False)
+
+    def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode(texts, special=True)
+
+    def encode_later(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode(texts, special=False, later=True)
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        return self._pieces.added()
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids])
+        return self._pieces.decode([int(i) for i in ids])
 
 
 def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
@@ -325,25 +388,7 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _config_tokens(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json: strings there, or objects with `content`."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"not JSON ({error})", where=str(path), fix="repair or remove the file") from error
-    values = {name: config.get(name) for name in ("bos_token", "eos_token")}
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()
+def _flags(token: Any) -> dict[str, Any]:
+    return {name: getattr(token, name) for name in asdict(Token("")) if name != "content"} | {
+        "content": token.content
     }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _line_parts(text: str) -> list[str]:
-    """The text in parts of at least SPLIT_ABOVE/4 characters, cut at line feeds between visible ones."""
-    parts, start, wanted = [], 0, SPLIT_ABOVE // 4
-    while len(text) - start > wanted and (found := _LINE_END.search(text, start + wanted)):
-        parts.append(text[start : found.end()])
-        start = found.end()
-    return [*parts, text[start:]]

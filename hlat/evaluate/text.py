@@ -91,11 +91,7 @@ class TextCodec:
 
     def _spelling(self, index: int) -> str:
         """A token as it is written, special or not."""
-        backend = getattr(self.tokenizer, "_backend", None)
-        for name in ("id_to_token", "id_to_piece"):
-            if hasattr(backend, name):
-                return str(getattr(backend, name)(index))
-        return ""
+        return self.tokenizer.pieces().get(index, "") if self.tokenizer.files() else ""
 
 
 def _imported_encoder(folder: Any) -> Any:

@@ -19,6 +19,7 @@ from hlat.checkpoint.provenance import Provenance, provenance_of, recorded
 from hlat.checkpoint.reader import newest_in
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_tokenizer
 from hlat.data.tokenizer import load_tokenizer
+from hlat.data.tokenizer_files import copy_files
 from hlat.errors import UserError
 from hlat.parallel.plan import Part
 from hlat.train.weights import Initial, initial_values
@@ -151,8 +152,7 @@ def _copied(tokenizer: Tokenizer, folder: Path | None) -> Tokenizer:
         return tokenizer
     copies = Path(tempfile.mkdtemp(prefix="hlat-tokenizer-"))
     atexit.register(shutil.rmtree, copies, ignore_errors=True)
-    for path in {path.name: path for path in [*tokenizer_texts(folder), *tokenizer.files()]}.values():
-        shutil.copyfile(path, copies / path.name)
-    copied = load_tokenizer(copies)
-    copied.spec, copied.companions = tokenizer.spec, tuple(tokenizer_texts(copies))
+    copy_files([*tokenizer_texts(folder), *tokenizer.files()], copies)
+    copied = load_tokenizer(copies / tokenizer.files()[0].name)
+    copied.spec = tokenizer.spec
     return copied

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hlat.checkpoint.nxd import file_bytes, newest_nxd, open_nxd
+from hlat.data.tokenizer_files import kept_name
 from hlat.errors import UserError
 from hlat.optim.base import create_state
 from hlat.train import state
@@ -52,7 +53,7 @@ def save(
         sharded=run.backend.layout.zero1 or _apart(contents),
         keep=keep,
         background=background,
-        extra={"tokenizer": {file.name: file_bytes(file) for file in tokenizer}},
+        extra={"tokenizer": {kept_name(file): file_bytes(file) for file in tokenizer}},
     )
     return tag
 
