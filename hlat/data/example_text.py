@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.quoted import Quoted, Span
-from hlat.data.records import read_records
+from hlat.data.records import Record, read_records
 from hlat.data.template import field_text, parse_template
 from hlat.errors import UserError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from hlat.recipe_sections import ExamplesSection
 
 WHERE = "data.examples"
+Reader = Callable[[Iterable[Record], str, str, Counter[str]], "list[Example]"]
+"""Examples of records, the name of their source, the key that names it, and what is dropped by reason."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Texts:
     beyond_limit: int = 0
 
 
-def read_examples(section: ExamplesSection, holdout: float) -> Texts:
+def read_examples(
+    section: ExamplesSection,
+    holdout: float,
+    conversations: Callable[[Mapping[str, Any]], Reader | None] = lambda first: None,
+) -> Texts:
     """The examples that a recipe's section describes.
 
     An example is held out when the hash of its prompt is below `holdout`, so equal prompts are on one side;
@@ -54,14 +61,30 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
     `eval_dataset`, when it comes from there. Held-out examples are in the order of
     their hashes, training examples in that of the source, or with `limit` the first by hash.
 
-    Raises UserError: see `_read`; also when no example is left on a side that needs one.
+    `conversations` gets the first record of a source and says what reads it; None: the section's templates.
+
+    Raises UserError: see `_filled`; also when no example is left on a side that needs one.
     """
     texts = Texts()
-    everything = _read(section, section.path, section.dataset, WHERE, texts.dropped)
+
+    def read(path: str | None, dataset: str | None, where: str) -> list[Example]:
+        records = read_records(path, dataset, where)
+        passed: list[Record] = []
+        for record in records:
+            passed.append(record)
+            if record.values is not None:
+                break
+        reader = conversations(passed[-1].values or {}) if passed else None
+        every, source = chain(passed, records), path or dataset or ""
+        if reader is not None:
+            return reader(every, source, where, texts.dropped)
+        return _filled(section, every, source, where, texts.dropped)
+
+    everything = read(section.path, section.dataset, WHERE)
     if section.eval_path or section.eval_dataset:
         key = f"{WHERE}.{'eval_path' if section.eval_path else 'eval_dataset'}"
         texts.train = everything
-        texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, texts.dropped)
+        texts.held_out = read(section.eval_path, section.eval_dataset, key)
     else:
         below = holdout_threshold(holdout)
         texts.train = [example for example in everything if example.group >= below]
@@ -80,12 +103,12 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
     return texts
 
 
-def _read(
-    section: ExamplesSection, path: str | None, dataset: str | None, where: str, dropped: Counter[str]
+def _filled(
+    section: ExamplesSection, records: Iterable[Record], source: str, where: str, dropped: Counter[str]
 ) -> list[Example]:
-    """The examples of one source.
+    """The examples that the templates of the section make of records.
 
-    Raises UserError when the source cannot be read or is empty, when no record has the fields of the
+    Raises UserError when there are none, when no record has the fields of the
     templates, or when a label is not among the recipe's.
     """
     prompt, completion = parse_template(section.prompt), parse_template(section.completion)
@@ -97,7 +120,7 @@ def _read(
     examples: list[Example] = []
     first: Mapping[str, Any] | None = None
     lacking: Counter[str] = Counter()
-    for record in read_records(path, dataset, where):
+    for record in records:
         if record.values is None:
             dropped[record.reason] += 1
             continue
@@ -125,7 +148,7 @@ def _read(
         examples.append(Example(text, answer, number, mark, own))
     dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
     if not examples:
-        raise _nothing(path or dataset or "", first, lacking, dropped, where)
+        raise _nothing(source, first, lacking, dropped, where)
     return examples
 
 

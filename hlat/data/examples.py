@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hlat.data.batch import Batch, rows_of
+from hlat.data.chat import Chat
 from hlat.data.example_ids import (
     Kind,
     Split,
@@ -48,6 +49,8 @@ class Examples:
         seq_len, seed, global_batch: as in the recipe.
         rows: rows of the whole run, for the report.
         source: what the report calls the examples. notes: its further lines.
+        marks: whether their templates have special tokens. turn_end: id of the one that ends an answer of
+            conversations, if any.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Examples:
         rows: int = 0,
         source: str = "",
         notes: Sequence[str] = (),
+        marks: bool = False,
+        turn_end: int | None = None,
     ) -> None:
         assert tokenizer.eos_id is not None
         self.train, self.holdout, self.kind, self.labels = train, holdout, kind, list(labels)
@@ -71,6 +76,7 @@ class Examples:
         self._alike = len({id(words) for split in (train, holdout) for words in split.spelled}) <= 1
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self._seq_len, self._seed, self._global_batch = seq_len, seed, global_batch
+        self.marks, self.turn_end = marks, turn_end
         self._rows, self._source, self._notes = rows, source, list(notes)
         self._fill = tokenizer.eos_id
 
@@ -231,8 +237,12 @@ def open_examples(recipe: Recipe, tokenizer: Tokenizer) -> Examples:
         fix = 'set "eos_token" in tokenizer_config.json beside it'
         raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix=fix)
     kind: Kind = objective.options["by"] if objective.name == "classification" else "pairs"
-    texts = read_examples(section, recipe.data.holdout)
-    joint = Joint(tokenizer, _literals(section))
+    chat = Chat(recipe, tokenizer)
+    texts = read_examples(section, recipe.data.holdout, chat.reader)
+    if chat.joint is not None and kind != "pairs":
+        fix = "write objective.name: causal_lm, or give label_field"
+        raise UserError("conversations have no labels to classify by", where="objective.name", fix=fix)
+    joint = chat.joint or Joint(tokenizer, _literals(section))
     train, held_out = _encoded(texts, kind, section.labels, joint, recipe.data.seq_len)
     return Examples(
         train,
@@ -246,7 +256,18 @@ def open_examples(recipe: Recipe, tokenizer: Tokenizer) -> Examples:
         rows=recipe.run.steps * recipe.data.global_batch,
         source=str(section.path or section.dataset),
         notes=[*_notes(texts), *_notes_of_ids(joint, train, held_out)],
+        marks=joint.encoder.used or joint.encoder.has_one(texts.train[0].prompt + texts.train[0].completion),
+        turn_end=_turn_end(texts, joint),
     )
+
+
+def _turn_end(texts: Texts, joint: Joint) -> int | None:
+    """Id of the special token that ends an answer of conversations, where it is another than EOS."""
+    example = texts.train[0]
+    if example.spans is None:
+        return None
+    last = joint.encoder.ends_with_one(example.completion)
+    return joint.encoder.control.get(last)
 
 
 def _literals(section: ExamplesSection) -> str:

@@ -34,13 +34,14 @@ class Joint:
 
     Args:
         tokenizer, literals: see `TextEncoder`.
+        begin: whether texts begin as the convention says, with BOS perhaps; a chat template writes its own.
 
     Attributes:
         straddling: texts so far of which a token has characters of two parts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, literals: str = "") -> None:
-        self.encoder = TextEncoder(tokenizer, literals)
+    def __init__(self, tokenizer: Tokenizer, literals: str = "", begin: bool = True) -> None:
+        self.encoder, self._begin = TextEncoder(tokenizer, literals), begin
         self.straddling = 0
 
     def split(self, texts: Sequence[Sequence[Quoted]]) -> list[list[Ids]]:
@@ -48,7 +49,7 @@ class Joint:
         The first part begins a text (see `TextEncoder.encode`).
         """
         begun = [[Quoted.joined(parts[: n + 1]) for n in range(len(parts))] for parts in texts]
-        ids = iter(self.encoder.encode([text for texts_ in begun for text in texts_]))
+        ids = iter(self.encoder.encode([text for texts_ in begun for text in texts_], begin=self._begin))
         return [self._divide([next(ids) for _ in parts], parts) for parts in texts]
 
     def choices(self, prompts: Sequence[Quoted], words: Sequence[Quoted]) -> list[list[Ids]]:

@@ -75,6 +75,10 @@ class TextEncoder:
         """The text without the template's special tokens."""
         return "".join(part for part, index in self._pieces(text) if index is None)
 
+    def has_one(self, text: Quoted) -> bool:
+        """Whether the template's part of a text has a special token."""
+        return any(index is not None for _, index in self._pieces(text))
+
     def ends_with_one(self, text: Quoted) -> str:
         """The special token of the template that a text ends with; empty: none."""
         *_, (part, index) = [("", None), *self._pieces(text)]
