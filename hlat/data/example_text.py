@@ -68,7 +68,7 @@ def read_examples(
     texts = Texts()
 
     def read(path: str | None, dataset: str | None, where: str) -> list[Example]:
-        records = read_records(path, dataset, where)
+        records = iter(read_records(path, dataset, where))
         passed: list[Record] = []
         for record in records:
             passed.append(record)

@@ -293,3 +293,27 @@ def test_bos_stands_before_prompts_once(tmp_path: Path, tokenizers) -> None:
     spelled = Quoted.of("<|im_start|>what")
     assert np.array_equal(TextEncoder(tokenizer).encode([spelled])[0][:1], [mark])
     assert TextEncoder(tokenizer).encode([spelled])[0].tolist().count(mark) == 1
+
+
+def test_the_harness_divides_texts_as_training_does(tokenizers) -> None:
+    """As its own model where the context keeps its ids; elsewhere the continuation is all that is scored."""
+    pytest.importorskip("lm_eval")
+    from types import SimpleNamespace
+
+    from hlat.evaluate.harness import lm_class
+    from hlat.evaluate.text import TextCodec
+
+    for kind in ("byte level", "sentencepiece", "metaspace first"):
+        tokenizer = tokenizers[kind]
+        live = SimpleNamespace(config=SimpleNamespace(max_seq_len=99))
+        team = SimpleNamespace(codec=TextCodec(tokenizer), live=live, chat=None)
+        model, theirs = lm_class()(pretrained=team), lm_class().__mro__[2]._encode_pair
+        for pair in ((" what is :", " good"), ("answer : ", "bad"), ("a", "\ngreat"), ("what  ", "  ")):
+            assert model._encode_pair(*pair) == theirs(model, *pair)
+        split = [("what is goo", "d yes"), ("answ", "er"), ("is bad\n", "\nno")]
+        for context, rest in split:
+            head, tail = model._encode_pair(context, rest)
+            ((ours, ids),) = Joint(tokenizer).split([[Quoted(context), Quoted(rest)]])
+            if context == context.rstrip():
+                assert (head, tail) == (ours.tolist(), ids.tolist())
+            assert tail and tokenizer.decode([*head, *tail]) == context + rest
