@@ -16,7 +16,7 @@ VERBS = {
     "supervise": "train, and start again after a failure until it is done",
     "launch": "start a run on a cluster: SLURM, torchrun on every node, Kubernetes",
     "recipes": "list, show, compare and check recipes",
-    "data": "train tokenizers, tokenize text, inspect tokenized folders",
+    "data": "train tokenizers, tokenize text, inspect and verify tokenized folders",
     "generate": "continue a prompt with a trained model",
     "convert": "to and from Hugging Face, from GGUF",
     "eval": "evaluate a run, a checkpoint or a Hugging Face folder",

@@ -65,7 +65,9 @@ def export_tokenizer(tokenizer: Tokenizer, out: Path, max_seq_len: int, bos: int
     config["clean_up_tokenization_spaces"] = False
     if backend is None:
         # transformers reads the .model itself and then needs sentencepiece installed.
-        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        named = read_named(files[".model"])
+        legacy = named.prefixes_all and bool(named.tokenizer_class)
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
         config |= {"add_bos_token": bos is not None, "add_eos_token": False}
         warnings.append(
             "this SentencePiece model has no exact tokenizer.json; only tokenizer.model is written"
@@ -108,17 +110,19 @@ def add_bos(backend: Any, bos: int) -> None:
 def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> Any:
     try:
         backend = to_tokenizers(read_sentencepiece(path))
-        complete(backend, read_named(path), str(path))
+        named = read_named(path)
+        complete(backend, named, str(path))
     except ValueError as error:
         raise UserError(str(error), where=str(path)) from None
     except UserError:
         raise
     except Exception:  # the tokenizers library raises plain Exception for what it cannot express
         return None
-    added = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
-    probes = [*PROBES, *(f"a {text} b{text}c" for text in added)]
-    ids = [backend.encode(text, add_special_tokens=False).ids for text in probes]
-    same = ids == tokenizer.encode_batch(probes)
+    probes = [f"a {token.content} b{token.content}c" for token in named.to_add(set())]
+    same = all(
+        [backend.encode(text, add_special_tokens=False).ids for text in texts] == encode(texts)
+        for texts, encode in ((PROBES, tokenizer.encode_batch), (probes, tokenizer.encode_special))
+    )
     return backend if same else None
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from hlat.data.packed import (
     token_dtype,
     write_json,
 )
+from hlat.data.partial import clear, discard
 from hlat.data.sources import InputFile, Piece, Source, identity, refuse_changed, units
 from hlat.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from hlat.data.tokenizer_files import copy_files
@@ -98,22 +99,29 @@ def build(
     key = key or build_key(sources, tokenizer, holdout)
     if _complete(out, key):
         return Built(out)
+    if out.is_symlink():
+        raise UserError("is a link", where=str(out), fix="name the folder itself, or another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(out.with_name(f"{out.name}.partial")) as partial:
             if _complete(out, key):
-                shutil.rmtree(partial)
+                discard(partial)
                 return Built(out)
             try:
                 return _build_locked(_Job(sources, tokenizer, holdout, key, partial), out, workers, progress)
             except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise
             except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
                 raise disk_error(error, out) from error
     except OSError as error:
         raise disk_error(error, out) from error
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):  # what happened before is said; a rest is removed by the next build
+        discard(partial)
 
 
 def _complete(out: Path, key: str) -> bool:
@@ -148,11 +156,7 @@ class _Job:
         """Write job.json and the tokenizer, after removing what another job left in the folder."""
         path = self.folder / "job.json"
         if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == self.key):
-            for item in self.folder.iterdir():
-                if item.is_dir():
-                    shutil.rmtree(item)
-                elif item.name != ".lock":
-                    item.unlink()
+            clear(self.folder)
         copies = self.folder / "tokenizer"
         copies.mkdir(exist_ok=True)
         copy_files(self.tokenizer.kept_files(), copies)
@@ -318,7 +322,7 @@ def _publish(job: _Job, manifest: dict[str, Any], out: Path) -> None:
         # ours.
         if not (out / MANIFEST).is_file():
             raise disk_error(error, out) from error
-        shutil.rmtree(job.folder)
+        discard(job.folder)
     (out / ".lock").unlink(missing_ok=True)
 
 

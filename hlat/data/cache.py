@@ -10,12 +10,12 @@ Entries are never changed; deleting any of them, or all, is safe while no run re
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from hlat.data.build import build, build_key
 from hlat.data.lock import locked_folder
 from hlat.data.packed import disk_error, holdout_threshold
+from hlat.data.partial import discard
 from hlat.data.progress import tokenizing
 from hlat.data.sources import Source, identity, refuse_changed
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: 
                     os.rename(partial, folder)
                     (folder / ".lock").unlink(missing_ok=True)
                 else:
-                    shutil.rmtree(partial)
+                    discard(partial)
         except OSError as error:
             if not path.is_file():
                 raise disk_error(error, folder) from error
@@ -62,7 +62,7 @@ def _train_into(partial: Path, sources: list[Source], vocab: int, below: int, qu
             train_bpe(training_texts(sources, below), vocab, partial)
         refuse_changed(sources, "read for a tokenizer")
     except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         raise
 
 

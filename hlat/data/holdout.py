@@ -134,7 +134,7 @@ class HoldoutStream:
 
     def _tokens(self) -> Iterator[np.ndarray]:
         for shard, start, end, _ in self._table:
-            yield self._shards[shard].tokens[start:end].astype(np.int64)
+            yield self._shards[shard].ids(int(start), int(end))
 
     def _scored(self, limit: int) -> Iterator[np.ndarray]:
         """Of each document the tokens that are targets and stand for text, in the first `limit` places."""

@@ -24,6 +24,7 @@ from hlat.data.sources import Source, resolve_source, tokenized_folder
 from hlat.data.staged import is_url, staged
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.data.train_tokenizer import trained_vocab
+from hlat.data.verify import check_before_training
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
@@ -274,6 +275,7 @@ def prepare(
         path = folder or (tokenized(text, loaded, holdout, workers, quiet) if text else Path())
         folders.append(TokenFolder(path))
         folders[-1].check_tokenizer(loaded)
+        check_before_training(folders[-1])
         if folders[-1].holdout != holdout:
             raise UserError(
                 f"the folder was tokenized with holdout {folders[-1].holdout:g}, the recipe says {holdout:g}",

@@ -11,7 +11,7 @@ from hlat.data.batch import rows_of
 
 if TYPE_CHECKING:
     from hlat.data.loader import Data
-    from hlat.data.packed import Shard
+    from hlat.data.shard import Shard
 
 Found = dict[str, Any]
 """One document in one row: see `documents_in`."""
@@ -54,7 +54,7 @@ def document_ids(data: Data, found: Found) -> np.ndarray:
     shard = next(shard for shard in shards if shard.path.stem == found["shard"])
     number = found["document"]
     begin = int(shard.table[number - 1, 0]) if number else 0
-    return shard.tokens[begin : int(shard.table[number, 0]) - 1].astype(np.int64)
+    return shard.ids(begin, int(shard.table[number, 0]) - 1)
 
 
 def _overlapping(shard: Shard, first: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from hlat.data.partial import LOCK, OWNED, check_own, claim, temporary
 
 try:
     import fcntl
@@ -24,12 +25,15 @@ def locked_folder(folder: Path) -> Iterator[Path]:
 
     The lock is a `flock` on `.lock` inside, so the system drops it when its holder dies. On a file system
     without locks the folder gets a name of its own for this process (no waiting, no resuming) and is removed
-    at the end if it still exists. Raises OSError.
+    at the end if it still exists. Raises OSError, and UserError for a folder that HLAT did not make, or a
+    link: see `hlat.data.partial`.
     """
     while True:
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
         try:
-            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            check_own(folder)
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # the holder removed or renamed the folder in between
         try:
@@ -42,10 +46,11 @@ def locked_folder(folder: Path) -> Iterator[Path]:
                 raise
             yield from _private(folder)
             return
-        if _is_same_file(handle, folder / ".lock"):
+        if _is_same_file(handle, folder / LOCK):
             break
         os.close(handle)
     try:
+        claim(folder, handle)
         yield folder
     finally:
         os.close(handle)
@@ -53,11 +58,13 @@ def locked_folder(folder: Path) -> Iterator[Path]:
 
 def _private(folder: Path) -> Iterator[Path]:
     with suppress(OSError):  # leave nothing under the shared name, unless another process has something there
-        (folder / ".lock").unlink()
-        folder.rmdir()
-    own = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
-    own.mkdir(exist_ok=True)
+        if os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+    own = temporary(folder)
+    own.mkdir()
     try:
+        (own / LOCK).write_bytes(OWNED)
         yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)

@@ -23,7 +23,7 @@ from math import gcd, lcm
 
 import numpy as np
 
-from hlat.data.packed import Shard
+from hlat.data.shard import Shard
 from hlat.errors import UserError
 
 _MAX_PERIOD = 2**16
@@ -182,7 +182,7 @@ class SourceRows:
         row = np.empty(self._seq_len + 1, dtype=np.int64)
         filled = 0
         for number, first, count in self.spans(k):
-            row[filled : filled + count] = self._shards[number].tokens[first : first + count]
+            row[filled : filled + count] = self._shards[number].ids(first, first + count)
             filled += count
         return row
 

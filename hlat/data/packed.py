@@ -6,8 +6,8 @@
                         bytes of text, content hash
     holdout-00000.bin   the same for the held-out documents
     tokenizer/          copy of the tokenizer's files
-    manifest.json       counts, sha256 of every file, dtype, tokenizer identity, source, what was dropped and
-                        why
+    manifest.json       counts, sha256 of every file and hashes of its blocks, dtype, tokenizer identity,
+                        source, what was dropped and why
 
 Nothing depends on the sequence length, or on how many processes wrote it. A document is held out when its
 content hash is below `holdout_below`, whatever else the source holds; equal documents are therefore always on
@@ -20,14 +20,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from hlat.data import shard as shards
 from hlat.data.convention import difference
+from hlat.data.partial import temporary
 from hlat.data.readers import Document, read_pieces
+from hlat.data.shard import REBUILD, Shard, check_described
 from hlat.data.sources import MANIFEST, InputFile, Piece
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
@@ -35,11 +37,9 @@ from hlat.errors import UserError
 FORMAT, VERSION = "hlat-tokens", 1
 Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, ...] = ("train", "holdout")
-_DOCUMENT_BYTES = 24
 _BATCH_BYTES = 2**20  # text handed to the tokenizer at once
 _EXAMPLES = 3  # names kept per reason of dropping
 HOLDS_MARKS = "text that the tokenizer encodes to its end-of-document or BOS token"
-REBUILD = "delete the folder and run `hlat data tokenize` again"
 
 
 class _Text(NamedTuple):
@@ -151,10 +151,10 @@ class _ShardWriter:
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         self._stem, self._dtype = stem, dtype
         self._file: Any = None
-        self._digest = hashlib.sha256()
+        self._digest, self._blocks = hashlib.sha256(), shards.BlockDigests()
         self._tokens = 0
         self._rows: list[tuple[int, int, int]] = []
-        self._temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
+        self._temporary = temporary(stem)
 
     def add(self, ids: np.ndarray, tokenizer: Tokenizer, size: int, mark: int) -> None:
         eos = tokenizer.eos_id
@@ -165,12 +165,13 @@ class _ShardWriter:
                 fix='set "eos_token" in tokenizer_config.json beside it',
             )
         if self._file is None:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by close or discard)
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by close or discard)
         bos = tokenizer.convention.bos
         whole = np.append(ids if bos is None else np.append(bos, ids), eos).astype(self._dtype)
         packed = whole.tobytes()
         self._file.write(packed)
         self._digest.update(packed)
+        self._blocks.update(packed)
         self._tokens += len(whole)
         self._rows.append((self._tokens, size, mark))
 
@@ -181,7 +182,7 @@ class _ShardWriter:
         _sync_and_close(self._file)
         os.replace(self._temporary, self._stem.with_suffix(".bin"))
         table = np.array(self._rows, dtype="<u8").tobytes()
-        with open(self._temporary, "wb") as stream:
+        with open(self._temporary, "xb") as stream:
             stream.write(table)
             _sync_and_close(stream)
         os.replace(self._temporary, self._stem.with_suffix(".docs"))
@@ -192,6 +193,7 @@ class _ShardWriter:
             "bytes": sum(row[1] for row in self._rows),
             "sha256": self._digest.hexdigest(),
             "docs_sha256": hashlib.sha256(table).hexdigest(),
+            **self._blocks.entry(),
         }
 
     def discard(self) -> None:
@@ -207,12 +209,12 @@ class _ShardWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either whole or absent. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
+    unfinished = temporary(path)
+    with open(unfinished, "x", encoding="utf-8") as stream:
         json.dump(content, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         _sync_and_close(stream)
-    os.replace(temporary, path)
+    os.replace(unfinished, path)
 
 
 def disk_error(error: OSError, folder: Path) -> UserError:
@@ -230,62 +232,17 @@ def _sync_and_close(stream: Any) -> None:
     stream.close()
 
 
-class Shard:
-    """One shard on disk, mapped into memory on first use."""
-
-    def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype) -> None:
-        self.path = folder / f"{entry['file']}.bin"
-        self.documents_path = folder / f"{entry['file']}.docs"
-        self.count, self.documents, self.bytes = (
-            int(entry["tokens"]),
-            int(entry["documents"]),
-            int(entry["bytes"]),
-        )
-        self.sha256: str = entry["sha256"]
-        self.docs_sha256: str = entry["docs_sha256"]
-        self._dtype = dtype
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """Ids (count,), read-only, in the shard's own dtype."""
-        return np.memmap(self.path, dtype=self._dtype, mode="r", shape=(self.count,))
-
-    @cached_property
-    def table(self) -> np.ndarray:
-        """(documents, 3) uint64.
-
-        End of the document in the shard (EOS included), bytes of its text, content hash.
-        """
-        return np.memmap(self.documents_path, dtype="<u8", mode="r", shape=(self.documents, 3))
-
-    def check_size(self) -> None:
-        """Raises UserError when a file is missing or has another size than the manifest says."""
-        for path, expected in (
-            (self.path, self.count * self._dtype.itemsize),
-            (self.documents_path, self.documents * _DOCUMENT_BYTES),
-        ):
-            size = path.stat().st_size if path.is_file() else None
-            if size != expected:
-                found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
-                raise UserError(f"shard {found}", where=str(path), fix=REBUILD)
-
-    def check_content(self) -> None:
-        """Raises UserError when the content is not what was written. Reads the whole shard."""
-        for path, expected in ((self.path, self.sha256), (self.documents_path, self.docs_sha256)):
-            with open(path, "rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                    raise UserError(
-                        "shard is damaged (sha256 differs from the manifest)", where=str(path), fix=REBUILD
-                    )
-
-
 class TokenFolder:
-    """An opened tokenized folder. Opening reads the manifest and the sizes of the files, not their content.
+    """An opened tokenized folder. Opening reads the manifest and the sizes of the files, not their content
+    (`hlat.data.verify` does).
+
+    Args:
+        whole: look at the sizes too.
 
     Raises UserError for a folder that is not whole.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, whole: bool = True) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         try:
@@ -301,6 +258,8 @@ class TokenFolder:
             bos = self.manifest["tokenizer"].get("bos_id")  # folders of earlier versions have none
             self.bos_id: int | None = None if bos is None else int(bos)
             self.holdout = float(self.manifest["holdout"])
+            self._check_numbers()
+            check_described(self.manifest)
             self.shards: dict[Split, list[Shard]] = {split: self._shards(split) for split in SPLITS}
         except OSError as error:
             raise UserError(
@@ -308,23 +267,37 @@ class TokenFolder:
                 where=str(path),
                 fix="name a folder written by `hlat data tokenize`",
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"not a manifest of tokens this version reads ({error})", where=str(path), fix=REBUILD
             ) from error
-        for split in SPLITS:
+        for split in SPLITS if whole else ():
             for shard in self.shards[split]:
                 shard.check_size()
 
+    def _check_numbers(self) -> None:
+        marks = [self.eos_id] if self.bos_id is None else [self.eos_id, self.bos_id]
+        if not isinstance(self.tokenizer_identity, str):
+            raise ValueError(f"tokenizer identity {self.tokenizer_identity}")
+        if not all(0 <= mark < self.vocab_size <= 2**32 for mark in marks):
+            raise ValueError(f"marks {marks} in a vocabulary of {self.vocab_size}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout {self.holdout}")
+
     def _shards(self, split: Split) -> list[Shard]:
         entries = self.manifest["shards"][split]
+        if not isinstance(entries, list):
+            raise ValueError(f"{split} is no list of shards")
         if any(os.path.basename(entry["file"]) != entry["file"] for entry in entries):
             raise ValueError("a shard outside the folder")
-        return [Shard(self.folder, entry, self.dtype) for entry in entries]
+        return [Shard(self.folder, entry, self.dtype, self.vocab_size) for entry in entries]
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError unless this tokenizer wrote the shards, or one whose ids mean the same."""
         if tokenizer.identity == self.tokenizer_identity:
+            if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
+                what = "it does not say of the tokenizer what its identity says"
+                raise UserError(what, where=str(self.folder / MANIFEST), fix=REBUILD)
             return
         if not self._same_ids(tokenizer):
             fix = f"set data.tokenizer to '{self.folder}', or tokenize again"

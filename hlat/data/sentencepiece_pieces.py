@@ -21,7 +21,6 @@ from hlat.data.special_tokens import Named, Token, misnumbered
 from hlat.errors import UserError
 
 _PLAIN = "\0"  # stands for the text between added tokens
-_PREFIX_ONCE = ("LlamaTokenizer", "CodeLlamaTokenizer")  # whose `legacy` is false unless it is given
 _CONTROL = (
     b"\x18\x03"  # ModelProto.SentencePiece.type = CONTROL; of a field given twice the last value counts
 )
@@ -53,7 +52,8 @@ class Pieces:
         self._own = dict(enumerate(names))
         self._added = self._numbered(named)
         for index, name in self._own.items():
-            if plain.is_control(index) or plain.is_unknown(index):
+            # AutoTokenizer takes control pieces for special tokens where the files list no further ones.
+            if plain.is_unknown(index) or (plain.is_control(index) and not named.extra):
                 self._added.setdefault(name, (index, Token(name)))
         self.marks = tuple(
             self._mark(named, role, own)
@@ -68,8 +68,7 @@ class Pieces:
         self.names = self._own | {i: t.content for i, t in self._spelled.items() if i < self.size}
         quiet = self._found_in_texts(plain)
         self._content = _as_control(content, quiet) if quiet else content
-        usual = named.tokenizer_class not in _PREFIX_ONCE
-        self._legacy = usual if named.legacy is None else named.legacy
+        self._legacy = named.prefixes_all
         self.further = self._decided(plain, quiet)
 
     def _numbered(self, named: Named) -> dict[str, tuple[int, Token]]:
@@ -144,7 +143,7 @@ class Pieces:
         divided = [list(_divided(finder, text)) for text in texts]
         first = [[s for s in parts if s[0] == _PLAIN and self._begins(s, later)] for parts in divided]
         rest = [[s for s in parts if s[0] == _PLAIN and not self._begins(s, later)] for parts in divided]
-        ids = {}
+        ids: dict[tuple[int, int], list[int]] = {}
         for model, chosen in ((self._whole, first), (self._bare, rest)):
             places = [(number, start, stop) for number, part in enumerate(chosen) for _, start, stop in part]
             found = self._pieces(model, [texts[number][start:stop] for number, start, stop in places])
@@ -178,14 +177,14 @@ class Pieces:
                 run.clear()
 
         for index in ids:
-            model = self._whole if self._legacy or not parts else self._bare
+            model = self._whole if self._legacy or not any(parts) else self._bare
             if index in self._spelled:
                 flush(model)
                 token = self._spelled[index]
                 parts.append("" if token.special else token.content)
             elif 0 <= index < self._count:
                 run.append(index)
-        flush(self._whole if self._legacy or not parts else self._bare)
+        flush(self._whole if self._legacy or not any(parts) else self._bare)
         return "".join(parts)
 
 
@@ -217,7 +216,8 @@ def _finder(tokens: Sequence[Token]) -> Any:
 def _divided(finder: Any, text: str) -> Iterator[tuple[str, int, int]]:
     """(token found, or _PLAIN; first character; the one after its last)."""
     found = finder.encode(text, add_special_tokens=False)
-    yield from ((name, *place) for name, place in zip(found.tokens, found.offsets, strict=True))
+    for index, place in zip(found.ids, found.offsets, strict=True):
+        yield finder.id_to_token(index), *place  # `tokens` has them with the white space they took
 
 
 def _as_control(content: bytes, ids: set[int]) -> bytes:

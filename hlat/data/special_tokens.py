@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ _CLASS_DEFAULTS = {
     "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>"),
     "Qwen2Tokenizer": (None, "<|endoftext|>"),
 }
+_PREFIX_ONCE = ("LlamaTokenizer", "CodeLlamaTokenizer")  # whose `legacy` is false unless it is given
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Named:
     extra: list[Token] = field(default_factory=list)
     tokenizer_class: str = ""
     legacy: bool | None = None
+
+    @property
+    def prefixes_all(self) -> bool:
+        """Whether what follows an added token gets SentencePiece's space in front, as what begins a text."""
+        return self.tokenizer_class not in _PREFIX_ONCE if self.legacy is None else self.legacy
 
     def special(self) -> set[str]:
         """Texts of the tokens that have a role."""
@@ -236,6 +242,28 @@ def complete(backend: Any, named: Named, where: str) -> set[int]:
             raise misnumbered(token.content, index, found, where)
     idle = named.idle() - before.keys()
     return {index for text in idle if (index := backend.token_to_id(text)) is not None}
+
+
+def decided_beside(backend: Any, definition: Mapping[str, Any], vocab_size: int) -> str:
+    """What of the ids of a `tokenizers` object its tokenizer.json does not decide, as text; empty: nothing.
+
+    Args:
+        definition: content of the tokenizer.json.
+        vocab_size: ids from here on do not count.
+    """
+    own = {token["content"]: token for token in definition.get("added_tokens") or []}
+    base, found = backend.get_vocab(with_added_tokens=False), []
+    for index, token in sorted(backend.get_added_tokens_decoder().items()):
+        values = {entry.name: getattr(token, entry.name) for entry in fields(Token)}
+        before = own.get(token.content)
+        if before is None:
+            matters = index < vocab_size and (token.content not in base or not token.special)
+        else:  # two that are special are not found in texts, however they are matched
+            changed = any(before.get(name) != value for name, value in values.items())
+            matters = changed and not (token.special and before.get("special"))
+        if matters:
+            found.append([index, values])
+    return "\0" + json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
 
 
 def misnumbered(text: str, said: int, found: int | None, where: str) -> UserError:

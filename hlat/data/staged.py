@@ -20,6 +20,7 @@ from typing import Any
 
 from hlat.data.lock import locked_folder
 from hlat.data.packed import SPLITS, TokenFolder, disk_error
+from hlat.data.partial import discard
 from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
 from hlat.data.tokenizer_files import TEMPLATES
@@ -62,7 +63,7 @@ def staged(url: str, where: str = "data.sources", quiet: bool = False) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder.with_name(f"{folder.name}.partial")) as partial:
             if (folder / MANIFEST).is_file():
-                shutil.rmtree(partial)
+                discard(partial)
                 return folder
             _fetch(remote, wanted, partial, quiet)
             (partial / MANIFEST).write_bytes(text)

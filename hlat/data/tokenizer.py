@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from hlat.data import long_text
 from hlat.data.convention import Convention
 from hlat.data.sentencepiece_pieces import Pieces
 from hlat.data.sources import MANIFEST
-from hlat.data.special_tokens import Token, complete, read_named, sidecars
+from hlat.data.special_tokens import Token, complete, decided_beside, read_named, sidecars
 from hlat.data.tokenizer_files import companions_of
 from hlat.errors import UserError
 from hlat.host.limits import cores
@@ -155,7 +154,9 @@ def open_tokenizers(path: Path) -> tuple[Any, set[int]]:
     content = _read(path)
     try:
         backend = Backend.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and panics with a BaseException
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
         raise UserError(
             f"not a tokenizer.json ({error})",
             where=str(path),
@@ -186,12 +187,12 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
         self.bos_id, self.eos_id = (None if text is None else vocabulary.get(text) for text in marks)
         self._never_in_texts([text for text in marks if text in vocabulary])
-        self._vocabulary = {text: index for text, index in vocabulary.items() if index not in idle}
-        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self.vocab_size = max((index for index in vocabulary.values() if index not in idle), default=-1) + 1
+        self._vocabulary = {text: index for text, index in vocabulary.items() if index < self.vocab_size}
         self.byte_exact = self._is_byte_level()
         self.takes_parts = long_text.cuts_are_safe(self._definition, self._found_in_texts())
-        decided = f"\0{self.eos_id}{self._decided_beside_it()}"
-        self.identity = hashlib.sha256(_read(path) + decided.encode()).hexdigest()
+        decided = decided_beside(self._backend, self._definition, self.vocab_size)
+        self.identity = hashlib.sha256(_read(path) + f"\0{self.eos_id}{decided}".encode()).hexdigest()
 
     def _never_in_texts(self, marks: Sequence[str | None]) -> None:
         """Mark them as special, also where the files do not."""
@@ -199,23 +200,6 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens = [known.get(text) or Token(text).added() for text in marks if text is not None]
         self._backend.add_special_tokens(tokens)
         self._backend.encode_special_tokens = True
-
-    def _decided_beside_it(self) -> str:
-        """What other files decide of the ids, as text; empty: nothing."""
-        own = {token["content"]: token for token in self._definition.get("added_tokens") or []}
-        base = self._backend.get_vocab(with_added_tokens=False)
-        found = []
-        for index, token in sorted(self._backend.get_added_tokens_decoder().items()):
-            values = _flags(token)
-            before = own.get(token.content)
-            if before is None:
-                matters = index < self.vocab_size and (token.content not in base or not token.special)
-            else:
-                matters = any(before.get(name) != flag for name, flag in values.items() if name != "content")
-                matters &= not (token.special and before.get("special"))  # not found in texts either way
-            if matters:
-                found.append([index, values])
-        return "\0" + json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
 
     def definition(self) -> dict[str, Any]:
         return dict(json.loads(self._backend.to_str()))
@@ -290,8 +274,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`, with the tokens that the files beside it add: see
-    `hlat.data.sentencepiece_pieces`.
+    """A SentencePiece `.model`, with the tokens that the files beside it add: see `sentencepiece_pieces`.
 
     Decoding is exact only as far as the model's own normalisation keeps the text.
     """
@@ -386,9 +369,3 @@ def _read(path: Path) -> bytes:
         raise UserError(
             f"cannot be read ({error.strerror})", where=str(path), fix="make it readable"
         ) from error
-
-
-def _flags(token: Any) -> dict[str, Any]:
-    return {name: getattr(token, name) for name in asdict(Token("")) if name != "content"} | {
-        "content": token.content
-    }

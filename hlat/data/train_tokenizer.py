@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hlat.data.packed import document_hash
+from hlat.data.partial import temporary
 from hlat.data.readers import read_pieces
 from hlat.data.sources import Source, units
 from hlat.errors import UserError
@@ -98,9 +99,9 @@ def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:
             (folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
             (path, tokenizer.to_str(pretty=True)),
         ):
-            temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, target)
+            unfinished = temporary(target)
+            unfinished.write_text(content, encoding="utf-8")
+            os.replace(unfinished, target)
     except OSError as error:
         raise UserError(
             f"cannot be written ({error.strerror})",

@@ -37,6 +37,15 @@ def file_digest(path: str | Path) -> str:
     return file_digests([path])[0]
 
 
+def remembered(path: str | Path) -> str | None:
+    """SHA-256 (hex) of a file that was read before and has not changed since; None: not known."""
+    absolute = os.path.abspath(path)
+    try:
+        return _Memory(os.path.dirname(absolute)).known(absolute)
+    except OSError:
+        return None
+
+
 def file_digests(
     paths: Iterable[str | Path], progress: Callable[[int], None] = lambda size: None
 ) -> list[str]:
@@ -75,14 +84,17 @@ class _Memory:
     def __exit__(self, *_: object) -> None:
         self._save()
 
+    def known(self, path: str) -> str | None:
+        """The digest of a file in the folder, if it is remembered. Raises OSError."""
+        found = self._known.get(_name(path))
+        return str(found[4]) if found is not None and tuple(found[:4]) == _mark(os.stat(path)) else None
+
     def digest(self, path: str, progress: Callable[[int], None]) -> str:
         """The digest of a file in the folder, computed unless it is known."""
-        name = os.path.basename(path).encode("utf-8", "surrogateescape").hex()
+        name = _name(path)
         try:
-            mark = _mark(os.stat(path))
-            known = self._known.get(name)
-            if known is not None and tuple(known[:4]) == mark:
-                return str(known[4])
+            if (known := self.known(path)) is not None:
+                return known
             value, mark = _read(path, progress)
         except OSError as error:
             what = f"cannot be read ({error.strerror or error})"
@@ -126,6 +138,10 @@ def _read(path: str, progress: Callable[[int], None]) -> tuple[str, Mark]:
         fix = "start again when whatever writes it is done"
         raise UserError("changed while it was read", where=path, fix=fix)
     return digest.hexdigest(), mark
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path).encode("utf-8", "surrogateescape").hex()
 
 
 def _mark(found: os.stat_result) -> Mark:

@@ -14,6 +14,9 @@ class FakeShard:
         self.tokens = np.asarray(tokens, dtype=np.uint32)
         self.count = len(self.tokens)
 
+    def ids(self, start, stop):
+        return self.tokens[start:stop].astype(np.int64)
+
 
 def rows_of(sizes, seq_len, seed=0, source=0):
     """A source whose i-th token is i, cut into shards of these sizes."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hlat.data import tokenizer as tokenizer_module
+from hlat.data import long_text
 from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.sources import resolve_source
 from hlat.data.tokenizer import load_tokenizer
@@ -71,27 +71,17 @@ def test_encode_forms_agree(bpe, sentence_piece):
         assert [array.tolist() for array in tokenizer.encode_arrays(TEXT)] == batch
 
 
-def test_long_texts_are_split_only_where_it_changes_nothing(bpe, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "SPLIT_ABOVE", 200)
-    text = "".join(f"line {i}\n" + "\n" * (i % 3) + " " * (i % 4) + "é\t\n" * (i % 2) for i in range(500))
-    parts = tokenizer_module._line_parts(text)
-    assert "".join(parts) == text and len(parts) > 20
-    assert bpe._splits_at_lines
-    assert bpe.encode_arrays(["x", text, "y"])[1].tolist() == bpe.encode(text)
-    assert tokenizer_module._line_parts("no line end " * 100) == ["no line end " * 100]
-
-
 def test_tokenizers_that_put_a_space_before_a_text_are_never_split(tmp_path, monkeypatch):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    monkeypatch.setattr(tokenizer_module, "SPLIT_ABOVE", 50)
+    monkeypatch.setattr(long_text, "SPLIT_ABOVE", 50)
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"]))
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    assert not tokenizer._splits_at_lines and not tokenizer.byte_exact
+    assert not tokenizer.takes_parts and not tokenizer.byte_exact
     assert tokenizer.encode_arrays([TEXT[0]])[0].tolist() == tokenizer.encode(TEXT[0])
     assert tokenizer.eos_id == 1
 
