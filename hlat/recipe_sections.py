@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hlat.data.template import parse_template
+from hlat.recipe_examples import ExamplesSection
 from hlat.section import (
     Fraction,
     NonNegative,
@@ -92,68 +92,6 @@ class SourceSection(Section):
         return self
 
 
-class ExamplesSection(Section):
-    """Finetuning data, in place of `data.sources`: records with a prompt and its completion or its label."""
-
-    path: Text | None = None
-    """A jsonl, parquet or arrow file of records, or a folder of them; relative to the working directory."""
-    dataset: Text | None = None
-    """A Hugging Face data set NAME[:CONFIG][@SPLIT]; stdlib-packages or stdlib-docstrings, which are always
-    there.
-    """
-    eval_path: Text | None = None
-    """Held-out records, as path. With it or eval_dataset, data.holdout takes none of the others."""
-    eval_dataset: Text | None = None
-    """Held-out records, as dataset: such as glue:sst2@validation."""
-    prompt: Text = "{prompt}"
-    """Template of the prompt: text with the names of fields in braces; {{ and }} are braces."""
-    completion: Text = "{completion}"
-    """Template of what directly follows the prompt, space included; with label_field the label's word."""
-    label_field: Text | None = None
-    """Field with the label of a record, a text or a number: the completion is then the label's word."""
-    labels: dict[str, Text] = Field(default_factory=dict)
-    """Each label and the word that follows the prompt for it, space included: {"0": " bad", "1": " good"};
-    objective.by=head only counts them.
-    """
-    group_field: Text | None = None
-    """Field whose value decides which side of the held-out split a record is on, such as the document it is
-    from; null: the prompt.
-    """
-    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Largest share of the records that may turn out to be no examples. More is an error."""
-    limit: Positive | None = None
-    """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> ExamplesSection:
-        for name, path, dataset, needed in (
-            ("path", self.path, self.dataset, True),
-            ("eval_path", self.eval_path, self.eval_dataset, False),
-        ):
-            other = name.replace("path", "dataset")
-            if path and dataset or (needed and not path and not dataset):
-                what = f"{'both' if path else 'neither'} {name} {'and' if path else 'nor'} {other}"
-                raise problem(f"examples have {what}", "", "give exactly one of them")
-        for key in ("prompt", "completion"):
-            try:
-                parse_template(getattr(self, key))
-            except ValueError as error:
-                fix = "write fields as {name}, and braces themselves as {{ and }}"
-                raise problem("{why}", key, fix, why=str(error)) from None
-        if self.label_field is not None and len(self.labels) < 2:
-            fix = "list all labels with their words, such as {'0': ' bad', '1': ' good'}"
-            raise problem("label_field needs at least two labels", "labels", fix)
-        if self.label_field is not None and self.completion != type(self).model_fields["completion"].default:
-            fix = "remove completion, or label_field and labels"
-            raise problem("the completion of a labelled example is its label's word", "completion", fix)
-        if self.label_field is None and self.labels:
-            fix = "name the field that holds the label"
-            raise problem("there are labels but no label_field", "label_field", fix)
-        if len(set(self.labels.values())) < len(self.labels):
-            raise problem("two labels have the same word", "labels", "give each a word of its own")
-        return self
-
-
 class DataSection(Section):
     """What is read, how it becomes tokens, and how many of them make a step."""
 
@@ -161,6 +99,11 @@ class DataSection(Section):
     """Where the text comes from; needed unless there are examples."""
     examples: ExamplesSection | None = None
     """Finetuning data in place of sources: see the keys below."""
+    chat_template: Text | None = None
+    """A Jinja file that makes one text of the messages of examples, in the sandbox and with the names that
+    `transformers` gives such templates; it goes with the checkpoints. plain: one that needs no special token
+    but end of document. null: the one of the tokenizer.
+    """
     tokenizer: Text = "bytes"
     """A SentencePiece .model, a tokenizer.json or a folder with one of them; `bytes`; `train:bpe-4096` to
     train a byte-pair encoding of that size on the sources; or `init`, the one that comes with init.from.
@@ -189,6 +132,12 @@ class DataSection(Section):
             raise problem(what, "sources", "give at least one source, or data.examples to finetune")
         if self.examples is not None and self.sources:
             raise problem("both sources and examples are given", "examples", "give exactly one of them")
+        if self.chat_template is not None and (self.examples is None or self.examples.format == "template"):
+            fix = "leave it out" if self.examples is None else "write data.examples.format: messages"
+            raise problem("a chat template is for examples that are messages", "chat_template", fix)
+        if self.chat_template is not None and self.examples and self.examples.own_templates():
+            fix = f"leave out one of data.examples.{self.examples.own_templates()[0]} and data.chat_template"
+            raise problem("examples are either messages or have templates of their own", "chat_template", fix)
         if self.examples is not None and self.document_mask:
             fix = "write document_mask: false"
             raise problem("each example has a row of its own: nothing to mask", "document_mask", fix)

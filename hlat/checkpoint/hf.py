@@ -217,7 +217,10 @@ def _export_texts(
         return {"config": {}}, [_NO_TOKENIZER]
     ids = special_ids(tokenizer)
     warnings = export_tokenizer(tokenizer, folder, max_seq_len, record.convention.bos)
-    return {"config": ids, "generation_config": ids}, warnings
+    return {
+        "config": ids,
+        "generation_config": {**ids, **record.files.get("generation_config", {})},
+    }, warnings
 
 
 def _write_shards(

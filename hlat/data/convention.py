@@ -27,16 +27,20 @@ class Convention:
     Attributes:
         bos: id before every text; None: the weights have never seen one.
         empty: id that stands for a text without tokens; None: the end-of-document token.
-        special: a special token that is spelled in a prompt is taken as such, as `transformers` does it.
+        special: a special token that is spelled in a prompt is taken as such, as `transformers` does it, and
+            the tokenizer's files go back as they came.
+        template: it is taken as such because the examples that HLAT trained on had templates with them.
     """
 
     bos: int | None = None
     empty: int | None = None
     special: bool = False
+    template: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"bos": self.bos, "empty": self.empty, "special": self.special}
+        known = {"bos": self.bos, "empty": self.empty, "special": self.special}
+        return {**known, "template": True} if self.template else known
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Convention:
@@ -45,7 +49,7 @@ class Convention:
         for name, value in ids.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} is {value!r}")
-        return cls(**ids, special=values.get("special") is True)
+        return cls(**ids, special=values.get("special") is True, template=values.get("template") is True)
 
 
 def difference(own: Tokenizer, other: Tokenizer) -> str:

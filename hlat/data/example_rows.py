@@ -29,7 +29,12 @@ def fit_prompt(prompt: Ids, room: int, empty: int, bos_id: int | None = None) ->
 
 
 def pair_batch(
-    prompts: Sequence[Ids], completions: Sequence[Ids], size: int, seq_len: int, fill: int
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    size: int,
+    seq_len: int,
+    fill: int,
+    learned: Sequence[np.ndarray | None] | None = None,
 ) -> Batch:
     """Rows of prompt and completion, of which the completion's tokens are the targets.
 
@@ -39,13 +44,16 @@ def pair_batch(
         size: rows; those beyond the examples have no target.
         seq_len: their length.
         fill: the id after the end of an example.
+        learned: for each example which of its completion's tokens are targets, bool (n,); None: all.
     """
     ids = np.full((size, seq_len), fill, dtype=np.int64)
     targets = np.full((size, seq_len), IGNORE, dtype=np.int64)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         whole = np.concatenate([prompt, completion])
         ids[row, : len(whole) - 1] = whole[:-1]
-        targets[row, len(prompt) - 1 : len(whole) - 1] = completion
+        chosen = learned[row] if learned else None
+        right = completion if chosen is None else np.where(chosen, completion, IGNORE)
+        targets[row, len(prompt) - 1 : len(whole) - 1] = right
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
@@ -65,16 +73,19 @@ def label_batch(
     fill: int,
     *,
     count_tokens: bool = False,
+    own: Sequence[Sequence[Ids]] | None = None,
 ) -> LabelledBatch:
     """Rows of prompts with every label, or prompts alone where labels are not spelled.
 
     Args:
         prompts: of at most `size` examples, at most seq_len + 1 - (longest label) tokens each.
         labels: the right label of each.
-        spelled: tokens of each label; empty for a linear head.
+        spelled: tokens of each label; empty for a linear head. With `own` they only say how many there are at
+            most.
         size: examples; those beyond the given ones have label -100 and no target.
         seq_len, fill: see `pair_batch`.
         count_tokens: the targets are the tokens of the right label instead of one for each example.
+        own: for each example the tokens of each label after its prompt, where prompts make a difference.
     """
     per, longest, choices = rows_per_example(spelled), max(map(len, spelled), default=1), len(spelled) or 1
     ids = np.full((size * per, seq_len), fill, dtype=np.int64)
@@ -83,17 +94,21 @@ def label_batch(
     tokens = np.full((size * choices, longest), IGNORE, dtype=np.int64)
     for number, word in enumerate(spelled):
         tokens[number::choices, : len(word)] = word
+    if own:
+        tokens[: len(own) * choices] = IGNORE
     right = np.full(size, IGNORE, dtype=np.int64)
     right[: len(labels)] = labels
     for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
         last = len(prompt) - 1
         ids[i * per : (i + 1) * per, : last + 1] = prompt
         places[i * choices : (i + 1) * choices] = last
-        for number, word in enumerate(spelled):
+        words = own[i] if own else spelled
+        for number, word in enumerate(words):
+            tokens[i * choices + number, : len(word)] = word
             ids[i * per + number % per, last + 1 : last + len(word)] = word[:-1]
             places[i * choices + number, : len(word)] += np.arange(len(word))
         if count_tokens:
-            word = spelled[label]
+            word = words[label]
             targets[i * per + label % per, last : last + len(word)] = word
         else:
             targets[i * per, last] = label

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hlat.data.losses import refuse_most
 from hlat.data.origins import Place
 from hlat.data.packed import document_hash, holdout_threshold
-from hlat.data.records import read_records
+from hlat.data.quoted import Quoted, Span
+from hlat.data.records import Record, Records
 from hlat.data.template import field_text, parse_template
 from hlat.errors import UserError
 
@@ -18,20 +19,24 @@ if TYPE_CHECKING:
     from hlat.recipe_sections import ExamplesSection
 
 WHERE = "data.examples"
+Reader = Callable[[Iterable[Record], str, str, Counter[str]], "list[Example]"]
+"""Examples of records, the name of their source, the key that names it, and what is dropped by reason."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One example. `label` is its place among the labels, -1 without; `mark` is the hash of its prompt,
-    `group` that of what decides on which side of the held-out split it is; `place` where it is from, unless
-    it is made.
+    `group` that of what decides on which side of the held-out split it is. `spans`: places of the answers in
+    the completion of a conversation, which begins and ends with one; None: all of it is the answer. `place`
+    is where it is from, unless it is made.
     """
 
-    prompt: str
-    completion: str
+    prompt: Quoted
+    completion: Quoted
     label: int
     mark: int
     group: int
+    spans: tuple[Span, ...] | None = None
     place: Place | None = None
 
 
@@ -47,7 +52,11 @@ class Texts:
     beyond_limit: int = 0
 
 
-def read_examples(section: ExamplesSection, holdout: float) -> Texts:
+def read_examples(
+    section: ExamplesSection,
+    holdout: float,
+    conversations: Callable[[Mapping[str, Any]], Reader | None] = lambda first: None,
+) -> Texts:
     """The examples that a recipe's section describes.
 
     An example is held out when the hash of its prompt is below `holdout`, so equal prompts are on one side;
@@ -55,15 +64,32 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
     `eval_dataset`, when it comes from there. Held-out examples are in the order of
     their hashes, training examples in that of the source, or with `limit` the first by hash.
 
-    Raises UserError: see `_read`; also when no example is left on a side that needs one.
+    `conversations` gets the first record of a source and says what reads it; None: the section's templates.
+
+    Raises UserError: see `_filled`; also when no example is left on a side that needs one.
     """
-    texts, held_out_dropped = Texts(), Counter[str]()
-    everything = _read(section, section.path, section.dataset, WHERE, texts.dropped)
+    texts = Texts()
+
+    def read(path: str | None, dataset: str | None, where: str) -> list[Example]:
+        records, source, dropped = Records(path, dataset, where), path or dataset or "", Counter[str]()
+        first: Record | None = None
+        for first in records.read():
+            if first.values is not None:
+                break
+        reader = conversations(first.values or {}) if first else None
+        if reader is not None:
+            found = reader(records.read(), source, where, dropped)
+        else:
+            found = _filled(section, records.read(_fields(section)), source, where, dropped)
+        refuse_most(source, len(found), dropped, section.allow_dropped, where)
+        texts.dropped.update(dropped)
+        return found
+
+    everything = read(section.path, section.dataset, WHERE)
     if section.eval_path or section.eval_dataset:
         key = f"{WHERE}.{'eval_path' if section.eval_path else 'eval_dataset'}"
         texts.train = everything
-        texts.held_out = _read(section, section.eval_path, section.eval_dataset, key, held_out_dropped)
-        texts.dropped.update(held_out_dropped)
+        texts.held_out = read(section.eval_path, section.eval_dataset, key)
     else:
         below = holdout_threshold(holdout)
         texts.train = [example for example in everything if example.group >= below]
@@ -82,24 +108,23 @@ def read_examples(section: ExamplesSection, holdout: float) -> Texts:
     return texts
 
 
-def _read(
-    section: ExamplesSection, path: str | None, dataset: str | None, where: str, dropped: Counter[str]
+def _filled(
+    section: ExamplesSection, records: Iterable[Record], source: str, where: str, dropped: Counter[str]
 ) -> list[Example]:
-    """The examples of one source; what was dropped of it is added to `dropped`.
+    """The examples that the templates of the section make of records.
 
-    Raises UserError when the source cannot be read or is empty, when no record has the fields of the
-    templates, when more records are dropped than allowed, or when a label is not among the recipe's.
+    Raises UserError when there are none, when no record has the fields of the
+    templates, or when a label is not among the recipe's.
     """
     prompt, completion = parse_template(section.prompt), parse_template(section.completion)
     group = section.group_field
-    needed = [*prompt.fields, *([section.label_field] if section.label_field else completion.fields)]
-    needed += [group] if group else []
+    needed = _fields(section)
     numbers = {label: number for number, label in enumerate(section.labels)}
-    words = list(section.labels.values())
+    words = [Quoted(word) for word in section.labels.values()]
     examples: list[Example] = []
     first: Sequence[str] = ()
     lacking: Counter[str] = Counter()
-    for record in read_records(path, dataset, where, needed):
+    for record in records:
         if record.values is None:
             dropped[record.reason] += 1
             continue
@@ -108,27 +133,34 @@ def _read(
         if missing is not None:
             lacking[missing] += 1
             continue
-        text, answer, number = prompt.render(record.values) or "", completion.render(record.values) or "", -1
+        text, answer = (part.fill(record.values) or Quoted("") for part in (prompt, completion))
+        number = -1
         if section.label_field:
             label = field_text(record.values, section.label_field) or ""
             if label not in numbers:
                 raise _unknown_label(label, list(numbers), record.name, where)
             number, answer = numbers[label], words[numbers[label]]
         try:
-            mark, _ = document_hash(text.encode("utf-8")), answer.encode("utf-8")
+            mark, _ = document_hash(text.text.encode("utf-8")), answer.text.encode("utf-8")
             own = document_hash((field_text(record.values, group) or "").encode("utf-8")) if group else mark
         except UnicodeEncodeError:
             dropped["not Unicode text (lone surrogate)"] += 1
             continue
-        if not answer:
+        if not answer.text:
             dropped["empty completion"] += 1
             continue
-        examples.append(Example(text, answer, number, mark, own, record.place))
+        examples.append(Example(text, answer, number, mark, own, place=record.place))
     dropped.update({f"no text or number under '{name}'": count for name, count in lacking.items()})
     if not examples:
-        raise _nothing(path or dataset or "", first, lacking, dropped, where)
-    refuse_most(path or dataset or "", len(examples), dropped, section.allow_dropped, where)
+        raise _nothing(source, first, lacking, dropped, where)
     return examples
+
+
+def _fields(section: ExamplesSection) -> list[str]:
+    """The fields of a record that the section names: no others are read."""
+    prompt, completion = parse_template(section.prompt), parse_template(section.completion)
+    answer = [section.label_field] if section.label_field else completion.fields
+    return [*prompt.fields, *answer, *([section.group_field] if section.group_field else [])]
 
 
 def _unknown_label(label: str, known: Sequence[str], name: str, where: str) -> UserError:

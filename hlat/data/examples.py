@@ -10,47 +10,32 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hlat.data.batch import Batch, rows_of
-from hlat.data.example_rows import Ids, fit_prompt, label_batch, pair_batch, rows_per_example
-from hlat.data.example_text import WHERE, Example, read_examples
+from hlat.data.chat import Chat
+from hlat.data.example_ids import (
+    Kind,
+    Split,
+    cut_prompts,
+    encode_labelled,
+    encode_pairs,
+    encode_prompts,
+    longest_spelling,
+)
+from hlat.data.example_rows import label_batch, pair_batch, rows_per_example
+from hlat.data.example_text import Example, Texts, read_examples
+from hlat.data.joint import Joint
 from hlat.data.locate import place_values, rows_in
 from hlat.data.mixture import permute
-from hlat.data.origins import Place
 from hlat.data.packed import document_hash
+from hlat.data.template import parse_template
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
     from hlat.recipe import Recipe
-
-Kind = Literal["pairs", "words", "tokens", "head"]
-"""What a row is for: a completion; the likelihoods of all labels; the right label's tokens (all labels in
-evaluation); a linear head.
-"""
-
-
-@dataclass
-class Split:
-    """Tokenized examples: `prompts` and, for pairs, `completions` (EOS included); `labels` by number;
-    `texts` of prompt and completion; `cut` prompts that lost their beginning; `places` they are from.
-    """
-
-    prompts: list[Ids]
-    completions: list[Ids]
-    labels: list[int]
-    texts: list[tuple[str, str]]
-    cut: int
-    places: list[Place | None] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        """How many examples."""
-        return len(self.prompts)
+    from hlat.recipe_sections import ExamplesSection
 
 
 class Examples:
@@ -60,11 +45,12 @@ class Examples:
         train, holdout: both sides of the held-out split.
         kind: what rows are for.
         labels: names of the labels; empty for pairs.
-        spelled: tokens of each label; empty for pairs and a linear head.
         tokenizer: that of the ids.
         seq_len, seed, global_batch: as in the recipe.
         rows: rows of the whole run, for the report.
         source: what the report calls the examples. notes: its further lines.
+        marks: whether their templates have special tokens. turn_end: id of the one that ends an answer of
+            conversations, if any.
     """
 
     def __init__(
@@ -73,7 +59,6 @@ class Examples:
         holdout: Split,
         kind: Kind,
         labels: Sequence[str],
-        spelled: Sequence[Ids],
         tokenizer: Tokenizer,
         *,
         seq_len: int,
@@ -82,12 +67,17 @@ class Examples:
         rows: int = 0,
         source: str = "",
         notes: Sequence[str] = (),
+        marks: bool = False,
+        turn_end: int | None = None,
     ) -> None:
         assert tokenizer.eos_id is not None
         self.content: dict[str, str] = {}  # recipe key -> digest of what was read for it
         self.train, self.holdout, self.kind, self.labels = train, holdout, kind, list(labels)
-        self.spelled, self.tokenizer, self.vocab_size = list(spelled), tokenizer, tokenizer.vocab_size
+        self.spelled = longest_spelling([train, holdout])  # for the shape of the rows
+        self._alike = len({id(words) for split in (train, holdout) for words in split.spelled}) <= 1
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self._seq_len, self._seed, self._global_batch = seq_len, seed, global_batch
+        self.marks, self.turn_end = marks, turn_end
         self._rows, self._source, self._notes = rows, source, list(notes)
         self._fill = tokenizer.eos_id
 
@@ -105,6 +95,12 @@ class Examples:
         for split in (self.train, self.holdout):
             digest.update(f"\n{split.documents} {split.labels}".encode())
             for ids in [*self.spelled, *split.prompts, *split.completions]:
+                digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i8").tobytes())
+            for learned in split.learned:
+                digest.update(
+                    b"" if learned is None else len(learned).to_bytes(4, "little") + learned.tobytes()
+                )
+            for ids in (ids for words in split.spelled if not self._alike for ids in words):
                 digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -160,13 +156,16 @@ class Examples:
         labels = [split.labels[i] for i in indices]
         if self.kind == "pairs":
             right = [split.completions[i] for i in indices]
-            return pair_batch(prompts, right, size, self._seq_len, self._fill)
+            learned = [split.learned[i] for i in indices]
+            return pair_batch(prompts, right, size, self._seq_len, self._fill, learned)
+        own = [split.spelled[i] for i in indices] if split.spelled else None
         if self.kind == "tokens" and not evaluate:
-            right = [self.spelled[label] for label in labels]
+            assert own is not None
+            right = [words[label] for words, label in zip(own, labels, strict=True)]
             return pair_batch(prompts, right, size, self._seq_len, self._fill)
         by_token = self.kind == "tokens"
         return label_batch(
-            prompts, labels, self.spelled, size, self._seq_len, self._fill, count_tokens=by_token
+            prompts, labels, self.spelled, size, self._seq_len, self._fill, count_tokens=by_token, own=own
         )
 
     def _evaluated(self, rows: int | None) -> int:
@@ -183,8 +182,7 @@ class Examples:
 
     def holdout_text(self, rows: int | None = None) -> bytes:
         """Those completions, one after the other."""
-        texts = self.holdout.texts[: self._evaluated(rows)]
-        return "".join(completion for _, completion in texts).encode("utf-8", "replace")
+        return "".join(self.holdout.answers[: self._evaluated(rows)]).encode("utf-8", "replace")
 
     def holdout_labels(self, rows: int | None = None) -> dict[str, int]:
         """How many of so many held-out examples have each label."""
@@ -241,85 +239,96 @@ def open_examples(recipe: Recipe, tokenizer: Tokenizer) -> Examples:
         fix = 'set "eos_token" in tokenizer_config.json beside it'
         raise UserError("the tokenizer has no end-of-document token", where=tokenizer.spec, fix=fix)
     kind: Kind = objective.options["by"] if objective.name == "classification" else "pairs"
-    texts = read_examples(section, recipe.data.holdout)
-    spelled = _spelled(section.labels, tokenizer, recipe.data.seq_len) if kind in ("words", "tokens") else []
-    notes = [f"  dropped: {count:,} records: {reason}" for reason, count in texts.dropped.items()]
-    if texts.beyond_limit:
-        notes.append(f"  limit: {texts.beyond_limit:,} more examples are not used")
-    trained = {example.mark for example in texts.train}
-    if both := sum(example.mark in trained for example in texts.held_out):
-        notes.append(f"  note: {both:,} held-out prompts are also prompts of training examples")
-    longest = max(map(len, spelled), default=1)
-    sides = []
-    for examples in (texts.train, texts.held_out):
-        split, too_long = _tokenized(examples, kind, tokenizer, recipe.data.seq_len, longest)
-        sides.append(split)
-        if too_long:
-            notes.append(f"  dropped: {too_long:,} records: completion longer than seq_len")
-        if examples and not split.prompts:
-            raise UserError(
-                f"none of {len(examples)} completions fits into {recipe.data.seq_len} tokens",
-                where="data.seq_len",
-                fix="raise it, or shorten the completions",
-            )
-    train, held_out = sides
+    chat = Chat(recipe, tokenizer)
+    texts = read_examples(section, recipe.data.holdout, chat.reader)
+    if chat.joint is not None and kind != "pairs":
+        fix = "write objective.name: causal_lm, or give label_field"
+        raise UserError("conversations have no labels to classify by", where="objective.name", fix=fix)
+    joint = chat.joint or Joint(tokenizer, _literals(section))
+    train, held_out = _encoded(texts, kind, section.labels, joint, recipe.data.seq_len)
     return Examples(
         train,
         held_out,
         kind,
         list(section.labels),
-        spelled,
         tokenizer,
         seq_len=recipe.data.seq_len,
         seed=recipe.run.seed,
         global_batch=recipe.data.global_batch,
         rows=recipe.run.steps * recipe.data.global_batch,
         source=str(section.path or section.dataset),
-        notes=notes,
+        notes=[*_notes(texts), *_notes_of_ids(joint, train, held_out)],
+        marks=joint.encoder.used or joint.encoder.has_one(texts.train[0].prompt + texts.train[0].completion),
+        turn_end=_turn_end(texts, joint),
     )
 
 
-def _spelled(labels: dict[str, str], tokenizer: Tokenizer, seq_len: int) -> list[Ids]:
-    """Tokens of every label. Raises UserError for one without any, too long a one, or two that are equal."""
-    spelled = tokenizer.encode_parts(list(labels.values()), begin=False)
-    seen: dict[bytes, str] = {}
-    for (label, word), ids in zip(labels.items(), spelled, strict=True):
-        where = f"{WHERE}.labels.{label}"
-        if not 0 < len(ids) <= seq_len:
-            what = f"{word!r} has {len(ids)} tokens, and a row {seq_len}"
-            raise UserError(what, where=where, fix="take a shorter word, or a larger data.seq_len")
-        other = seen.setdefault(ids.tobytes(), label)
-        if other != label:
-            raise UserError(f"has the same tokens as label {other!r}", where=where, fix="take another word")
-    return spelled
+def _turn_end(texts: Texts, joint: Joint) -> int | None:
+    """Id of the special token that ends an answer of conversations, where it is another than EOS."""
+    example = texts.train[0]
+    if example.spans is None:
+        return None
+    last = joint.encoder.ends_with_one(example.completion)
+    return joint.encoder.control.get(last)
 
 
-def _tokenized(
-    examples: Sequence[Example], kind: Kind, tokenizer: Tokenizer, seq_len: int, longest: int
-) -> tuple[Split, int]:
-    """A split, and how many examples were left out because their completion does not fit.
+def _literals(section: ExamplesSection) -> str:
+    """All that the templates of examples spell themselves."""
+    templates = [parse_template(text).literals for text in (section.prompt, section.completion)]
+    return "\0".join([*templates, *section.labels.values()])
 
-    Prompt and completion are encoded apart, so that the tokens of a prompt are those that `hlat generate`
-    makes of it: with BOS before them where the weights know it. A pair ends with EOS; a label does not.
-    """
-    eos, known = tokenizer.eos_id, tokenizer.convention
-    assert eos is not None
-    empty = eos if known.empty is None else known.empty
-    split, too_long = Split([], [], [], [], 0), 0
-    completions: list[Ids] = []
-    if kind == "pairs":
-        encoded = tokenizer.encode_parts([example.completion for example in examples], begin=False)
-        completions = [np.append(ids, eos) for ids in encoded]
-    prompts = tokenizer.encode_parts([example.prompt for example in examples], begin=True)
-    for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        room = seq_len + 1 - (len(completions[i]) if completions else longest)
-        if room < 1:
-            too_long += 1
-            continue
-        split.cut += len(prompt) > room
-        split.prompts.append(fit_prompt(prompt, room, empty, known.bos))
-        split.completions += completions[i : i + 1]
-        split.labels.append(example.label)
-        split.texts.append((example.prompt, example.completion))
-        split.places.append(example.place)
-    return split, too_long
+
+def _encoded(
+    texts: Texts, kind: Kind, labels: dict[str, str], joint: Joint, seq_len: int
+) -> tuple[Split, Split]:
+    """Both sides in ids. Raises UserError as `open_examples`."""
+
+    def encode(examples: Sequence[Example]) -> Split:
+        if kind == "pairs":
+            return encode_pairs(examples, joint, seq_len)
+        if kind == "head":
+            return encode_prompts(examples, joint)
+        return encode_labelled(examples, labels, joint, seq_len)
+
+    train, held_out = encode(texts.train), encode(texts.held_out)
+    for split in (train, held_out):
+        if kind != "pairs":
+            longest = max(map(len, longest_spelling([train, held_out])), default=1)
+            cut_prompts(split, joint, seq_len + 1 - longest)
+        if split.too_long and not split.prompts:
+            raise UserError(
+                f"none of {split.too_long} completions fits into {seq_len} tokens",
+                where="data.seq_len",
+                fix="raise it, or shorten the completions",
+            )
+    return train, held_out
+
+
+def _notes(texts: Texts) -> list[str]:
+    """What is said of the examples as they were read."""
+    notes = [f"  dropped: {count:,} records: {reason}" for reason, count in texts.dropped.items()]
+    if texts.beyond_limit:
+        notes.append(f"  limit: {texts.beyond_limit:,} more examples are not used")
+    trained = {example.mark for example in texts.train}
+    if both := sum(example.mark in trained for example in texts.held_out):
+        notes.append(f"  note: {both:,} held-out prompts are also prompts of training examples")
+    if len(texts.held_out) == 1:
+        notes.append("  note: a single example is held out, so held-out figures say next to nothing")
+    return notes
+
+
+def _notes_of_ids(joint: Joint, train: Split, held_out: Split) -> list[str]:
+    """What is said of their ids."""
+    notes = [
+        f"  dropped: {split.too_long:,} records: completion longer than seq_len"
+        for split in (train, held_out)
+        if split.too_long
+    ]
+    if joint.straddling:
+        notes.append(
+            f"  note: {joint.straddling:,} prompts end where no token ends once the completion follows, "
+            "with a space perhaps, and are encoded alone; better let the completion begin with that space"
+        )
+    if quoting := train.quoting + held_out.quoting:
+        notes.append(f"  note: {quoting:,} records spell special tokens, which are taken as text there")
+    return notes

@@ -29,38 +29,53 @@ class Record(NamedTuple):
     place: Place | None = None
 
 
-def read_records(
-    path: str | None, dataset: str | None, where: str, fields: Collection[str] | None = None
-) -> Iterator[Record]:
-    """The records of a source, in order.
+class Records:
+    """The records of a source, which may be read more than once.
 
     Args:
         path: a file of JSON, parquet or arrow, or a folder of them.
         dataset: a built-in name (see `hlat.data.stdlib`), or a Hugging Face data set NAME[:CONFIG][@SPLIT].
         where: the key to name in errors.
-        fields: the columns to read of parquet and arrow files; None for all. A value of theirs that cannot
-            be read leaves the record out; one of another column is None.
 
-    Raises UserError when the source is missing, cannot be read or holds no file of records.
+    Raises UserError when the source is missing or cannot be read.
     """
-    if dataset in BUILTIN:
-        for number, values in enumerate(BUILTIN[dataset](), 1):
-            yield Record(f"{dataset}:{number}", values)
-        return
-    source = resolve_source(path=path, dataset=dataset, where=where)
-    found = False
-    for number, file in enumerate(source.files):
-        form = form_of(file.path, file.kind)
-        if form.layout == "text":
-            continue
-        found = True
-        places = FilePlaces(source, number)
-        columns = form.layout in ("parquet", "arrow")
-        for record in _rows(file, form, fields) if columns else _values(file, form):
-            yield record._replace(place=places.of(record.name))
-    if not found:
-        fix = f"give a {RECORDS}, or a folder of them"
-        raise UserError(f"'{source.label}' holds no records", where=where, fix=fix)
+
+    def __init__(self, path: str | None, dataset: str | None, where: str) -> None:
+        self._dataset, self._where = dataset, where
+        self._source = None if dataset in BUILTIN else resolve_source(path=path, dataset=dataset, where=where)
+
+    def read(self, fields: Collection[str] | None = None) -> Iterator[Record]:
+        """The records, in order.
+
+        Args:
+            fields: the columns to read of parquet and arrow files; None for all. A value of theirs that
+                cannot be read leaves the record out; one of another column is None.
+
+        Raises UserError when a file cannot be read, or there is none of records.
+        """
+        if self._source is None:
+            for number, values in enumerate(BUILTIN[str(self._dataset)](), 1):
+                yield Record(f"{self._dataset}:{number}", values, fields=tuple(values))
+            return
+        found = False
+        for number, file in enumerate(self._source.files):
+            form = form_of(file.path, file.kind)
+            if form.layout == "text":
+                continue
+            found, places = True, FilePlaces(self._source, number)
+            columns = form.layout in ("parquet", "arrow")
+            for record in _rows(file, form, fields) if columns else _values(file, form):
+                yield record._replace(place=places.of(record.name))
+        if not found:
+            fix = f"give a {RECORDS}, or a folder of them"
+            raise UserError(f"'{self._source.label}' holds no records", where=self._where, fix=fix)
+
+
+def read_records(
+    path: str | None, dataset: str | None, where: str, fields: Collection[str] | None = None
+) -> Iterator[Record]:
+    """The records of a source: see `Records`."""
+    return Records(path, dataset, where).read(fields)
 
 
 def _values(file: InputFile, form: Form) -> Iterator[Record]:

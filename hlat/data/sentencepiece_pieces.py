@@ -127,16 +127,24 @@ class Pieces:
     def _in_prompts(self) -> Any:
         return _finder([replace(token, special=False) for _, token in self._added.values()])
 
-    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Ids of texts; with `special` the special tokens spelled in them are taken as such."""
+    def added(self) -> list[tuple[str, int, bool]]:
+        """Text, id, and whether it is special, of each token that is found in a text as a whole."""
+        return sorted(
+            ((text, index, token.special) for text, (index, token) in self._added.items()), key=lambda t: t[1]
+        )
+
+    def encode(self, texts: Sequence[str], special: bool, later: bool = False) -> list[list[int]]:
+        """Ids of texts; with `special` the special tokens spelled in them are taken as such, with `later` the
+        texts follow such a token.
+        """
         finder = self._in_prompts if special else self._in_documents
         if finder is None:
-            return self._pieces(self._whole, texts)
+            return self._pieces(self._bare if later and not self._legacy else self._whole, texts)
         divided = [list(_divided(finder, text)) for text in texts]
-        first = [[s for s in parts if s[0] == _PLAIN and self._begins(s)] for parts in divided]
-        later = [[s for s in parts if s[0] == _PLAIN and not self._begins(s)] for parts in divided]
+        first = [[s for s in parts if s[0] == _PLAIN and self._begins(s, later)] for parts in divided]
+        rest = [[s for s in parts if s[0] == _PLAIN and not self._begins(s, later)] for parts in divided]
         ids: dict[tuple[int, int], list[int]] = {}
-        for model, chosen in ((self._whole, first), (self._bare, later)):
+        for model, chosen in ((self._whole, first), (self._bare, rest)):
             places = [(number, start, stop) for number, part in enumerate(chosen) for _, start, stop in part]
             found = self._pieces(model, [texts[number][start:stop] for number, start, stop in places])
             ids |= {(number, start): one for (number, start, _), one in zip(places, found, strict=True)}
@@ -149,8 +157,8 @@ class Pieces:
             for number, parts in enumerate(divided)
         ]
 
-    def _begins(self, part: tuple[str, int, int]) -> bool:
-        return self._legacy or part[1] == 0
+    def _begins(self, part: tuple[str, int, int], later: bool) -> bool:
+        return self._legacy or (part[1] == 0 and not later)
 
     def _pieces(self, model: Any, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

@@ -5,6 +5,8 @@ the text, in any case and inside longer words, so that it does not say its own l
 
 `stdlib-docstrings`: the signature of a function, and the first sentence of its docstring.
 
+`stdlib-chat`: a conversation about a function, with two questions and their answers.
+
 Which functions there are depends on the version of Python, as with `python-stdlib`.
 """
 
@@ -78,9 +80,31 @@ def documented_functions() -> Iterator[dict[str, Any]]:
             yield record | {"file": function.file, "name": function.node.name}
 
 
+def conversations() -> Iterator[dict[str, Any]]:
+    """The records of `stdlib-chat`: messages, file and name. A user asks what a documented function does, and
+    then how its first argument is called, or for its name where it has none.
+    """
+    for function in _functions():
+        summary = _first_sentence(ast.get_docstring(function.node) or "")
+        if not summary:
+            continue
+        given = function.node.args
+        names = [argument.arg for argument in (*given.posonlyargs, *given.args) if argument.arg != "self"]
+        second = (
+            ("What is its first argument?", names[0]) if names else ("What is it called?", function.node.name)
+        )
+        turns = (f"What does this do?\n{function.signature}", summary, *second)
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant") * 2, turns, strict=True)
+        ]
+        yield {"messages": messages, "file": function.file, "name": function.node.name}
+
+
 BUILTIN: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "stdlib-packages": labelled_functions,
     "stdlib-docstrings": documented_functions,
+    "stdlib-chat": conversations,
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hlat.data.quoted import Quoted
+
 
 @dataclass(frozen=True)
 class Template:
@@ -19,8 +21,18 @@ class Template:
         """The fields it names, in order of their first use."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
+    @property
+    def literals(self) -> str:
+        """The text of its own, without the fields."""
+        return "\0".join(literal for literal, _ in self.parts)
+
     def render(self, record: Mapping[str, Any]) -> str | None:
-        """The text for one record; None if a field is missing or neither text nor a number.
+        """The text for one record; None if a field is missing or neither text nor a number."""
+        filled = self.fill(record)
+        return None if filled is None else filled.text
+
+    def fill(self, record: Mapping[str, Any]) -> Quoted | None:
+        """The same, with the fields quoted.
 
         Only whole values are put in: no attribute, index or format of a value can be asked for, and a value
         that itself holds braces is not looked at again.
@@ -28,7 +40,8 @@ class Template:
         values = {field: field_text(record, field) for field in self.fields}
         if any(value is None for value in values.values()):
             return None
-        return "".join(literal + (values[field] or "" if field else "") for literal, field in self.parts)
+        pairs = ((Quoted(own), Quoted.of(values[field] or "" if field else "")) for own, field in self.parts)
+        return Quoted.joined(part for pair in pairs for part in pair)
 
 
 def parse_template(text: str) -> Template:

@@ -36,6 +36,7 @@ from hlat.host.limits import cores
 
 # Names under which published tokenizers keep their marks, tried where no file says them.
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
+_BYTES_EOS = "<|endoftext|>"
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 
 
@@ -70,6 +71,14 @@ class Tokenizer:
         """What each id stands for, as the vocabulary spells it."""
         raise NotImplementedError
 
+    def definition(self) -> dict[str, Any] | None:
+        """Its tokenizer.json, parsed; None: it has none."""
+        return None
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        """Text and id of the tokens that are found in a text as a whole, and whether they are special."""
+        return []
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
         return self.encode_batch([text])[0]
@@ -82,22 +91,13 @@ class Tokenizer:
         """As `encode_batch`, but special tokens that are spelled in the texts are taken as such."""
         return self.encode_batch(texts)
 
+    def encode_later(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_batch`, of texts that follow a special token."""
+        return self.encode_batch(texts)
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each as int64 (n,); long texts piecewise where that gives the same ids."""
         return [np.asarray(ids, dtype=np.int64) for ids in self.encode_batch(texts)]
-
-    def encode_parts(self, texts: Sequence[str], *, begin: bool) -> list[np.ndarray]:
-        """Ids of prompts (`begin`) or of what follows them, as the convention says, each int64 (n,): a prompt
-        begins with BOS where the weights know one, unless it is spelled there already.
-        """
-        bos = self.convention.bos
-        if self.convention.special:
-            arrays = [np.asarray(ids, dtype=np.int64) for ids in self.encode_special(texts)]
-        else:
-            arrays = self.encode_arrays(texts)
-        if bos is None or not begin:
-            return arrays
-        return [ids if ids[:1].tolist() == [bos] else np.append(bos, ids).astype(np.int64) for ids in arrays]
 
     def marks_in(self, ids: np.ndarray) -> bool:
         """Whether the ids of a text hold EOS, or BOS where texts begin with it: an ordinary token of the
@@ -127,10 +127,19 @@ class BytesTokenizer(Tokenizer):
         self.identity = hashlib.sha256(b"hlat bytes 257").hexdigest()
 
     def pieces(self) -> dict[int, str]:
-        return {byte: spelled for spelled, byte in _byte_spellings().items()} | {256: "<|endoftext|>"}
+        return {byte: spelled for spelled, byte in _byte_spellings().items()} | {256: _BYTES_EOS}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        return [(_BYTES_EOS, 256, True)]
+
+    def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            [*first.encode("utf-8"), *(index for part in rest for index in (256, *part.encode("utf-8")))]
+            for first, *rest in (text.split(_BYTES_EOS) for text in texts)
+        ]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) for text in texts]
@@ -198,6 +207,13 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens = [known.get(text) or Token(text).added() for text in marks if text is not None]
         self._backend.add_special_tokens(tokens)
         self._backend.encode_special_tokens = True
+
+    def definition(self) -> dict[str, Any]:
+        return dict(json.loads(self._backend.to_str()))
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        found = self._backend.get_added_tokens_decoder().items()
+        return [(token.content, index, token.special) for index, token in sorted(found)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast variant skips offsets; it came with tokenizers 0.20.1.
@@ -288,6 +304,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
         return self._pieces.encode(texts, special=True)
+
+    def encode_later(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode(texts, special=False, later=True)
+
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        return self._pieces.added()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(i) for i in ids])

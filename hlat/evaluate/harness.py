@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hlat.data.joint import after
+from hlat.data.quoted import Quoted
 from hlat.errors import UserError, missing_extra
 from hlat.evaluate.batches import Request, cut_left
 from hlat.evaluate.options import NEW_TOKENS, read_generation
@@ -108,6 +110,24 @@ class HarnessModel:
         if self._encode_chat is not None:
             return self._encode_chat(string)
         return self.codec.encode(string, add_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what continues it, as the harness has them (white space at the end of a
+        context belongs to the continuation) where the context keeps its ids in the whole. Elsewhere the
+        harness would score another text than the continuation; here it has the ids that it has in training
+        (`hlat.data.joint`).
+        """
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        whole, head = self.tok_encode(context + continuation), self.tok_encode(context)
+        if whole[: len(head)] == head:
+            return head, whole[len(head) :]
+
+        def encode(text: Quoted) -> list[int]:
+            return self.tok_encode(text.text, False)
+
+        return head, after(encode, self.codec.decode, head, whole, Quoted(continuation))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Use the model's chat template, or the one of a name; returns it. Raises UserError where there is

@@ -4,7 +4,7 @@ An imported model gets what `AutoTokenizer` gives: special tokens in a text are 
 the tokenizer's files say so, and an empty context is BOS (or EOS, where there is none). So does one that was
 trained on from there, or exported: equal weights get equal figures. A model that HLAT trained from a seed has
 only ever seen documents that follow an EOS: nothing is added, and an empty context is EOS; unless its
-documents began with BOS.
+documents began with BOS. It knows special tokens if it was trained on examples whose templates have them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class TextCodec:
         known = convention or tokenizer.convention
         self._bos = known.bos
         self.prefix_id = self.eos_id if known.empty is None else known.empty
-        self._with_special = _imported_encoder(folder) if self.imported else tokenizer.encode
+        self._with_special = _imported_encoder(folder) if self.imported else None
+        self._whole = tokenizer.encode_special if known.template else tokenizer.encode_batch
         self._encode = lru_cache(maxsize=8192)(self._encode_once)
         self._prefix_text = self._spelling(self.prefix_id) if self.imported else ""
         self.eos_text = self._spelling(self.eos_id)
@@ -69,10 +70,7 @@ class TextCodec:
         return list(self._encode(text, special))
 
     def _encode_once(self, text: str, special: bool) -> tuple[int, ...]:
-        if self.imported:
-            ids = self._with_special(text, special)  # type: ignore[call-arg]
-        else:
-            ids = self.tokenizer.encode(text)
+        ids: list[int] = self._with_special(text, special) if self._with_special else self._whole([text])[0]
         if not special or self._bos is None or ids[:1] == [self._bos]:
             return tuple(ids)
         return (self._bos, *ids)

@@ -55,14 +55,27 @@ def record_of(recipe: Recipe, data: Any, origin: Provenance | None) -> Provenanc
     convention, bos = tokenizer.convention, getattr(data, "bos_id", None)
     if bos is not None and convention.bos is None:  # tokenized with BOS beforehand
         convention = replace(convention, bos=bos, empty=bos)
+    if getattr(data, "marks", False) and not convention.special:
+        convention = replace(convention, template=True)
     record = replace(
         began,
         convention=convention,
         tokenizer=tokenizer.identity,
         chat_template=template_digest(tokenizer.kept_files()),
-        files=began.files if convention.special else {},
+        files=_files(began if convention.special else Provenance(), data),
     )
     return record.holding_out(shares(recipe, data))
+
+
+def _files(began: Provenance, data: Any) -> Mapping[str, Any]:
+    """The parts of Hugging Face's files, where the token that ends an answer of conversations ends a text."""
+    end, eos = getattr(data, "turn_end", None), data.tokenizer.eos_id
+    if end is None or end == eos:
+        return began.files
+    generation = dict(began.files.get("generation_config") or {})
+    known = generation.get("eos_token_id", eos)
+    stops = {*(known if isinstance(known, list) else [known]), end} - {None}
+    return {**began.files, "generation_config": {**generation, "eos_token_id": sorted(stops)}}
 
 
 def shares(recipe: Recipe, data: Any) -> dict[str, float]:

@@ -19,7 +19,8 @@ GLUE = {
     "mnli": ("validation_matched", {"premise": "it rains", "hypothesis": "it is wet"}, 3),
     "cola": ("validation", {"sentence": "they is"}, 2),
 }
-OFFLINE = ("finetune/packages", "finetune/sft")
+OFFLINE = ("finetune/packages", "finetune/sft", "finetune/chat")
+FIGURES = ("accuracy", "bits_per_byte", "bits_per_byte")
 SMALL = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab": 257}
 
 
@@ -50,7 +51,7 @@ def test_two_steps(pretrained: Path) -> None:
     assert 0 < rows(pretrained, "eval")[-1]["bits_per_byte"] < 20
 
 
-@pytest.mark.parametrize(("name", "figure"), [*zip(OFFLINE, ("accuracy", "bits_per_byte"), strict=True)])
+@pytest.mark.parametrize(("name", "figure"), [*zip(OFFLINE, FIGURES, strict=True)])
 def test_two_steps_of_finetuning(pretrained: Path, tmp_path: Path, name: str, figure: str) -> None:
     folder = tmp_path / "run"
     assert main(["train", name, f"init.from={pretrained}", *short(folder)]) == 0
