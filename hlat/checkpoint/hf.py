@@ -33,6 +33,7 @@ from hlat.checkpoint.weights import (
     source_tokenizer,
 )
 from hlat.errors import UserError
+from hlat.host.fit import check_fits
 from hlat.model.init import parameter_shapes
 
 _NO_TOKENIZER = "no tokenizer"
@@ -51,6 +52,8 @@ def import_weights(source: WeightSource, out: str | Path, dtype: str = "keep") -
 
     config = model_config(source)
     target = None if dtype == "keep" else DTYPES[dtype]
+    largest = max(math.prod(shape) for shape in parameter_shapes(config).values())
+    check_fits(largest * 4, torch.device("cpu"), "the numbers of its largest tensor", str(source.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in parameter_shapes(config):

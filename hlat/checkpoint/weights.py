@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hlat.errors import UserError
+from hlat.host.fit import check_fits
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
 from hlat.model.init import parameter_shapes
@@ -146,9 +147,14 @@ def load_model(
     Args:
         dtype: of the model's weights, which is also what it computes in.
         device: where the weights go.
+
+    Raises UserError for a model that the memory cannot hold.
     """
+    config = model_config(source)
+    size = config.parameter_count() * dtype.itemsize + config.position_bytes()
+    check_fits(size, torch.device(device), f"{config.parameter_count():,} parameters", str(source.path))
     with torch.device("meta"):
-        model = Decoder(model_config(source))
+        model = Decoder(config)
     model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(PREFIX + name))
