@@ -33,7 +33,7 @@ from hlat.checkpoint.weights import (
     source_tokenizer,
 )
 from hlat.errors import UserError
-from hlat.host.fit import check_fits
+from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
 
 _NO_TOKENIZER = "no tokenizer"

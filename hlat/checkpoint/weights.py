@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hlat.errors import UserError
-from hlat.host.fit import check_fits
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
 
 if TYPE_CHECKING:

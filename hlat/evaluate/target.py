@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
-from hlat.checkpoint.hf_tokenizer import generation_defaults
+from hlat.checkpoint.hf_generation import generation_defaults
 from hlat.checkpoint.provenance import offline_share
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
@@ -22,9 +22,9 @@ from hlat.evaluate.chat import ChatTemplates
 from hlat.evaluate.live import LiveModel
 from hlat.evaluate.team import Team
 from hlat.evaluate.text import codec_for
-from hlat.host.fit import check_fits
 from hlat.mesh import Layout, check_layout
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
 from hlat.parallel.buckets import set_parameter
 from hlat.parallel.pipeline import prune, rank_parts

@@ -121,7 +121,7 @@ def codec_for(
 
     Raises UserError: there is none, or its ids do not fit the model.
     """
-    from hlat.checkpoint.hf_tokenizer import generation_stops
+    from hlat.checkpoint.hf_generation import generation_stops
     from hlat.checkpoint.provenance import provenance_of
     from hlat.checkpoint.weights import source_tokenizer
     from hlat.data.tokenizer import load_tokenizer
@@ -150,7 +150,7 @@ def codec_for(
 
 def codec_of_run(tokenizer: Tokenizer, record: Provenance) -> TextCodec:
     """The codec of weights that are being trained, with the record that they would be saved with."""
-    from hlat.checkpoint.hf_tokenizer import generation_stops
+    from hlat.checkpoint.hf_generation import generation_stops
 
     files = tokenizer.files()
     folder = files[0].parent if record.convention.special and files else None

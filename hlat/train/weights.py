@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hlat.backend.precision import DTYPES
-from hlat.host.fit import check_fits
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import init_tensor, parameter_shapes
 from hlat.parallel.buckets import MAX_ELEMENTS, Bucket, BucketDtypes, Share, build_buckets, set_parameter
 from hlat.parallel.plan import Part, part_of

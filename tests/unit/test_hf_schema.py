@@ -17,8 +17,8 @@ from hlat.checkpoint.hf_config import config_from_hf, hf_name
 from hlat.checkpoint.hf_schema import GenerationFields, LlamaFields, read_json, write_json
 from hlat.checkpoint.weights import load_model, model_config
 from hlat.errors import UserError
-from hlat.host import fit
 from hlat.host.limits import Memory
+from hlat.model import fit
 from hlat.model.config import ModelConfig
 from hlat.model.init import parameter_shapes
 
