@@ -36,7 +36,9 @@ class WeightSource(Protocol):
 
     path: Path
     meta: dict[str, Any]
-    tokenizer: Path | None
+
+    @property
+    def tokenizer(self) -> Path | None: ...
 
     def names(self) -> list[str]: ...
 

@@ -99,8 +99,8 @@ def _rules(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
     own = {key: given[key] for key in RULES if key in given and key != "min_new_tokens"}
     checked(GenerationFields, own, _WHERE)
     usual = rules_of(defaults)
-    if given.get("min_new_tokens") is not None:
-        usual.pop("min_new_tokens", None)
+    if given.get("min_new_tokens") is not None:  # which stands for min_length too
+        usual, own = ({k: v for k, v in part.items() if k[:4] != "min_"} for part in (usual, own))
     return {key: value for key, value in {**usual, **own}.items() if value is not None}
 
 

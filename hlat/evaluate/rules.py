@@ -48,8 +48,9 @@ class Rules:
         given = rules_of(settings)
         self.penalty = float(given.get("repetition_penalty", 1.0))
         self.ngram = int(given.get("no_repeat_ngram_size", 0))
-        self.min_length = int(given.get("min_length", 0))
         self.min_new = int(given.get("min_new_tokens", 0))
+        # A least number of new tokens, also of 0, takes the place of the least length of all.
+        self.min_length = 0 if "min_new_tokens" in given else int(given.get("min_length", 0))
         words = [tuple(word) for word in given.get("bad_words_ids", ())]
         self.words = [word for word in words if len(word) > 1 or word[0] not in stops]
         self.first: int | None = given.get("forced_bos_token_id")

@@ -120,6 +120,7 @@ def test_rules_of_the_task_come_before_those_of_the_models_files() -> None:
     }
     task = {"repetition_penalty": 1.0, "min_new_tokens": 1, "suppress_tokens": None, "min_length": 2}
     found = options(task, **files)
-    assert found["rules"] == {"repetition_penalty": 1.0, "min_length": 2} and found["min_new_tokens"] == 1
+    assert found["rules"] == {"repetition_penalty": 1.0} and found["min_new_tokens"] == 1
+    assert options({"min_length": 2})["rules"] == {"min_length": 2}
     warm = options({"temperature": 1.0, "typical_p": 0.9}, **files)
     assert (warm["min_p"], warm["typical_p"]) == (0.2, 0.9)
