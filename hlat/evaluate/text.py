@@ -45,7 +45,7 @@ class TextCodec:
             raise UserError(
                 "the tokenizer has no end-of-text token",
                 where=str(tokenizer.spec),
-                fix='set "eos_token" in tokenizer_config.json beside it',
+                fix='set "eos_token" in the tokenizer_config.json it came with, and convert it again',
             )
         self.tokenizer, self.imported = tokenizer, folder is not None
         self.eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else min(stop_ids)

@@ -82,6 +82,13 @@ def made(model: Any, prompt: list[int], count: int, wanted: dict[str, Any]) -> l
     return list(generate(model, prompt, max_new_tokens=count, stop=EOS, rules=rules_of(wanted)))
 
 
+@pytest.mark.parametrize("wanted", [SETTINGS[1], SETTINGS[-2]], ids=["penalty", "several"])
+def test_greedy_texts(pair: Any, wanted: dict[str, Any]) -> None:
+    theirs, ours = pair
+    assert made(ours, PROMPTS[1], 8, wanted) == expected(theirs, PROMPTS[1], 8, wanted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", SETTINGS, ids=lambda wanted: "+".join(wanted) or "none")
 def test_greedy_texts_are_those_of_transformers(pair: Any, wanted: dict[str, Any]) -> None:
     theirs, ours = pair
@@ -89,6 +96,7 @@ def test_greedy_texts_are_those_of_transformers(pair: Any, wanted: dict[str, Any
         assert made(ours, prompt, 12, wanted) == expected(theirs, prompt, 12, wanted), prompt
 
 
+@pytest.mark.slow
 def test_the_settings_above_change_something(pair: Any) -> None:
     texts = [[made(pair[1], prompt, 12, wanted) for prompt in PROMPTS] for wanted in SETTINGS]
     assert sum(text != texts[0] for text in texts) >= len(SETTINGS) - 3

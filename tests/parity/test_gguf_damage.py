@@ -119,6 +119,13 @@ def test_numbers_beyond_the_file(whole: bytes, tmp_path: Path, place: str) -> No
 ODD = [None, True, 0, 2**31, 1.5, float("nan"), "x", [1, 2], ["x"]]
 
 
+def test_a_text_in_place_of_a_number(tmp_path: Path) -> None:
+    for number, key in enumerate(key for key in USUAL if key.startswith("llama.")):
+        path = write(tmp_path / f"{number}.gguf", **{key: "x"})
+        assert key in said(path, tmp_path / "ours")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in USUAL if key.startswith("llama.")])
 def test_values_of_wrong_types(tmp_path: Path, key: str) -> None:
     refused = 0
@@ -128,6 +135,7 @@ def test_values_of_wrong_types(tmp_path: Path, key: str) -> None:
     assert refused >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["tokens", "token_type", "scores", "merges", "eos_token_id", "model", "pre"])
 def test_a_tokenizer_of_wrong_types_is_left_out(tmp_path: Path, key: str) -> None:
     for number, value in enumerate(ODD):

@@ -326,7 +326,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.sampled_from(sorted(CHANGES)), min_size=1, max_size=5))
 def test_any_order_of_changes(tmp_path_factory: pytest.TempPathFactory, steps: list[str]) -> None:
     path = folder(tmp_path_factory.mktemp("any") / "hf")
