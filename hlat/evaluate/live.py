@@ -191,7 +191,7 @@ class LiveModel:
         logits_Bv: Tensor,
         sampling: Sampling,
         allowed_V: Tensor | None,
-        change: Callable[[Tensor], Tensor] | None,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         if self._shard is None:
             logits_Bv = only(logits_Bv, allowed_V)
