@@ -23,7 +23,7 @@ _LIMITS = {
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than_equal": "at most {le:.15g}",
     "string_too_short": "a text that is not empty",
     "too_short": "a list with at least {min_length} entry",
     "string_pattern_mismatch": "letters, digits, dot, dash and underscore, starting with a letter or digit",

@@ -13,15 +13,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """1e6 as 1000000: `int` fields take a float without a fraction."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # The range comes before the validator: only then does it reach the JSON schema.
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+NonNegative = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -278,6 +278,25 @@ def stored_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
+def verify_tokenizer(folder: Path, marker: dict[str, Any]) -> list[str]:
+    """Compare the files of a checkpoint's tokenizer with their checksums.
+
+    Returns the names of those that have none.
+
+    Raises:
+        Broken: one is damaged, or a file that a tokenizer is read from was put there later.
+    """
+    named = {name: entry for name, entry in marker["files"].items() if name.startswith(f"{TOKENIZER}/")}
+    for name, entry in named.items():
+        if "sha256" in entry:
+            verify_file(folder, name, entry["sha256"])
+    for path in sorted((folder / TOKENIZER).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in named and path.suffix in TOKENIZER_SUFFIXES and not path.name.startswith("."):
+            raise Broken(f"{name} was put there after the checkpoint was saved")
+    return [name for name, entry in named.items() if "sha256" not in entry]
+
+
 def verify_file(folder: Path, name: str, sha256: str) -> None:
     """Raise Broken unless the file has this checksum."""
     try:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from hlat.checkpoint.gguf_header import header_problem
 from hlat.checkpoint.gguf_tokenizer import write_tokenizer
 from hlat.checkpoint.hf import import_weights
+from hlat.checkpoint.hf_config import model_fields
+from hlat.checkpoint.hf_schema import shown
 from hlat.checkpoint.weights import PREFIX
 from hlat.errors import UserError, missing_extra
 from hlat.model.config import ModelConfig
@@ -41,6 +43,19 @@ _LAYER = {
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
 }
+
+
+_KEYS = {
+    "layers": "llama.block_count",
+    "hidden": "llama.embedding_length",
+    "heads": "llama.attention.head_count",
+    "kv_heads": "llama.attention.head_count_kv",
+    "ffn": "llama.feed_forward_length",
+    "max_seq_len": "llama.context_length",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
+_NEEDED = ("layers", "hidden", "heads", "ffn", "max_seq_len")
 
 
 def gguf_name(name: str) -> str:
@@ -77,9 +92,12 @@ class GGUFFile:
         if not self.path.is_file():
             raise UserError("no such file", where=str(path))
         try:
-            reader = gguf.GGUFReader(self.path)
-        except (ValueError, OSError, IndexError, OverflowError) as error:
-            raise UserError(f"not a readable GGUF file ({error})", where=str(path)) from None
+            problem = header_problem(self.path)
+            reader = None if problem else gguf.GGUFReader(self.path)
+        except Exception as error:  # the package raises whatever a damaged file leads it to
+            problem, reader = f"{type(error).__name__}: {error}", None
+        if reader is None:
+            raise UserError(f"not a readable GGUF file ({problem[:200]})", where=str(path))
         self._dequantize = gguf.dequantize
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._fields = reader.fields
@@ -97,8 +115,19 @@ class GGUFFile:
         self.tokenizer = tokenizer if tokenizer is not None and any(tokenizer.iterdir()) else None
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A metadata value, `default` when the key is absent."""
-        return self._fields[key].contents() if key in self._fields else default
+        """A metadata value, `default` when the key is absent. Raises UserError for one that is damaged."""
+        try:
+            return self._fields[key].contents() if key in self._fields else default
+        except Exception as error:  # text that is not UTF-8, an empty list, …
+            what = f"{key} cannot be read ({type(error).__name__})"
+            raise UserError(what, where=str(self.path), fix="copy the file again") from None
+
+    def _number(self, key: str, default: float) -> float:
+        """A number of the metadata as it was written, before fp32 made it longer."""
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{key} is {shown(value)}, not a number", where=str(self.path))
+        return _shortest(value)
 
     def _config(self) -> ModelConfig:
         def refuse(what: str) -> UserError:
@@ -106,36 +135,27 @@ class GGUFFile:
 
         architecture = self.value("general.architecture")
         if architecture != "llama":
-            raise refuse(f"the architecture is {architecture}")
+            raise refuse(f"the architecture is {shown(architecture)}")
         if self.value("llama.expert_count", 0):
             raise refuse("the model is a mixture of experts")
         if self.value("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self._tensors:
             raise refuse("scaled rotary positions are not supported")
-        try:
-            heads = self.value("llama.attention.head_count")
-            config = ModelConfig(
-                layers=self.value("llama.block_count"),
-                hidden=self.value("llama.embedding_length"),
-                heads=heads,
-                kv_heads=self.value("llama.attention.head_count_kv", heads),
-                ffn=self.value("llama.feed_forward_length"),
-                vocab=int(self._tensors["token_embd.weight"].shape[-1]),
-                max_seq_len=self.value("llama.context_length"),
-                norm_eps=_shortest(self.value("llama.attention.layer_norm_rms_epsilon", 1e-5)),
-                rope_theta=_shortest(self.value("llama.rope.freq_base", 10000.0)),
-                tie_embeddings="output.weight" not in self._tensors,
-            )
-        except KeyError as error:
-            raise refuse(f"{error.args[0]} is missing") from None
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise refuse(f"impossible shape: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from None
-        sizes = {
-            self.value(f"llama.{key}", config.head_dim)
-            for key in ("rope.dimension_count", "attention.key_length")
+        values: dict[str, Any] = {name: self.value(key) for name, key in _KEYS.items()}
+        embedding = self._tensors.get("token_embd.weight")
+        missing = [_KEYS[name] for name in _NEEDED if values[name] is None]
+        missing += ["token_embd.weight"] if embedding is None or not len(embedding.shape) else []
+        if embedding is None or missing:
+            raise refuse(f"{missing[0]} is missing")
+        values |= {
+            "vocab": int(embedding.shape[-1]),
+            "norm_eps": self._number(_KEYS["norm_eps"], 1e-5),
+            "rope_theta": self._number(_KEYS["rope_theta"], 10000.0),
+            "tie_embeddings": "output.weight" not in self._tensors,
         }
-        if sizes != {config.head_dim}:
-            raise refuse(f"rotated or key size {sorted(sizes)} is not the head size {config.head_dim}")
+        config = model_fields(values, _KEYS, str(self.path))
+        for key in ("rope.dimension_count", "attention.key_length"):
+            if (size := self.value(f"llama.{key}", config.head_dim)) != config.head_dim:
+                raise refuse(f"llama.{key} is {shown(size)}, not the head size {config.head_dim}")
         return config
 
     def _write_tokenizer(self, folder: Path) -> dict[str, Any]:
@@ -143,8 +163,14 @@ class GGUFFile:
         problem = write_tokenizer(values, folder, self.config.max_seq_len)
         if problem:
             self.warnings.append(f"{self.path}: {problem}, so the checkpoint has no tokenizer")
-        ids = {f"{kind}_token_id": values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-        pad = values.get("tokenizer.ggml.padding_token_id")
+
+        def token(kind: str) -> int | None:
+            index = values.get(f"tokenizer.ggml.{kind}_token_id")
+            fine = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < self.config.vocab
+            return index if fine else None
+
+        ids = {f"{kind}_token_id": token(kind) for kind in ("bos", "eos")}
+        pad = token("padding")
         ids |= {"pad_token_id": pad} if pad is not None else {}
         return {"config": ids, "generation_config": ids}
 
@@ -174,6 +200,9 @@ class GGUFFile:
                 where=str(self.path),
                 fix="take a file of another type",
             ) from None
+        except Exception as error:  # of numpy, for data that is not what the header says
+            what = f"{tensor.name} cannot be read ({error})"
+            raise UserError(what, where=str(self.path), fix="copy the file again") from None
         rows = torch.from_numpy(data.copy()).view(self.shape(name)).float()
         if name.endswith("attention.q.weight"):
             return undo_permutation(rows, self.config.heads)

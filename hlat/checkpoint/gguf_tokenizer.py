@@ -15,6 +15,7 @@ from hlat.checkpoint.sentencepiece_json import (
     to_tokenizers,
 )
 
+_LISTS: dict[str, Any] = {"tokens": str, "token_type": int, "scores": int | float, "merges": str}
 # How Llama 3 splits text into words: contractions, letters, up to three digits, signs, line ends, spaces.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,6 +34,8 @@ def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> s
     tokens, kinds = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
     if not tokens:
         return "the file holds no vocabulary"
+    if problem := _wrong_type(values):
+        return f"its vocabulary is damaged ({problem})"
     kinds = kinds or [1] * len(tokens)
     model, split = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "default")
     if model not in ("gpt2", "llama"):
@@ -58,6 +61,21 @@ def write_tokenizer(values: dict[str, Any], folder: Path, max_seq_len: int) -> s
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     return None
+
+
+def _wrong_type(values: dict[str, Any]) -> str:
+    """The first of the values that is not of its type; empty: all are."""
+    for name, inner in _LISTS.items():
+        value = values.get(f"tokenizer.ggml.{name}")
+        if value and not (isinstance(value, list) and all(isinstance(item, inner) for item in value)):
+            return f"tokenizer.ggml.{name} is no list of {'texts' if inner is str else 'numbers'}"
+    for name in ("bos", "eos", "unknown", "padding"):
+        value = values.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            return f"tokenizer.ggml.{name}_token_id is no number"
+    if not isinstance(values.get("tokenizer.chat_template", ""), str):
+        return "tokenizer.chat_template is no text"
+    return ""
 
 
 def _sentencepiece(values: dict[str, Any], tokens: list[str], kinds: list[int], split: str) -> Any:

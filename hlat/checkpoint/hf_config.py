@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from hlat.checkpoint.hf_schema import LlamaFields, checked, shown
 from hlat.errors import UserError
 from hlat.model.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ONLY = "only plain Llama models can be converted"
+# LlamaModel: a model that was saved without its head, which is the embedding then.
+_LLAMA: tuple[Any, ...] = (None, [], ["LlamaForCausalLM"], ["LlamaModel"])
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn": "intermediate_size",
+    "vocab": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
 _TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _TOP = {
     "embed.weight": "model.embed_tokens.weight",
@@ -74,64 +89,51 @@ def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     Args:
         where: the file, for messages.
 
-    Raises UserError for what HLAT's decoder is not.
+    Raises UserError for a value of the wrong type, with its key, and for what HLAT's decoder is not.
     """
 
     def refuse(what: str) -> UserError:
-        return UserError(what, where=where, fix="only plain Llama models can be converted")
+        return UserError(what, where=where, fix=_ONLY)
 
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if raw.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        raise refuse(f"the architecture is {', '.join(map(str, architectures))} ({raw.get('model_type')})")
+    if raw.get("model_type") != "llama" or raw.get("architectures") not in _LLAMA:
+        named = raw.get("architectures")
+        named = ", ".join(map(str, named)) if isinstance(named, list) and named else shown(named)
+        raise refuse(f"the architecture is {named[:80]} ({shown(raw.get('model_type'))})")
+    found = checked(LlamaFields, raw, where)
     # transformers 5 keeps theta and scaling together in rope_parameters; before it they were two keys.
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (
-        kind not in ("default", None)
-        or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0
-    ):
-        raise refuse(f"scaled or partial rotary positions ({kind}) are not supported")
+    ropes = [rope for rope in (found.rope_parameters, found.rope_scaling) if rope is not None]
+    kind = next((rope.kind for rope in ropes if rope.kind != "default"), "default")
+    partial = [rope.partial_rotary_factor for rope in ropes] + [found.partial_rotary_factor]
+    if kind != "default" or any(part not in (None, 1.0) for part in partial):
+        raise refuse(f"scaled or partial rotary positions ({shown(kind)}) are not supported")
     for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
+        if getattr(found, key):
             raise refuse(f"{key} is set, and HLAT's layers have no biases")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise refuse(f"the activation is {raw['hidden_act']}, not silu")
-    if raw.get("quantization_config"):
+    if found.hidden_act not in ("silu", "swish"):
+        raise refuse(f"the activation is {shown(found.hidden_act)}, not silu")
+    if found.quantization_config:
         raise refuse("the weights are quantised")
-    try:
-        config = ModelConfig(
-            layers=raw["num_hidden_layers"],
-            hidden=raw["hidden_size"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            ffn=raw["intermediate_size"],
-            vocab=raw["vocab_size"],
-            max_seq_len=raw.get("max_position_embeddings", 2048),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            init_std=raw.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise refuse(f"{error.args[0]} is missing") from None
-    except ValidationError as error:
-        raise refuse(f"impossible shape: {error.errors()[0]['msg']}") from None
-    if (raw.get("head_dim") or config.head_dim) != config.head_dim:
-        raise refuse(f"head_dim {raw['head_dim']} is not hidden_size / num_attention_heads")
+    theta = next((rope.rope_theta for rope in ropes if rope.rope_theta), found.rope_theta)
+    values = {name: getattr(found, key) for name, key in _FIELDS.items()}
+    config = model_fields(values | {"rope_theta": theta or 10000.0}, _FIELDS, where)
+    if (found.head_dim or config.head_dim) != config.head_dim:
+        raise refuse(f"head_dim {found.head_dim} is not hidden_size / num_attention_heads")
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError when it is not one."""
+def model_fields(values: Mapping[str, Any], keys: Mapping[str, str], where: str) -> ModelConfig:
+    """The configuration with these values; those that are None are left out.
+
+    Args:
+        keys: what a field is called in the file, for messages.
+
+    Raises UserError for an impossible shape, with the key.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not readable JSON ({error})", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", where=str(path))
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes indented UTF-8 JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return ModelConfig(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    context = problem.get("ctx") or {}
+    name = str(context.get("key") or next(iter(problem["loc"]), ""))
+    key = f"{keys.get(name, name)}: " if name else ""
+    raise UserError(f"impossible shape: {key}{problem['msg']}", where=where, fix=_ONLY) from None

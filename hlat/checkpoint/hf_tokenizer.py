@@ -187,25 +187,3 @@ class PromptEncoder:
 def prompt_ids(folder: Path, text: str) -> list[int]:
     """Ids of one prompt; `PromptEncoder` says how."""
     return PromptEncoder(folder).encode(text)
-
-
-def generation_stops(meta: dict[str, Any]) -> set[int]:
-    """End-of-text ids that the files of an imported model name, also of one that was trained on since;
-    `meta` is a checkpoint's."""
-    kept = _kept(meta)
-    ids: set[int | None] = set()
-    for part in ("config", "generation_config"):
-        value = kept.get(part, {}).get("eos_token_id")
-        ids |= set(value) if isinstance(value, list) else {value}
-    return {index for index in ids if index is not None}
-
-
-def generation_defaults(meta: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json of an imported model, also of one that was trained on since."""
-    defaults: dict[str, Any] = _kept(meta).get("generation_config", {})
-    return defaults
-
-
-def _kept(meta: dict[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = meta.get("huggingface") or (meta.get("provenance") or {}).get("files", {})
-    return kept

@@ -36,7 +36,6 @@ class Checkpoint:
         tokens: training tokens seen.
         meta: what was given to `save`, and `step`, `tokens` and `tokenizer` (name of the folder in `path`
             with the tokenizer's files, or None).
-        tokenizer: the folder with the tokenizer's files, or None.
         verified: every byte was compared with its checksum, so reads need not check again.
     """
 
@@ -64,8 +63,26 @@ class Checkpoint:
                 size = self._marker["files"].get(chunk.record.file, {"bytes": 0})["bytes"]
                 if chunk.record.start + _size(chunk, entry.dtype) > size:
                     raise Broken(f"{folders.INDEX} does not fit {chunk.record.file}")
-        self.tokenizer = path / folders.TOKENIZER if (path / folders.TOKENIZER).is_dir() else None
-        self.verified = False
+        self.verified, self._tokenizer_checked = False, False
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with the tokenizer's files, or None. Its files are compared with their checksums first.
+
+        Raises UserError: one of them was changed, or lies there and is not the checkpoint's.
+        """
+        folder = self.path / folders.TOKENIZER
+        if not self._tokenizer_checked:
+            try:
+                unsigned = folders.verify_tokenizer(self.path, self._marker)
+            except Broken as broken:
+                fix = "give the tokenizer back its files, or copy this checkpoint again"
+                raise self._error(str(broken), fix) from broken
+            if unsigned:
+                line = f"{folder}: {unsigned[0]} has no checksum: whether it was changed is not known"
+                logging.getLogger(__name__).warning(line)
+            self._tokenizer_checked = True
+        return folder if folder.is_dir() else None
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""

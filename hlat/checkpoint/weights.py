@@ -3,6 +3,7 @@ file."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from hlat.errors import UserError
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ class WeightSource(Protocol):
 
     path: Path
     meta: dict[str, Any]
-    tokenizer: Path | None
+
+    @property
+    def tokenizer(self) -> Path | None: ...
 
     def names(self) -> list[str]: ...
 
@@ -51,7 +55,8 @@ class WeightSource(Protocol):
 
 def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) -> WeightSource:
     """Opens a run folder (its newest complete checkpoint), a step folder, or a folder in Hugging Face's
-    layout. `warn` (the log by default) gets a line about each newer checkpoint that cannot be used.
+    layout. `warn` (the log by default) gets a line about each newer checkpoint that cannot be used, and about
+    files that disagree.
 
     Raises UserError for a path that is none of these.
     """
@@ -67,9 +72,16 @@ def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) ->
             fix="give a run folder, a step folder or a Hugging Face folder",
         )
     if (path / "config.json").is_file():
-        from hlat.checkpoint.hf import HFFolder
+        from hlat.checkpoint.hf_folder import HFFolder
 
-        return HFFolder(path)
+        folder = HFFolder(path)
+        for note in folder.notes:
+            (warn or logging.getLogger(__name__).warning)(note)
+        return folder
+    if path.is_dir():
+        from hlat.checkpoint.hf_tensors import refuse_adapter
+
+        refuse_adapter(path)
     from hlat.checkpoint.store import open_checkpoint
 
     return open_checkpoint(path, warn)
@@ -87,7 +99,7 @@ def source_name(source: WeightSource) -> str:
 def model_config(source: WeightSource) -> ModelConfig:
     """The configuration of a source's model; raises UserError when its tensors are not exactly that
     model's."""
-    config = ModelConfig(**source.meta["model"])
+    config = _recorded_config(source)
     expected = parameter_shapes(config)
     found = {name.removeprefix(PREFIX) for name in source.names() if name.startswith(PREFIX)}
     if missing := sorted(expected.keys() - found):
@@ -101,6 +113,15 @@ def model_config(source: WeightSource) -> ModelConfig:
             what = f"{name} has shape {tuple(source.shape(PREFIX + name))}, the configuration says {shape}"
             raise UserError(what, where=str(source.path))
     return config
+
+
+def _recorded_config(source: WeightSource) -> ModelConfig:
+    try:
+        return ModelConfig(**source.meta["model"])
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's error is a ValueError
+        reason = " ".join(str(error).split())[:200]
+        what = f"the record of its model cannot be used ({reason})"
+        raise UserError(what, where=str(source.path), fix="copy or convert these weights again") from None
 
 
 def source_tokenizer(source: WeightSource) -> Tokenizer | None:
@@ -128,9 +149,14 @@ def load_model(
     Args:
         dtype: of the model's weights, which is also what it computes in.
         device: where the weights go.
+
+    Raises UserError for a model that the memory cannot hold.
     """
+    config = model_config(source)
+    size = config.parameter_count() * dtype.itemsize + config.position_bytes()
+    check_fits(size, torch.device(device), f"{config.parameter_count():,} parameters", str(source.path))
     with torch.device("meta"):
-        model = Decoder(model_config(source))
+        model = Decoder(config)
     model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(PREFIX + name))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from hlat.errors import UserError
+
+TEMPERATURE = 0.8
+"""Where neither an option nor the model's files say."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 = greedy (default: generation_config.json's, else 0.8)"
+    )
     parser.add_argument("--greedy", action="store_true", help="always the most likely token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens; 0: all")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="draw among the tokens that make up probability P"
     )
@@ -35,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hlat.checkpoint.hf_config import DTYPES
+    from hlat.checkpoint.hf_generation import generation_defaults, left_out, left_out_line, rules_of
     from hlat.checkpoint.weights import load_model, model_config, open_weights, source_tokenizer
     from hlat.evaluate.generate import check_prompt, generate, room_after, stream_text
     from hlat.evaluate.target import parse_device
@@ -53,14 +61,17 @@ def main(args: argparse.Namespace) -> int:
     prompt = codec.encode(text) or [codec.prefix_id]
     longest = config.max_seq_len
     check_prompt(prompt, longest)
+    settings = generation_defaults(source.meta)
+    drawing = _drawing(args, settings)
+    if ignored := left_out(settings, drawn=drawing["temperature"] > 0):
+        print(f"hlat: note: {left_out_line(ignored)}", file=sys.stderr)
     model = load_model(source, DTYPES[args.dtype], device)
     new_ids = generate(
         model,
         prompt,
         max_new_tokens=args.max_new_tokens,
-        temperature=0.0 if args.greedy else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        **drawing,
+        rules=rules_of(settings),
         seed=args.seed,
         stop=codec.stop_ids,
         known=codec.tokenizer.vocab_size,
@@ -87,13 +98,28 @@ def _noting(ids: Iterator[int], made: list[int]) -> Iterator[int]:
         yield index
 
 
+def _drawing(args: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How tokens are drawn: as the options say, else as the model's files do. Raises UserError."""
+    from hlat.checkpoint.hf_generation import DRAWING, FILE
+    from hlat.evaluate.sampling import check_sampling
+
+    given = {key: getattr(args, key, None) for key in DRAWING}
+    wanted = {key: settings.get(key) if value is None else value for key, value in given.items()}
+    greedy = args.greedy or (args.temperature is None and settings.get("do_sample") is False)
+    if wanted["temperature"] is None:
+        wanted["temperature"] = TEMPERATURE
+    found = check_sampling(**wanted, where=FILE)
+    return {**found, "temperature": 0.0} if greedy else found
+
+
 def _check(args: argparse.Namespace) -> None:
+    heat, share = args.temperature, args.top_p
     bounds = (
         ("--max-new-tokens", args.max_new_tokens >= 0, "write 0 or more"),
-        ("--temperature", args.temperature >= 0, "write 0 (greedy) or more"),
-        ("--top-k", args.top_k is None or args.top_k >= 1, "write 1 or more"),
+        ("--temperature", heat is None or 0 <= heat < math.inf, "write 0 (greedy) or more"),
+        ("--top-k", args.top_k is None or args.top_k >= 0, "write 0 (all tokens) or more"),
         ("--seed", -(1 << 63) <= args.seed < 1 << 64, "write a number of at most 64 bits"),
-        ("--top-p", args.top_p is None or 0 < args.top_p <= 1, "write a number above 0, at most 1"),
+        ("--top-p", share is None or 0 < share <= 1, "write a number above 0, at most 1"),
     )
     for option, fine, fix in bounds:
         if not fine:

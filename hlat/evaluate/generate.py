@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hlat.checkpoint.hf_generation import FILE
 from hlat.errors import UserError
+from hlat.evaluate.rules import Rules, Step
 from hlat.evaluate.sampling import NOT_FINITE, Sampling, draw, drawable, only
 
 if TYPE_CHECKING:
@@ -23,13 +25,6 @@ class Diverged(UserError):
 def diverged(what: str, where: str = "") -> Diverged:
     """The error, with what to do."""
     return Diverged(what, where=where, fix="take a checkpoint before it diverged")
-
-
-def sample(
-    logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    """One id drawn from logits (V,), int64 (1,). The options are those of `Sampling`."""
-    return draw(logits_V[None], Sampling(temperature, top_k, top_p, generator))
 
 
 def room_after(prompt: Sequence[int], longest: int) -> int:
@@ -58,6 +53,9 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     known: int | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    rules: Mapping[str, Any] | None = None,
 ) -> Iterator[int]:
     """Ids that continue a prompt, one by one as they are made.
 
@@ -67,13 +65,14 @@ def generate(
         model: a whole model; it runs in its weights' dtype on their device.
         prompt: at least one id.
         temperature: 0 = greedy.
-        top_k, top_p: see `sample`.
+        top_k, top_p, min_p, typical_p: see `Sampling`.
         seed: of the draws; the same seed gives the same text.
         stop: end-of-text ids.
         known: ids of the tokenizer, where the embedding is padded to more; the others are never made.
+        rules: what else holds for the next token, as `Rules` takes it.
 
     Raises:
-        UserError: a prompt that is empty or longer than the model's max_seq_len.
+        UserError: a prompt that is empty or longer than the model's max_seq_len; rules that leave no token.
         Diverged: weights that give no finite logits.
     """
     check_prompt(prompt, model.config.max_seq_len)
@@ -83,21 +82,31 @@ def generate(
     vocab = model.config.vocab
     allowed = drawable(vocab, vocab if known is None else known, stop, device)
     generator = torch.Generator(device=device).manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, typical_p, generator)
+    held, said = Rules(rules or {}, stop), list(prompt)
     cache = model.new_cache(1, len(prompt) + max(count - 1, 0))
     ids = torch.tensor([list(prompt)], device=device)
     positions = torch.arange(len(prompt), device=device)[None]
-    for _ in range(count):
+    for number in range(count):
         hidden = model.hidden(ids, positions, None, cache)[:, -1]
         assert model.head is not None
-        logits = only(model.head(hidden)[0], allowed)
-        chosen = sample(logits, generator, temperature, top_k, top_p)
+        logits = only(model.head(hidden), allowed)
+        step = Step(said, len(prompt), last=number == max_new_tokens - 1)
+        chosen = draw(held.apply(logits, [step]) if held else logits, sampling)
         token = int(chosen)
         if token == NOT_FINITE:
-            raise diverged("the model's logits are not finite")
+            raise _nothing_to_choose(logits)
         if token in stop:
             return
         yield token
+        said.append(token)
         ids, positions = chosen[None], positions[:, -1:] + 1
+
+
+def _nothing_to_choose(logits: Tensor) -> UserError:
+    if not logits.amax().isfinite():
+        return diverged("the model's logits are not finite")
+    return UserError("the rules leave no token to choose", where=FILE, fix="remove some of what they forbid")
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], new_ids: Iterator[int]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hlat.checkpoint.hf_generation import left_out, left_out_line
 from hlat.data.joint import after
 from hlat.data.quoted import Quoted
 from hlat.errors import UserError, missing_extra
@@ -60,6 +61,7 @@ class HarnessModel:
         notes: how often something was cut to fit the model; the keys are those of NOTES.
         broken: task -> numbers of its questions of which an answer is not finite.
         context_ended: task -> how many generations the end of the context ended.
+        ignored: settings of the model's generation_config.json that ask for what is not done here.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class HarnessModel:
         self.notes: Counter[str] = Counter()
         self.broken: dict[str, set[int]] = defaultdict(set)
         self.context_ended: Counter[str] = Counter()
+        self.ignored: list[str] = []
         self._collect = collect
         self._encode_chat: Callable[[str], list[int]] | None = None
         if isinstance(pretrained, str):
@@ -215,6 +218,8 @@ class HarnessModel:
             wanted = read_generation(json.loads(key), self.max_length, self.team.generation)
             if wanted.shortened:
                 self.notes.update(shortened=1)
+            drawn = wanted.options.get("temperature", 0) > 0
+            self.ignored = sorted({*self.ignored, *left_out(self.team.generation, drawn)})
             room = self.max_length - wanted.options["max_new_tokens"]
             prompts = [self._shorten(self.tok_encode(requests[n].args[0]), room) for n in members]
             options = {**wanted.options, "stop_texts": wanted.stops, "seed": seed}
@@ -234,9 +239,12 @@ class HarnessModel:
         return {**facts, "notes": self.said()}
 
     def said(self) -> dict[str, Any]:
-        """What was cut, left out or ended: `notes`, `broken`, `context_ended`, as `note_lines` takes it."""
+        """What was cut, left out or ended, as `note_lines` takes it: `notes`, `broken`, `context_ended`, and
+        `ignored` where there is any.
+        """
         broken = {task: len(questions) for task, questions in self.broken.items()}
-        return {"notes": dict(self.notes), "broken": broken, "context_ended": dict(self.context_ended)}
+        said = {"notes": dict(self.notes), "broken": broken, "context_ended": dict(self.context_ended)}
+        return {**said, "ignored": self.ignored} if self.ignored else said
 
     def _check(self, requests: Sequence[Any], sound: Sequence[bool]) -> None:
         """Note the requests whose answers are not finite, or raise Diverged."""
@@ -267,6 +275,8 @@ def note_lines(said: Mapping[str, Any]) -> list[str]:
         f"{task}: {count} generations ended at the end of the model's context, not where the task stops them"
         for task, count in said.get("context_ended", {}).items()
     ]
+    if said.get("ignored"):
+        lines.append(left_out_line(said["ignored"]))
     lines += [
         f"{task}: no figure: the model's logits are not finite for {count} question{'s' * (count > 1)}"
         for task, count in said.get("broken", {}).items()

@@ -7,7 +7,7 @@ are exchanged. What is returned is right on every rank of the last stage, and af
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,14 @@ class LiveModel:
         caches: Sequence[KVCache],
         sampling: Sampling,
         allowed_V: Tensor | None = None,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Feed tokens in the slots from `first` on; returns what follows the last of them, int64 (B,), the
         same on every rank of the replica; NOT_FINITE for a row whose logits are not.
 
         Args:
             allowed_V: ids that may follow, bool (V,); None = all.
+            change: what is done to whole logits (B, V) before one is chosen; None = nothing.
         """
         B, S = ids_BS.shape
         width = -(-S // self.split) * self.split  # what is fed too much is overwritten by the next call
@@ -107,7 +109,7 @@ class LiveModel:
         hidden = self._through(ids_BS, slots, caches=caches)
         chosen = torch.zeros(B, dtype=torch.int64, device=ids_BS.device)
         if hidden is not None:
-            chosen = self._choose(self._logits(hidden[:, S - 1]), sampling, allowed_V)
+            chosen = self._choose(self._logits(hidden[:, S - 1]), sampling, allowed_V, change)
         self.backend.mark_step("eval")
         # Tensor-parallel ranks agree; of the stages only the last one knows.
         return self.backend.groups.pp.all_reduce(chosen)
@@ -184,15 +186,24 @@ class LiveModel:
         found = -group.all_reduce(found, "max")
         return torch.where((unsound == 0) & best.isfinite(), found, NOT_FINITE)
 
-    def _choose(self, logits_Bv: Tensor, sampling: Sampling, allowed_V: Tensor | None) -> Tensor:
+    def _choose(
+        self,
+        logits_Bv: Tensor,
+        sampling: Sampling,
+        allowed_V: Tensor | None,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         if self._shard is None:
             logits_Bv = only(logits_Bv, allowed_V)
+            if change is not None:
+                return draw(change(logits_Bv), sampling)
             return self._argmax(logits_Bv) if sampling.greedy else draw(logits_Bv, sampling)
         start, columns = self._shard.start, logits_Bv.shape[-1]
         logits_Bv = only(logits_Bv, None if allowed_V is None else allowed_V[start : start + columns])
-        if sampling.greedy:
+        if sampling.greedy and change is None:
             return self._argmax(logits_Bv)
         # Every rank draws the same tokens from the same whole logits.
         padded = F.pad(logits_Bv, (0, self._shard.rows - columns), value=float("-inf"))
         parts = self.backend.groups.tp.gather(padded)
-        return draw(parts.transpose(0, 1).flatten(1)[:, : self.config.vocab], sampling)
+        whole_BV = parts.transpose(0, 1).flatten(1)[:, : self.config.vocab]
+        return draw(whole_BV if change is None else change(whole_BV), sampling)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hlat.checkpoint.hf_generation import DRAWING, RULES, rules_of
+from hlat.checkpoint.hf_schema import GenerationFields, checked
 from hlat.errors import UserError
 
 NEW_TOKENS = 256
@@ -19,18 +21,13 @@ TOP_K = 50
 """Ids that are drawn from where neither the task nor the model's files say: the default of `transformers`."""
 _WHERE = "generation_kwargs of a task"
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_KNOWN = ("until", "do_sample", *_LENGTHS, "min_new_tokens", "temperature", "top_k", "top_p")
+_KNOWN = ("until", "do_sample", *_LENGTHS, *DRAWING, *RULES)
 # Options of `transformers` that ask for nothing with these values.
 _NOTHING: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "num_beam_groups": 1,
-    "repetition_penalty": 1,
     "length_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_p": 0,
-    "typical_p": 1,
     "early_stopping": False,
     "use_cache": True,
 }
@@ -52,7 +49,8 @@ def read_generation(given: Mapping[str, Any], longest: int, defaults: Mapping[st
 
     Args:
         longest: the model's max_seq_len; half of it stays for the prompt where a task wants more.
-        defaults: the model's generation_config.json; its `top_k` and `top_p` hold where the task has none.
+        defaults: the model's generation_config.json; its `top_k`, `top_p`, `min_p`, `typical_p` and RULES
+            hold where the task has none.
 
     Raises UserError for an option that is not supported, or a value that `transformers` refuses.
     """
@@ -76,11 +74,15 @@ def read_generation(given: Mapping[str, Any], longest: int, defaults: Mapping[st
     options: dict[str, Any] = {"max_new_tokens": longest // 2 if shortened else count}
     if settled.get("min_new_tokens", 0) > 0:
         options["min_new_tokens"] = settled["min_new_tokens"]
+    if rules := _rules(given, defaults):
+        options["rules"] = rules
     usual = TOP_K if defaults.get("top_k") is None else defaults["top_k"]
     top_p = settled.get("top_p", defaults.get("top_p"))
-    sampling = _checked(settled.get("temperature"), settled.get("top_k", usual), top_p)
+    rest = [settled.get(key, defaults.get(key)) for key in ("min_p", "typical_p")]
+    sampling = _checked(settled.get("temperature"), settled.get("top_k", usual), top_p, *rest)
     if settled["do_sample"] and sampling["temperature"] > 0:
-        options |= sampling
+        often = ("temperature", "top_k", "top_p")
+        options |= {key: value for key, value in sampling.items() if key in often or value is not None}
     return Generation([text for text in stops if text], options, shortened)
 
 
@@ -92,10 +94,20 @@ def _check_known(given: Mapping[str, Any]) -> None:
             raise UserError(what, where=_WHERE, fix=f"there are: {', '.join(_KNOWN)}")
 
 
-def _checked(temperature: Any, top_k: Any, top_p: Any) -> dict[str, Any]:
+def _rules(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The task's rules, and those of the model's files that it does not change."""
+    own = {key: given[key] for key in RULES if key in given and key != "min_new_tokens"}
+    checked(GenerationFields, own, _WHERE)
+    usual = rules_of(defaults)
+    if given.get("min_new_tokens") is not None:  # which stands for min_length too
+        usual, own = ({k: v for k, v in part.items() if k[:4] != "min_"} for part in (usual, own))
+    return {key: value for key, value in {**usual, **own}.items() if value is not None}
+
+
+def _checked(temperature: Any, top_k: Any, top_p: Any, *rest: Any) -> dict[str, Any]:
     from hlat.evaluate.sampling import check_sampling
 
-    return check_sampling(temperature, top_k, top_p, _WHERE)
+    return check_sampling(temperature, top_k, top_p, _WHERE, *rest)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -19,13 +19,16 @@ NOT_FINITE = -1
 @dataclass
 class Sampling:
     """Temperature 0 takes the most likely token. top_k keeps the k most likely ids and those as likely as the
-    last of them, top_p then the fewest whose probability reaches p, at least one: as `transformers` does.
-    generator: of the draws, on the logits' device.
+    last of them, top_p then the fewest whose probability reaches p, at least one, min_p those that are at
+    least this share as likely as the likeliest, typical_p the fewest of probability p whose surprise is
+    nearest to what is expected: as `transformers` does. generator: of the draws, on the logits' device.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
     generator: torch.Generator | None = field(default=None, repr=False)
 
     @property
@@ -34,12 +37,14 @@ class Sampling:
         return self.temperature == 0
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any, where: str = "") -> dict[str, Any]:
-    """The three options as `Sampling` takes them; what changes nothing (None, top_k 0, top_p 1 and more)
-    becomes None.
+def check_sampling(
+    temperature: Any, top_k: Any, top_p: Any, where: str = "", min_p: Any = None, typical_p: Any = None
+) -> dict[str, Any]:
+    """The options as `Sampling` takes them; what changes nothing (None, top_k 0, top_p 1 and more) becomes
+    None.
 
-    Raises UserError at `where` for what `transformers` refuses: a temperature
-    below 0, a top_k that is no whole number or below 0, a top_p below 0.
+    Raises UserError at `where` for what `transformers` refuses: a temperature below 0, a top_k that is no
+    whole number or below 0, a top_p below 0, a min_p that is not from 0 to 1, a typical_p not above 0.
     """
     heat = 1.0 if temperature is None else _number(temperature)
     if heat is None or not heat >= 0:
@@ -49,7 +54,14 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, where: str = "") ->
     share = 1.0 if top_p is None else _number(top_p)
     if share is None or share < 0:
         raise _refused(where, "top_p", top_p, "write a number from 0 to 1")
-    return {"temperature": heat, "top_k": top_k or None, "top_p": None if share >= 1 else share}
+    least = 0.0 if min_p is None else _number(min_p)
+    if least is None or not 0 <= least <= 1:
+        raise _refused(where, "min_p", min_p, "write a number from 0 to 1")
+    mass = 1.0 if typical_p is None else _number(typical_p)
+    if mass is None or mass <= 0:
+        raise _refused(where, "typical_p", typical_p, "write a number above 0, at most 1")
+    shares = {"top_p": None if share >= 1 else share, "typical_p": None if mass >= 1 else mass}
+    return {"temperature": heat, "top_k": top_k or None, "min_p": least or None, **shares}
 
 
 def _number(value: Any) -> float | None:
@@ -111,5 +123,20 @@ def draw(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         beyond = share.cumsum(-1) - share >= sampling.top_p
         beyond[:, 0] = False
         share = share.masked_fill(beyond, 0.0)
+    if sampling.min_p is not None:
+        share = share.masked_fill(share < sampling.min_p * share[:, :1], 0.0)
+    if sampling.typical_p is not None:
+        share = _typical(share, sampling.typical_p)
     chosen_B = order.gather(-1, torch.multinomial(share, 1, generator=sampling.generator))[:, 0]
     return torch.where(sound_B, chosen_B, NOT_FINITE)
+
+
+def _typical(share_BV: Tensor, mass: float) -> Tensor:
+    """The fewest entries, at least one, of this probability whose surprise is nearest to the entropy."""
+    share_BV = share_BV / share_BV.sum(-1, keepdim=True)
+    surprise = -share_BV.log()
+    expected = torch.where(share_BV > 0, share_BV * surprise, 0.0).sum(-1, keepdim=True)
+    away, order = (surprise - expected).abs().sort(dim=-1, stable=True)
+    count = (share_BV.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True)
+    last = away.gather(-1, count.clamp(max=share_BV.shape[-1] - 1))
+    return share_BV.masked_fill((surprise - expected).abs() > last, 0.0)

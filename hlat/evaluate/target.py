@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
-from hlat.checkpoint.hf_tokenizer import generation_defaults
+from hlat.checkpoint.hf_generation import generation_defaults
 from hlat.checkpoint.provenance import offline_share
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
@@ -23,10 +24,11 @@ from hlat.evaluate.team import Team
 from hlat.evaluate.text import codec_for
 from hlat.mesh import Layout, check_layout
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
 from hlat.parallel.buckets import set_parameter
 from hlat.parallel.pipeline import prune, rank_parts
-from hlat.parallel.plan import part_of
+from hlat.parallel.plan import Part, part_of
 from hlat.parallel.tensor import shard_model
 from hlat.recipe_sections import ParallelSection
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hlat.backend.base import Backend
+    from hlat.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,10 @@ def load_team(
         model = Decoder(config)
     parts = rank_parts(config, backend.layout, backend.place)
     prune(model, parts)
-    shapes = parameter_shapes(config)
-    for path, _ in list(model.named_parameters()):
-        name = path if path in shapes else "embed.weight"  # a tied head on a stage without the embedding
-        part = part_of(name, shapes[name], config, backend.layout, backend.place, path=path)
+    held = _parts(model, config, backend)
+    size = sum(math.prod(part.size) for _, part in held.values()) * dtype.itemsize + config.position_bytes()
+    check_fits(size, backend.device, f"{config.parameter_count():,} parameters", str(source.path))
+    for path, (name, part) in held.items():
         value = source.read(PREFIX + name)[part.box].to(backend.device, dtype)
         value = value.clone(memory_format=torch.contiguous_format)  # not a view of the whole tensor
         set_parameter(model, path, nn.Parameter(value, requires_grad=False))
@@ -132,6 +135,15 @@ def load_team(
     chat = ChatTemplates.read(tokenizer or source.tokenizer)
     live = LiveModel(model.eval(), parts, backend)
     return Team(live, codec, beat, chat, generation_defaults(source.meta))
+
+
+def _parts(model: Decoder, config: ModelConfig, backend: Backend) -> dict[str, tuple[str, Part]]:
+    """Path of each of this rank's parameters -> its name among all, and the part of it that the rank has."""
+    shapes, found = parameter_shapes(config), {}
+    for path, _ in model.named_parameters():
+        name = path if path in shapes else "embed.weight"  # a tied head on a stage without the embedding
+        found[path] = name, part_of(name, shapes[name], config, backend.layout, backend.place, path=path)
+    return found
 
 
 def _warn(text: str) -> None:

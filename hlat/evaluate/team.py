@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hlat.evaluate.batches import Batch, Request, plan, shape_bucket, share_beginnings
+from hlat.evaluate.rules import Rules, Step
 from hlat.evaluate.sampling import NOT_FINITE, Sampling, drawable, going_on
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class Team:
 
         Args:
             options: `max_new_tokens`; `min_new_tokens`, before which no end-of-text id is made;
-                `stop_texts`; `temperature`, `top_k`, `top_p`, `seed`.
+                `stop_texts`; `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `seed`; `rules`, as
+                `Rules` takes them.
         """
         if not prompts:
             return []
@@ -202,9 +204,10 @@ def continue_prompts(
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     seed = options.get("seed", 0) * 1_000_003 + options.get("number", 0)
     generator = torch.Generator(device=device).manual_seed(seed % (1 << 63))
-    sampling = Sampling(
-        options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), generator
-    )
+    names = ("top_k", "top_p", "min_p", "typical_p")
+    drawing = {name: options.get(name) for name in names}
+    sampling = Sampling(options.get("temperature", 0.0), generator=generator, **drawing)
+    rules = Rules(options.get("rules") or {}, codec.stop_ids)
     allowed = drawable(live.config.vocab, codec.tokenizer.vocab_size, codec.stop_ids, device)
     early = going_on(live.config.vocab, allowed, codec.stop_ids, device)
     caches = live.cache(len(prompts), shape_bucket(width + count), starts)
@@ -214,7 +217,8 @@ def continue_prompts(
     for step in range(count):
         beat()
         choice = early if step < options.get("min_new_tokens", 0) else allowed
-        chosen = live.feed(ids, slot, caches, sampling, choice)
+        change = _rule(rules, prompts, rows, step == count - 1) if rules else None
+        chosen = live.feed(ids, slot, caches, sampling, choice, change)
         slot += ids.shape[1]
         for row, token in zip(sorted(running), chosen[sorted(running)].tolist(), strict=True):
             if _ends(codec, rows[row], token, options.get("stop_texts", ())):
@@ -223,6 +227,14 @@ def continue_prompts(
             break
         ids = chosen.clamp(min=0)[:, None]  # a row without a next token is fed something
     return rows
+
+
+def _rule(
+    rules: Rules, prompts: Sequence[Sequence[int]], rows: Sequence[Continuation], last: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the rules do to the logits of the next tokens of all rows."""
+    steps = [Step([*prompt, *row], len(prompt), last) for prompt, row in zip(prompts, rows, strict=True)]
+    return lambda logits_BV: rules.apply(logits_BV, steps)
 
 
 def _ends(codec: TextCodec, row: Continuation, token: int, stops: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ class TextCodec:
             raise UserError(
                 "the tokenizer has no end-of-text token",
                 where=str(tokenizer.spec),
-                fix='set "eos_token" in tokenizer_config.json beside it',
+                fix='set "eos_token" in the tokenizer_config.json it came with, and convert it again',
             )
         self.tokenizer, self.imported = tokenizer, folder is not None
         self.eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else min(stop_ids)
@@ -115,7 +115,7 @@ def codec_for(
 
     Raises UserError: there is none, or its ids do not fit the model.
     """
-    from hlat.checkpoint.hf_tokenizer import generation_stops
+    from hlat.checkpoint.hf_generation import generation_stops
     from hlat.checkpoint.provenance import provenance_of
     from hlat.checkpoint.weights import source_tokenizer
     from hlat.data.tokenizer import load_tokenizer
@@ -144,7 +144,7 @@ def codec_for(
 
 def codec_of_run(tokenizer: Tokenizer, record: Provenance) -> TextCodec:
     """The codec of weights that are being trained, with the record that they would be saved with."""
-    from hlat.checkpoint.hf_tokenizer import generation_stops
+    from hlat.checkpoint.hf_generation import generation_stops
 
     files = tokenizer.files()
     folder = files[0].parent if record.convention.special and files else None

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hlat.model.presets import PRESETS
 from hlat.registry import did_you_mean
 from hlat.section import (
-    NonNegative,
-    Positive,
     PositiveFloat,
     Section,
     near_multiple,
     nearest_divisor,
     problem,
+    whole,
 )
+
+# Bounds a hundred times beyond any model there is: what is larger is a slip, and would only fail later, when
+# memory or time runs out.
+_Layers = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(whole)]
+_Heads = Annotated[int, Field(ge=1, le=100_000), BeforeValidator(whole)]
+_Width = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(whole)]
+_Rows = Annotated[int, Field(ge=1, le=100_000_000), BeforeValidator(whole)]
+_Positions = Annotated[int, Field(ge=1, le=20_000_000), BeforeValidator(whole)]
+_Classes = Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(whole)]
+_Epsilon = Annotated[float, Field(gt=0, le=1)]
+_Theta = Annotated[float, Field(ge=1, le=1e30)]  # powers of what is beyond leave fp32
 
 SHAPE = ("layers", "hidden", "heads", "ffn", "vocab", "max_seq_len")
 
@@ -31,23 +41,23 @@ class ModelConfig(Section):
 
     preset: str | None = None
     """Named shape that fills in the fields not given here: `hlat recipes show` prints the result."""
-    layers: Positive
+    layers: _Layers
     """Decoder layers."""
-    hidden: Positive
+    hidden: _Width
     """Width of the residual stream; a multiple of heads."""
-    heads: Positive
+    heads: _Heads
     """Query heads; a multiple of kv_heads."""
-    kv_heads: Positive
+    kv_heads: _Heads
     """Key-value heads; fewer than heads is grouped-query attention. Without a preset: heads."""
-    ffn: Positive
+    ffn: _Width
     """Inner width of the SwiGLU layer."""
-    vocab: Positive
+    vocab: _Rows
     """Rows of the embedding; at least the tokenizer's vocabulary."""
-    max_seq_len: Positive
+    max_seq_len: _Positions
     """Longest sequence the model is built for, in tokens."""
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: _Epsilon = 1e-5
     """Added to the mean square inside RMSNorm."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: _Theta = 10000.0
     """Base of the rotary frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
@@ -55,7 +65,7 @@ class ModelConfig(Section):
     """Standard deviation of the normal initialisation of every matrix."""
     scaled_init: bool = True
     """Divide that deviation by sqrt(2 layers) for the attention output and the down projection."""
-    classes: NonNegative = 0
+    classes: _Classes = 0
     """Outputs of a linear classifier on the last token's state, beside the head; 0: none. Set by
     objective.by=head to the number of labels.
     """
@@ -106,6 +116,10 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Width of one attention head: hidden / heads."""
         return self.hidden // self.heads
+
+    def position_bytes(self) -> int:
+        """Bytes that each process needs to make its tables of rotary positions: angles, cosines, sines."""
+        return 3 * 4 * self.max_seq_len * (self.head_dim // 2)
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied head counted once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hlat.checkpoint.hf_tokenizer import generation_defaults
+from hlat.checkpoint.hf_generation import generation_defaults
 from hlat.errors import UserError
 from hlat.evaluate.job import run_with
 from hlat.evaluate.live import LiveModel

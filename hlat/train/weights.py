@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from hlat.backend.precision import DTYPES
 from hlat.model.decoder import Decoder
+from hlat.model.fit import check_fits
 from hlat.model.init import init_tensor, parameter_shapes
 from hlat.parallel.buckets import MAX_ELEMENTS, Bucket, BucketDtypes, Share, build_buckets, set_parameter
 from hlat.parallel.plan import Part, part_of
+from hlat.registry import lookup
 from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def build_weights(
         where = backend.head_place if ".attention." in name else backend.place
         parts[path] = name, part_of(name, shapes[name], recipe.model, layout, where, path=path)
 
+    _check_memory(recipe, backend, [(part.size, name in groups) for name, part in parts.values()])
     initial = initial or initial_values(recipe)
     trained = {path: (name, part, groups[name]) for path, (name, part) in parts.items() if name in groups}
     buckets = (lay_out or flat_buckets)(recipe, backend, model, trained, initial)
@@ -69,6 +73,32 @@ def build_weights(
     model.tie()
     model.rope.to_empty(device=backend.device)
     return buckets, frozen
+
+
+def _check_memory(recipe: Recipe, backend: Backend, sizes: list[tuple[tuple[int, ...], bool]]) -> None:
+    """Raise UserError where what this rank keeps between steps is more than the memory there is.
+
+    Args:
+        sizes: of its parts of the parameters, and whether each is trained.
+    """
+    precision, layout = recipe.precision, backend.layout
+    held = sum(math.prod(size) for size, _ in sizes)
+    trained = sum(math.prod(size) for size, moves in sizes if moves)
+    share = layout.dp if layout.zero1 else 1
+    size = held * DTYPES[precision.compute].itemsize + recipe.model.position_bytes()
+    if needs_backward(recipe):
+        slots = len(getattr(lookup("optim", recipe.optim.name, "optim.name"), "slots", ()))
+        size += trained * DTYPES[precision.accumulate].itemsize
+        size += trained * slots * DTYPES[precision.states].itemsize // share
+    if precision.master == "fp32" and precision.compute != "fp32":
+        size += trained * 4 // share
+    check_fits(
+        size,
+        backend.device,
+        f"the weights of {recipe.model.parameter_count():,} parameters and what training keeps beside them",
+        where="model",
+        fix="take a smaller model, or divide it over more memory (parallel.tp, parallel.pp)",
+    )
 
 
 def initial_values(recipe: Recipe) -> Initial:

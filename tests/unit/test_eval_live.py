@@ -17,6 +17,7 @@ from hlat.data.tokenizer import BytesTokenizer
 from hlat.evaluate.batches import Request
 from hlat.evaluate.generate import generate
 from hlat.evaluate.live import LiveModel
+from hlat.evaluate.rules import Rules, Step
 from hlat.evaluate.sampling import NOT_FINITE, Sampling, drawable
 from hlat.evaluate.team import BROKEN, LIMIT, STOPPED, Team
 from hlat.evaluate.text import TextCodec
@@ -216,12 +217,16 @@ class Threads:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_rank_of_a_spread_vocabulary_chooses_alike(size: int, temperature: float) -> None:
+@pytest.mark.parametrize("banned", [[], [2, 5]])
+def test_every_rank_of_a_spread_vocabulary_chooses_alike(
+    size: int, temperature: float, banned: list[int]
+) -> None:
     """Ten ids, the last three of no token, so that one rank of three has nothing that may be chosen."""
     rows = torch.randn(7, 10, generator=torch.Generator().manual_seed(2))
     rows[1, 9] = rows[2, 8] = 40.0  # likeliest, and of no token
     rows[3, 0], rows[4, 6], rows[5, 3], rows[6, 8] = math.nan, math.nan, math.inf, math.nan
     width, group, found = -(-10 // size), Threads(size), [torch.empty(0)] * size
+    rules, steps = Rules({"suppress_tokens": banned}), [Step([1], 1, last=False)] * 7
 
     def choose(rank: int) -> None:
         live: Any = LiveModel.__new__(LiveModel)
@@ -234,7 +239,9 @@ def test_every_rank_of_a_spread_vocabulary_chooses_alike(size: int, temperature:
         live.backend = SimpleNamespace(groups=SimpleNamespace(tp=tp))
         sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
         allowed = drawable(10, 7, {3}, torch.device("cpu"))
-        found[rank] = live._choose(rows[:, rank * width : (rank + 1) * width].clone(), sampling, allowed)
+        change = (lambda logits_BV: rules.apply(logits_BV, steps)) if banned else None
+        part = rows[:, rank * width : (rank + 1) * width].clone()
+        found[rank] = live._choose(part, sampling, allowed, change)
 
     threads = [threading.Thread(target=choose, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -245,5 +252,7 @@ def test_every_rank_of_a_spread_vocabulary_chooses_alike(size: int, temperature:
     assert found[0][3:6].tolist() == [NOT_FINITE] * 3
     sound = found[0][[0, 1, 2, 6]]
     assert int(sound.min()) >= 0 and int(sound.max()) < 7
+    assert not set(banned) & set(sound.tolist())
     if not temperature:
+        rows[:, banned] = -math.inf
         assert sound.tolist() == rows[[0, 1, 2, 6], :7].argmax(-1).tolist()

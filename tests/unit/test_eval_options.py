@@ -88,7 +88,11 @@ def test_stops_and_the_least_length() -> None:
     ("given", "words"),
     [
         ({"num_beams": 4}, "generation option 'num_beams' is not supported"),
-        ({"min_length": 5}, "generation option 'min_length' is not supported"),
+        ({"penalty_alpha": 0.6}, "generation option 'penalty_alpha' is not supported"),
+        ({"min_length": -5}, "min_length is -5, not a whole number"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], not a list of lists"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, not a number above 0, or null"),
+        ({"temperature": 0.5, "min_p": 2}, "min_p 2 is out of range"),
         ({"seed": 5}, "generation option 'seed' is not supported"),
         ({"until": [3]}, "until 3 is no text"),
         ({"temperature": 0.5, "top_k": -1}, "top_k -1 is out of range"),
@@ -97,5 +101,26 @@ def test_stops_and_the_least_length() -> None:
     ],
 )
 def test_what_is_refused_is_one_line(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=f"^generation_kwargs of a task: {words}; "):
+    with pytest.raises(UserError, match=f"^generation_kwargs of a task: {words}"):
         options(given)
+
+
+def test_rules_of_the_task_come_before_those_of_the_models_files() -> None:
+    files = {
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 3,
+        "suppress_tokens": [4],
+        "num_beams": 2,
+        "min_p": 0.2,
+    }
+    assert options({}, **files)["rules"] == {
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 3,
+        "suppress_tokens": [4],
+    }
+    task = {"repetition_penalty": 1.0, "min_new_tokens": 1, "suppress_tokens": None, "min_length": 2}
+    found = options(task, **files)
+    assert found["rules"] == {"repetition_penalty": 1.0} and found["min_new_tokens"] == 1
+    assert options({"min_length": 2})["rules"] == {"min_length": 2}
+    warm = options({"temperature": 1.0, "typical_p": 0.9}, **files)
+    assert (warm["min_p"], warm["typical_p"]) == (0.2, 0.9)

@@ -94,7 +94,9 @@ def test_ids_beyond_the_tokenizers_are_not_drawn_but_one_that_ends_a_text() -> N
     ],
 )
 def test_what_changes_nothing_is_off(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    assert tuple(check_sampling(*given).values()) == expected
+    found = check_sampling(*given)
+    assert tuple(found[key] for key in ("temperature", "top_k", "top_p")) == expected
+    assert found["min_p"] is found["typical_p"] is None
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from hlat.commands import generate as generate_command
 from hlat.data.batch import Batch
 from hlat.data.tokenizer import load_tokenizer
 from hlat.errors import UserError
-from hlat.evaluate.generate import Diverged, generate, sample, stream_text
+from hlat.evaluate.generate import Diverged, generate, stream_text
 from hlat.evaluate.perplexity import Score, bits_per_byte
+from hlat.evaluate.sampling import Sampling, draw
 from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
 from hlat.model.init import init_tensor, parameter_shapes
@@ -97,8 +98,8 @@ def test_sampling_follows_the_seed(model: Decoder) -> None:
 def frequencies(**options) -> torch.Tensor:
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
     generator = torch.Generator().manual_seed(0)
-    options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    drawn = torch.cat([sample(logits, generator, **options) for _ in range(2000)])
+    sampling = Sampling(**{"temperature": 1.0, **options}, generator=generator)
+    drawn = draw(logits.expand(2000, 4), sampling)
     return torch.bincount(drawn, minlength=4) / 2000
 
 
@@ -114,6 +115,14 @@ def frequencies(**options) -> torch.Tensor:
         ({"top_p": 0.5}, [1, 0, 0, 0]),
         ({"top_p": 0.6}, [5 / 8, 0, 3 / 8, 0]),
         ({"top_p": 1.0}, [0.5, 0.1, 0.3, 0.1]),
+        ({"min_p": 0.59}, [5 / 8, 0, 3 / 8, 0]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+        ({"typical_p": 0.01}, [0, 0, 1, 0]),  # -log 0.3 is nearest to the entropy, 1.17
+        ({"typical_p": 0.5}, [5 / 8, 0, 3 / 8, 0]),
+        ({"temperature": 1e-40}, [1, 0, 0, 0]),
+        ({"temperature": 1e-300, "top_p": 0.9, "top_k": 3}, [1, 0, 0, 0]),
+        ({"temperature": 1e300}, [0.25] * 4),
+        ({"temperature": 1e-40, "typical_p": 0.5, "min_p": 0.1}, [1, 0, 0, 0]),
         ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0]),  # 0.5 of the 0.8 that top_k leaves is 0.625
     ],
 )
@@ -144,7 +153,8 @@ def test_command_prints_prompt_and_continuation(
     ("options", "place"),
     [
         (["--temperature", "-1"], "--temperature"),
-        (["--top-k", "0"], "--top-k"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--temperature", "inf"], "--temperature"),
         (["--top-p", "1.5"], "--top-p"),
         (["--max-new-tokens", "-3"], "--max-new-tokens"),
         (["--temperature", "nan"], "--temperature"),

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from hlat.checkpoint.hf import from_hf, to_hf
-from hlat.checkpoint.hf_tokenizer import PromptEncoder, generation_defaults, generation_stops
+from hlat.checkpoint.hf_generation import generation_defaults, generation_stops
+from hlat.checkpoint.hf_tokenizer import PromptEncoder
 from hlat.checkpoint.provenance import CONFIG, META, Provenance, offline_share, provenance_of, recorded
 from hlat.checkpoint.weights import open_weights, source_tokenizer
 from hlat.cli import main
