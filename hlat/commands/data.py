@@ -162,7 +162,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _locate(args: argparse.Namespace) -> int:
-    from hlat.observe.text import printable
+    from hlat.observe.terminal import escaped
 
     number = args.data_step if args.step is None else args.step
     if number < 1:
@@ -185,7 +185,7 @@ def _locate(args: argparse.Namespace) -> int:
             size = f"tokens {entry['first']}-{entry['last']} of {entry['tokens']}"
         print(f"row {entry['row']:>3}  {place}  {size}  hash {entry['hash']}")
         if args.text:
-            print(f"{printable(data.document_text(entry))}\n")
+            print(f"{escaped(data.document_text(entry))}\n")
     return 0
 
 
