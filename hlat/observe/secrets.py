@@ -27,7 +27,7 @@ _STRICT_NAME = re.compile(
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
 _TELLING = re.compile(r"\d|.{20}", re.DOTALL)
 # Where a text was wrapped: an end of line, indentation, what a launcher or torch puts before each line.
-_WRAP = re.compile(r"(?:\r\n|\n|\r)[ \t]{0,80}(?:\[[\w ]{1,24}\]:?[ \t]?)?")
+_WRAP = re.compile(r"(?:\r\n|\n|\r)[ \t]{0,80}(?:\[[\w ]{1,24}\]:?[ \t]{0,80})?")
 
 
 def names_secret(name: str) -> bool:

@@ -69,10 +69,11 @@ class Cleaner:
         return shown + end
 
     def _undecided(self, text: str) -> int:
-        """Characters at the end that what follows may turn into a secret."""
+        """Characters at the end, from the beginning of a line, that what follows may turn into a secret."""
         back = known(self._environ).begun(text)
         hanging = HANGING.search(text, max(0, len(text) - 256))
-        return max(back, len(text) - hanging.start() if hanging else 0)
+        back = max(back, len(text) - hanging.start() if hanging else 0)
+        return len(text) - (text.rfind("\n", 0, len(text) - back) + 1) if back else 0
 
     def _without_key(self, text: str) -> str:
         """Redacted, and without the rest of a private key that has begun before."""

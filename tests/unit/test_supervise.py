@@ -298,10 +298,11 @@ def test_a_rank_alone_makes_no_machine_bad(tmp_path: Path, line: str) -> None:
     def reported(findings: list[Finding], kernel: str = "", hang: bool = False) -> dict[str, Any]:
         made = supervisor(tmp_path / "run", checks=lambda: asked.append(1) or findings)
         made.team.count = 2
-        signs = ([], []) if hang else None
+        signs = ([sign(beat(), 0.1)], [sign(beat(), 2.6)]) if hang else None
         outcome = Outcome(codes={0: 1}, text=f"before\n{line}\nafter", hang=hang, why="late", signs=signs)
         shared = {0: {**made._report(outcome, kernel), "host": "node-a"}}
-        for number in (1, 2):  # the second time is the machine's fault too
+        shared[1] = {**made._report(Outcome(), ""), "host": "node-b"}
+        for number in (1,) if hang else (1, 2):  # the second time is the machine's fault too
             made._decide(number, shared, made.logs)
         *_, end = read_rows(made.events.path)
         bad = made.logs / "bad-nodes.txt"
