@@ -69,7 +69,7 @@ def without_login(text: str) -> str:
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text with `***` in place of every secret. Its lines stay lines.
+    """The text with `***` in place of every secret, of several lines too.
 
     Args:
         text: any text.

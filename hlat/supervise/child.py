@@ -14,6 +14,8 @@ from hlat.host.python import environment, module
 from hlat.observe.heartbeat import PARENT
 from hlat.observe.stopping import handling
 
+_MOST = 1 << 20
+
 
 class Children:
     """Runs modules, each given by its name and arguments, one after another.
@@ -40,7 +42,7 @@ class Children:
 
         Returns:
             Its exit status, negative for a signal, as `subprocess` has it; 0 without a start after a signal.
-            What was written to the log meanwhile.
+            The end of what was written to the log meanwhile, a mebibyte at most.
         """
         if self.received is not None:
             return 0, ""
@@ -60,8 +62,8 @@ class Children:
             code = self._process.wait()
             self._process = None
         with open(log, "rb") as file:
-            file.seek(start)
-            return code, file.read().decode(errors="replace")
+            file.seek(max(start, os.fstat(file.fileno()).st_size - _MOST))
+            return code, file.read(_MOST).decode(errors="replace")
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         """Pass on the first of them, and every Ctrl-C: the second one interrupts a run that saves."""

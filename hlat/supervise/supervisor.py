@@ -168,8 +168,8 @@ class Supervisor:
         return attempt.run()
 
     def _tell_trouble(self, text: str) -> None:
-        line = f"no heartbeat can be written: {text}; a hang is not noticed until one can be"
-        self.events.add("disk", line if text else "heartbeats can be written again", trouble=text)
+        line = f"this machine's own disk takes nothing: {text}; ranks whose heartbeats stop do not hang"
+        self.events.add("disk", line if text else "this machine's own disk has room again", trouble=text)
 
     def _look(self, beats: Mapping[int, Heartbeat]) -> None:
         self.timeline.look(beats)

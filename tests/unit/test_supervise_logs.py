@@ -1,4 +1,4 @@
-"""Ranks' output under a supervisor: bounded on both disks, without secrets, and never what the watch waits for."""
+"""Ranks' output under a supervisor: bounded on both disks, without secrets, never what the watch waits for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LEFT_OUT = re.compile(rb"\[hlat: ([\d,]+) bytes of output left out here\]\n")
 SECRETS = {
     "HF_TOKEN": "hf_PLANTED3abcdefghijklmnopqrstuv",
     "MY_PIN_TOKEN": "4929123412341234",
-    "SIGNING_KEY": "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEplantedline1\nplantedline2AoGCCqGSM49\n-----END EC PRIVATE KEY-----",
+    "SIGNING_KEY": "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEplantedline1\nplantedline2AoGCCqGSM49\n"
+    "-----END EC PRIVATE KEY-----",
 }
 
 
@@ -119,7 +120,7 @@ def test_a_flood_is_bounded_here_and_in_the_run_folder(
 
 
 def test_the_watch_waits_for_no_disk(tmp_path: Path) -> None:
-    """A run folder that hangs holds up a thread and nobody else; what `tail` gives comes from this machine."""
+    """A run folder that hangs holds up a thread and no other; what `tail` gives comes from this machine."""
     path = source_of(tmp_path)
     path.write_text("hello\n")
     mirror, hangs = LogMirror(tmp_path / "scratch", tmp_path / "run"), threading.Event()
@@ -156,8 +157,8 @@ def test_no_piece_of_output_shows_a_secret_that_the_next_one_ends(seed: int) -> 
     key = SECRETS["SIGNING_KEY"].replace("\n", "\n[rank0]: ")
     other = "-----BEGIN RSA PRIVATE KEY-----\n" + "plantedQQQQ\n" * 30 + "-----END RSA PRIVATE KEY-----"
     text = (
-        f"one {SECRETS['HF_TOKEN']}\ntwo {wrapped} x\npin 4929123412341234.\n{key}\npassword:\n  plantedword1\n"
-        f"AWS_SECRET_ACCESS_KEY=plantedword2\n{other}\nlast line\xff"
+        f"one {SECRETS['HF_TOKEN']}\ntwo {wrapped} x\npin 4929123412341234.\n{key}\n"
+        f"password:\n  plantedword1\nAWS_SECRET_ACCESS_KEY=plantedword2\n{other}\nlast line\xff"
     )
     data, random_ = text.encode("latin-1"), random.Random(seed)
     made, out, at = Cleaner(SECRETS), b"", 0
@@ -167,7 +168,9 @@ def test_no_piece_of_output_shows_a_secret_that_the_next_one_ends(seed: int) -> 
         at += size
         assert b"planted" not in out.lower() and b"ghijklmnop" not in out and b"492912341234" not in out
     out += made.feed(b"", last=True)
-    assert b"planted" not in out.lower() and out.endswith(b"last line\xff") and out.startswith(b"one ***\ntwo ")
+    assert (
+        b"planted" not in out.lower() and out.endswith(b"last line\xff") and out.startswith(b"one ***\ntwo ")
+    )
     assert out.count(b"\n") >= 6
 
 
@@ -224,5 +227,3 @@ def test_a_restart_log_that_cannot_be_written_is_told_of_and_kept(tmp_path: Path
     events.add("finish", "name \x1b]52;c;aGk=\x07\nsecond")
     assert len((tmp_path / "logs" / "events.jsonl").read_text().splitlines()) == 3
     assert "name \\x1b]52;c;aGk=\\x07\\nsecond\n" in capsys.readouterr().err
-
-
