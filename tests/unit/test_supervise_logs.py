@@ -1,4 +1,4 @@
-"""Ranks' output under a supervisor: bounded on both disks, without secrets, never what the watch waits for."""
+"""Ranks' output under a supervisor: bounded on both disks, without secrets, and no disk is waited for."""
 
 from __future__ import annotations
 
