@@ -18,6 +18,9 @@ _CONTROL = re.compile(
 )
 
 
+_MOVES = re.compile(r"(?:\n|\x1b\[A)+")  # from one bar of progress to the next
+
+
 def escaped(text: str) -> str:
     r"""The text with control characters as `\x1b` or `\u202e`; line ends and tabs stay. A byte of a file name
     that is not UTF-8 is shown as `\xff`.
@@ -35,7 +38,8 @@ class Guarded:
 
     Args:
         stream: where it goes.
-        bars: a carriage return at the beginning of what is written stays: a library's bar of progress.
+        bars: a library's bars of progress stay: what is written may begin with a carriage return, or be
+            nothing but moves from line to line.
     """
 
     def __init__(self, stream: TextIO, bars: bool = False) -> None:
@@ -43,7 +47,9 @@ class Guarded:
 
     def write(self, text: str) -> int:
         """Write it escaped."""
-        if self._bars and text.startswith("\r"):
+        if self._bars and _MOVES.fullmatch(text):
+            self.unguarded.write(text)
+        elif self._bars and text.startswith("\r"):
             self.unguarded.write(f"\r{escaped(text[1:])}")
         else:
             self.unguarded.write(escaped(text))

@@ -50,8 +50,8 @@ def test_a_guarded_stream_escapes_and_is_else_the_stream() -> None:
     stream = io.StringIO()
     bars = Guarded(stream, bars=True)
     assert bars.write(EVIL) == len(EVIL)
-    bars.writelines(["\r50 %", "\r\x1b[A\r100 %"])
-    assert stream.getvalue() == f"{SHOWN}\r50 %\r" + r"\x1b[A\x0d100 %"
+    bars.writelines(["\r50 %", "\n", "\x1b[A", "\r\x1b[A\r100 %"])
+    assert stream.getvalue() == f"{SHOWN}\r50 %\n\x1b[A\r" + r"\x1b[A\x0d100 %"
     assert bars.getvalue() == stream.getvalue() and unguarded(bars) is stream and unguarded(stream) is stream
     out = sys.stdout
     with pytest.raises(KeyError), guarded(), guarded():
