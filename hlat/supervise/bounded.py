@@ -63,6 +63,39 @@ class BoundedFile:
             file.truncate(self._end)
 
 
+class GrowingFile:
+    """Bounds a file that another process appends to (opened so that each write goes to its end).
+
+    Args:
+        path: the file.
+        base: bytes that were there before, which stay.
+        head, tail: as of `BoundedFile`.
+    """
+
+    def __init__(self, path: Path, base: int, head: int = HEAD, tail: int = TAIL) -> None:
+        self.path, self.base, self.head, self.tail = path, base, head, tail
+        self._middle = self._after = self._left_out = 0
+
+    def bound(self) -> None:
+        """Leave the middle out if there is too much. What is written in this moment may be lost, too."""
+        with contextlib.suppress(OSError), self.path.open("r+b") as file:
+            size = file.seek(0, 2)
+            if size - self.base <= self.head + 2 * self.tail:
+                return
+            if not self._middle:
+                file.seek(self.base)
+                self._middle = self._after = self.base + _lines_end(file.read(self.head))
+            file.seek(size - self.tail)
+            kept = file.read(self.tail)
+            kept = kept[_line_begin(kept) :]
+            self._left_out += size - len(kept) - self._after
+            note = note_of(self._left_out)
+            file.seek(self._middle)
+            file.write(note + kept)
+            file.truncate()
+            self._after = self._middle + len(note)
+
+
 def note_of(count: int) -> bytes:
     """The line in place of so many bytes."""
     return f"[hlat: {count:,} bytes of output left out here]\n".encode()

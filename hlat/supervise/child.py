@@ -13,8 +13,10 @@ from types import FrameType
 from hlat.host.python import environment, module
 from hlat.observe.heartbeat import PARENT
 from hlat.observe.stopping import handling
+from hlat.supervise.bounded import GrowingFile
 
 _MOST = 1 << 20
+_LOOK = 1.0
 
 
 class Children:
@@ -59,7 +61,9 @@ class Children:
             )
             if self.received is not None:  # it came while the process started
                 self._process.send_signal(self.received)
-            code = self._process.wait()
+            bounds = GrowingFile(log, start)
+            while (code := _wait(self._process)) is None:
+                bounds.bound()
             self._process = None
         with open(log, "rb") as file:
             file.seek(max(start, os.fstat(file.fileno()).st_size - _MOST))
@@ -72,3 +76,10 @@ class Children:
         self.received = self.received or number
         if self._process is not None:
             self._process.send_signal(number)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(_LOOK)
+    except subprocess.TimeoutExpired:
+        return None

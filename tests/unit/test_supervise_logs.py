@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hlat.supervise import bounded, cleaner, logs
 from hlat.supervise.aside import Aside
-from hlat.supervise.bounded import BoundedFile
+from hlat.supervise.bounded import BoundedFile, GrowingFile
 from hlat.supervise.cleaner import Cleaner
 from hlat.supervise.events import Events
 from hlat.supervise.logs import LogMirror, Shown
@@ -72,6 +72,22 @@ def test_what_was_missing_counts_when_it_is_left_out_itself(tmp_path: Path) -> N
     kept = len(data) - sum(len(match[0]) for match in LEFT_OUT.finditer(data))
     written = len(b"first\nsecond\n") + 100 * len(b"another line\n") + 1000
     assert abs(kept + left_out(data) - written) <= 64, "the line about the 1,000 was left out, and counted"
+
+
+def test_a_file_that_another_process_appends_to_is_bounded(tmp_path: Path) -> None:
+    path, whole = tmp_path / "log", b"".join(b"line %d\n" % number for number in range(2000))
+    path.write_bytes(b"before\n")
+    bounds = GrowingFile(path, 7, 100, 100)
+    with path.open("ab", buffering=0) as file:
+        for start in range(0, len(whole), 150):
+            file.write(whole[start : start + 150])
+            bounds.bound()
+            assert path.stat().st_size < 7 + 100 + 200 + 150 + 60
+    data = path.read_bytes().removeprefix(b"before\n")
+    (note,) = LEFT_OUT.finditer(data)
+    before, after = data[: note.start()], data[note.end() :]
+    assert whole.startswith(before) and whole.endswith(after) and len(before) > 80
+    assert len(before) + len(after) + left_out(data) == len(whole)
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
