@@ -32,6 +32,8 @@ def table() -> str:
     lines = ["| | rule | seen in | what it means | kind | action | source |", "|---|---|---|---|---|---|---|"]
     for number, row in enumerate(TABLE, 1):
         seen = SEEN.get(row.where) or f"status {', '.join(map(str, row.codes))}"
+        if row.kind == "node" and row.action != "stop" and row.where in ("text", "both"):
+            seen += ", if confirmed"
         parts = (str(number), f"`{row.name}`", seen, row.meaning, row.kind, row.action, row.source)
         lines.append(f"| {' | '.join(cell(part) for part in parts)} |")
     lines += ["", "Lines that decide nothing, whatever else is there:", ""]

@@ -55,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from hlat.backend.launcher import refuse_tasks
 
             refuse_tasks(args.verb)
-        with names_explained():
+        from hlat.observe.terminal import guarded
+
+        with names_explained(), guarded():
             return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact
+        from hlat.observe.terminal import one_line
 
-        print(f"hlat: error: {redact(error.line())}", file=sys.stderr)
+        print(f"hlat: error: {one_line(redact(error.line()))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)

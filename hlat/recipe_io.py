@@ -40,6 +40,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     over = _parse_overrides(overrides, origins)
     _refuse_list_items(values, over, "")
     values = merge(values, over)
+    _refuse_secrets(values, origins, file)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", _safe_name(file.stem))
@@ -161,6 +162,17 @@ def _refuse_secret(text: str, where: str, show_line: bool = True) -> None:
         fix = "give it by an environment variable, see docs/operations/security.md"
         place = f"{where}:{line}" if show_line else where
         raise UserError("a login or token stands in the recipe", where=place, fix=fix)
+
+
+def _refuse_secrets(values: Any, origins: dict[str, str], file: Path, key: str = "") -> None:
+    """What was written with escapes, or over several lines, is a secret only once it has been read."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in items:
+            _refuse_secrets(value, origins, file, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str | int) and line_with_secret(str(values)) is not None:
+        place = next((origins[k] for k in (key, key.rpartition(".")[0]) if k in origins), str(file))
+        _refuse_secret(str(values), f"{place}: {in_brackets(key)}", show_line=False)
 
 
 def _refuse_list_items(values: Any, over: Any, path: str) -> None:

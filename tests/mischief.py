@@ -21,7 +21,8 @@ from hlat.registry import register
 @register("objective", "mischief")
 class Mischief(CausalLM):
     """file: holds `RANK WHAT [SECONDS]`; the rank does it once: sleep, raise, compile (a compiler works for
-    it), crash (SIGSEGV), leave (with status 0), nan (the loss of one micro-batch).
+    it), crash (SIGSEGV), leave (with status 0), nan (the loss of one micro-batch), flood (MB
+    of output).
     """
 
     def __init__(self, *, file: str) -> None:
@@ -45,6 +46,11 @@ class Mischief(CausalLM):
             time.sleep(seconds)
         elif what == "raise":
             raise ValueError("a mistake in somebody's code")
+        elif what == "flood":
+            os.write(1, b"uncorrectable ECC error encountered " + b"QUJD" * 100_000 + b"\n")
+            lines = b"the same line of a warning, again and again\n" * 25_000
+            for _ in range(int(seconds)):
+                os.write(1, lines)
         elif what == "leave":
             os._exit(0)
         elif what == "crash":

@@ -183,14 +183,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from hlat.data.verify import as_json, verify
-    from hlat.observe.text import printable
+    from hlat.observe.terminal import one_line
 
     bad = verify(args.folder)
     if args.json:
         print(json.dumps(as_json(bad)))
     elif bad:
         for entry in bad:
-            print(printable(f"{args.folder / entry.file}: {entry.reason}"))
+            print(one_line(f"{args.folder / entry.file}: {entry.reason}"))
         fix = "restore these files, or run `hlat data tokenize` again, with another --out"
         print(f"{len(bad)} fault{'s' * (len(bad) != 1)}: {fix}")
     else:

@@ -30,7 +30,7 @@ def configure(locate: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the documents. Raises UserError for wrong input."""
-    from hlat.observe.text import printable
+    from hlat.observe.terminal import escaped
 
     number = args.data_step if args.step is None else args.step
     if number < 1:
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     for entry in found:
         print(f"row {entry['row']:>3}  {_place_text(entry)}")
         if args.text:
-            print(f"{printable(data.document_text(entry))}\n")
+            print(f"{escaped(data.document_text(entry))}\n")
     if any(entry["file"] is None for entry in found):
         print("made by an earlier version, or not of files: their lines are not known", file=sys.stderr)
     return 0

@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     from hlat.evaluate.generate import check_prompt, generate, room_after, stream_text
     from hlat.evaluate.target import parse_device
     from hlat.evaluate.text import codec_for
-    from hlat.observe.text import argument_text, printable
+    from hlat.observe.terminal import unguarded
+    from hlat.observe.text import argument_text
 
     text = argument_text(args.prompt, "--prompt")
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,11 +80,12 @@ def main(args: argparse.Namespace) -> int:
     made: list[int] = []
     pieces = stream_text(codec.tokenizer, prompt, _noting(new_ids, made))
     begin = next(pieces, "")  # a model that has diverged says so before anything is printed
-    shown = printable if sys.stdout.isatty() else str
-    print(f"{text}{shown(begin)}", end="", flush=True)
+    # A terminal gets control characters escaped; another program, or a file, the text as it is.
+    out = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)
+    print(f"{text}{begin}", end="", flush=True, file=out)
     for piece in pieces:
-        print(shown(piece), end="", flush=True)
-    print()
+        print(piece, end="", flush=True, file=out)
+    print(file=out)
     room = room_after(prompt, longest)
     if len(made) == room < args.max_new_tokens:
         full = f"the model's context of {longest:,} tokens is full"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
+
+from hlat.observe.terminal import escaped, one_line, unguarded
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -44,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run one action. Raises UserError for a recipe that is wrong."""
     actions = {"list": _list, "show": _show, "diff": _diff, "check": _check, "schema": _schema}
-    return actions[args.action](args, Console())
+    return actions[args.action](args, Console(file=unguarded(sys.stdout)))
 
 
 def description(file: Path) -> str:
@@ -74,7 +77,7 @@ def _list(args: argparse.Namespace, console: Console) -> int:
     shipped = shipped_recipes()
     width = max(map(len, shipped), default=0)
     for name, file in shipped.items():
-        _print(console, Text.assemble((f"{name:<{width}}", "bold cyan"), "  ", description(file)))
+        _print(console, Text.assemble((f"{name:<{width}}", "bold cyan"), "  ", one_line(description(file))))
     return 0
 
 
@@ -85,9 +88,9 @@ def _show(args: argparse.Namespace, console: Console) -> int:
     text = "".join(f"# {line}\n" for line in summary(recipe))
     text += dump_yaml(_without_defaults(recipe)) if args.changed else recipe.to_yaml()
     if console.is_terminal:
-        console.print(Syntax(text.rstrip(), "yaml", background_color="default", word_wrap=True))
+        console.print(Syntax(escaped(text.rstrip()), "yaml", background_color="default", word_wrap=True))
     else:
-        print(text, end="")
+        print(text, end="", file=unguarded(sys.stdout))  # for a file: it must stay the same recipe
     return 0
 
 
@@ -112,9 +115,9 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     for name in [word for word in args.recipes if word not in overrides] or shipped_recipes():
         recipe = _load(name, overrides)
         what = f"{recipe.model.parameter_count():,} parameters, {recipe.tokens_per_step:,} tokens a step"
-        _print(console, Text.assemble(("ok", "bold green"), f"  {name}: {what}"))
+        _print(console, Text.assemble(("ok", "bold green"), one_line(f"  {name}: {what}")))
         for line in missing_paths(recipe):
-            _print(console, Text.assemble(("    not here", "yellow"), f"  {line}"))
+            _print(console, Text.assemble(("    not here", "yellow"), one_line(f"  {line}")))
     return 0
 
 
@@ -166,7 +169,7 @@ def _without_defaults(recipe: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def _print(console: Console, text: Text) -> None:

@@ -116,6 +116,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{getattr(args, name):g} is too small", where=option, fix=f"write {least} or more"
             )
+    for name in ("hang_seconds", "grace", "meet_seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            fix = "write a number of seconds above 0"
+            raise UserError(f"{value:g} is no duration", where=f"--{name.replace('_', '-')}", fix=fix)
     if args.node_rank >= args.nnodes:
         fix = f"number the machines from 0 to {args.nnodes - 1}"
         raise UserError(f"{args.node_rank} is not below --nnodes {args.nnodes}", where="--node-rank", fix=fix)

@@ -341,14 +341,16 @@ def _write(out: Path, title: str, cells: Sequence[Cell]) -> None:
 
     from hlat.observe.jsonl import replace_file
     from hlat.observe.sweep import LEFT_OUT, draw_png, render, table
+    from hlat.observe.terminal import one_line, unguarded
 
     head, lines = table(cells)
-    shown = Table(title=title)
+    shown = Table(title=one_line(title))
     for name in head:
-        shown.add_column(name, no_wrap=name != LEFT_OUT)
+        shown.add_column(one_line(name), no_wrap=name != LEFT_OUT)
     for line in lines:
-        shown.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 1000).print(shown)  # in a file nothing is cut off
+        shown.add_row(*map(one_line, line))
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, file=unguarded(sys.stdout)).print(shown)  # in a file nothing is cut off
     replace_file(out / "sweep.html", render(title, cells).encode())
     drawn = draw_png(out / "sweep.png", title, cells)
     files = ["sweep.html", "sweep.png"] if drawn else ["sweep.html"]

@@ -77,7 +77,8 @@ class Bar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        stream = getattr(sys.stderr, "unguarded", sys.stderr)  # rich draws with control characters
+        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
         self._task = self._progress.add_task(self._label, total=None)
         self._progress.start()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from hlat.evaluate.results import html_notes, html_table, notes, table
 from hlat.evaluate.running import numbers
 from hlat.observe.chart import Chart, Series, draw, hover_data
+from hlat.observe.markup import escape
 from hlat.observe.page import page
 
 if TYPE_CHECKING:

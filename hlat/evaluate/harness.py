@@ -341,8 +341,9 @@ def main() -> None:
         cli_evaluate()
     except UserError as error:
         from hlat.observe.redact import redact
+        from hlat.observe.terminal import one_line
 
-        print(f"hlat-lm-eval: error: {redact(error.line())}", file=sys.stderr)
+        print(f"hlat-lm-eval: error: {one_line(redact(error.line()))}", file=sys.stderr)
         sys.exit(error.exit_code)
     for model in _opened:
         for line in note_lines(model.said()):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hlat.evaluate.harness import note_lines
 from hlat.evaluate.running import left_out, numbers
 from hlat.evaluate.statistics import Scores, interval, ratio
 from hlat.observe.jsonl import finite, replace_file
+from hlat.observe.markup import escape
 
 Table = list[list[str]]
 _HIDDEN = ("sample_len", "alias")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from hlat.observe.markup import escape
 from hlat.observe.runs import Array
 from hlat.observe.text import short
 

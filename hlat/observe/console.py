@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hlat.observe.progress import Progress, sparkline
+from hlat.observe.redact import redact
 from hlat.observe.skipped import OftenSkipped
+from hlat.observe.terminal import escaped, unguarded
 from hlat.observe.text import anomaly_text, duration, fixed, percent, rate, scientific
 
 Lines = Sequence[str | tuple[str, str]]
 _REFRESH_HZ = 2  # by rich's thread, half a millisecond each: 0.1 % of one core
 _MAX_WIDTH = 110
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
@@ -55,7 +55,7 @@ class Console:
         stamp: Callable[[], str] = lambda: time.strftime("%m-%d %H:%M:%S"),
         rich: RichConsole | None = None,
     ) -> None:
-        self._rich = rich or RichConsole(file=stream or sys.stdout, highlight=False)
+        self._rich = rich or RichConsole(file=unguarded(stream or sys.stdout), highlight=False)
         self._name, self._mfu_note, self._interval = name, mfu_note, interval
         self._clock, self._stamp = clock, stamp
         self.progress = Progress(total_steps, first_step, started=clock())
@@ -147,21 +147,22 @@ class Console:
         self.close()
 
     def _event(self, text: str, prefix: Text | str = "") -> None:
-        self._print(Text.assemble((f"{self._stamp()}  ", "dim"), prefix, text))
+        head = f"{self._stamp()}  "
+        lines = clean(text).replace("\n", f"\n{' ' * len(head)}")
+        self._print(Text.assemble((head, "dim"), prefix, lines))
 
     def _lines(self, lines: Lines) -> None:
         width = max((len(line[0]) for line in lines if not isinstance(line, str)), default=0)
         for line in lines:
             if isinstance(line, str):
-                self._print(Text(line, style="bold"))
+                self._print(Text(clean(line), style="bold"))
             else:
-                value = line[1].replace("\n", f"\n{' ' * (width + 2)}")
+                value = clean(line[1]).replace("\n", f"\n{' ' * (width + 2)}")
                 self._print(Text.assemble((f"{line[0]:<{width}}  ", "dim"), value))
 
     def _print(self, text: Text) -> None:
         if self._lost:
             return
-        text = _without_control(text)
         try:
             if self.is_live:
                 self._rich.print(text)
@@ -324,13 +325,11 @@ def _tasks_text(row: Mapping[str, Any]) -> str:
     return f"tasks at step {int(row['step']):,}: {', '.join(figures) or 'no figure'}{told}"
 
 
-def _without_control(text: Text) -> Text:
-    """The text without control characters: a generated sample or a file name must not steer the terminal."""
-    if _CONTROL.search(text.plain):
-        text.plain = _CONTROL.sub(
-            "\N{REPLACEMENT CHARACTER}", text.plain
-        )  # same length: styles stay in place
-    return text
+def clean(text: str) -> str:
+    """The text without secrets, and with its control characters escaped: a generated sample or a file name
+    must not steer the terminal.
+    """
+    return escaped(redact(text))
 
 
 def _draws_blocks(console: RichConsole) -> bool:

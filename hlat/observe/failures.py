@@ -22,6 +22,7 @@ from typing import Any
 
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.redact import redact, redact_all
+from hlat.observe.terminal import escaped
 
 ECHO_SECONDS = 12.0  # for the cause to show: a silent rank on another machine takes longest
 ALIKE_SECONDS = 5.0  # for the same mistake to show on a rank before this one
@@ -265,7 +266,7 @@ def first_line(error: BaseException) -> str:
 def say(line: str) -> None:
     """Print to stderr in one piece, without secrets: other ranks print to the same place."""
     with contextlib.suppress(OSError):  # nobody may read
-        sys.stderr.write(f"{redact(line)}\n")
+        sys.stderr.write(f"{escaped(redact(line))}\n")
         sys.stderr.flush()
 
 

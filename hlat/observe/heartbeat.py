@@ -1,14 +1,16 @@
 """A rank's heartbeat under `hlat supervise`: one small file on its own machine, rewritten twice a second.
 
 The supervisor there reads it: where the rank is, since when, and how long a step takes. It lies in a folder
-of the machine (not of the run), so that a slow or full disk says nothing about the rank. Times are
-CLOCK_MONOTONIC, which all processes of a machine share.
+of the machine (not of the run), so that a slow or full disk says nothing about the rank, and is rewritten
+in its place, for which a full disk has room. Times are CLOCK_MONOTONIC, which all processes of a machine
+share.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import json
 import os
@@ -16,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +32,8 @@ STACKS_SIGNAL = signal.SIGUSR2
 FIRST_STEP, STEP = "first step", "training"  # phases of the loop; the first may compile
 _PR_SET_PDEATHSIG = 1
 _UNFINISHED = ".unfinished"
+SLOT = 8192  # bytes of the file: a heartbeat, blanks, and a checksum at the end
+_SUM = 10
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Pulse:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path, self.rank, self.pace = folder / f"rank-{rank:05}.json", rank, Pace()
+        self.path, self.rank, self.pace = heartbeat_file(folder, rank), rank, Pace()
         self.look: Callable[[float], Mapping[str, Any]] = self.pace.look
         self._mark = folder / f"rank-{rank:05}{_UNFINISHED}"
         with contextlib.suppress(OSError):
@@ -136,27 +141,60 @@ class Pulse:
             self._mark.unlink()
 
     def write(self) -> None:
-        """Write it now."""
+        """Write it now. Raises OSError."""
         now = time.monotonic()
         beat = Heartbeat(self.rank, os.getpid(), stamp=now, **self.look(now))
-        partial = self.path.with_suffix(".new")
-        partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        partial.replace(self.path)
+        data = encode(beat)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            if os.pwrite(handle, data, 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        finally:
+            os.close(handle)
 
     def _run(self) -> None:
+        told = False
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 self.write()
+            except OSError as error:
+                if not told:  # the supervisor finds it out by itself; who reads this log does not
+                    told = True
+                    with contextlib.suppress(OSError, ValueError):
+                        sys.stderr.write(f"hlat: rank {self.rank}: no heartbeat can be written: {error}\n")
             time.sleep(INTERVAL)
+
+
+def heartbeat_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its heartbeat."""
+    return folder / f"rank-{rank:05}.json"
+
+
+def encode(beat: Heartbeat) -> bytes:
+    """A heartbeat as its file holds it: whoever reads while it is written sees that by its checksum."""
+    data = json.dumps(asdict(beat)).encode()
+    if len(data) > SLOT - _SUM:
+        data = json.dumps({**asdict(beat), "where": beat.where[:200], "spent": {}}).encode()
+    return data.ljust(SLOT - _SUM) + f"{zlib.crc32(data):0{_SUM}d}".encode()
+
+
+def decode(data: bytes) -> Heartbeat:
+    """The heartbeat in a file. Raises ValueError for one that is being written, or is none."""
+    text = data[:-_SUM].rstrip(b" ")
+    if not data[-_SUM:].isdigit() or int(data[-_SUM:]) != zlib.crc32(text):
+        raise ValueError("no heartbeat")
+    return Heartbeat(**json.loads(text))
 
 
 def read_all(folder: Path) -> dict[int, Heartbeat]:
     """The newest heartbeat of each rank on this machine; what cannot be read is left out."""
     found = {}
     for path in sorted(folder.glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            beat = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
-            found[beat.rank] = beat
+        for _ in range(2):  # the first may have met it half written
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                beat = decode(path.read_bytes())
+                found[beat.rank] = beat
+                break
     return found
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from hlat.observe.markup import escape
 
 # Two sets of eight colours that stay apart for colour-blind readers, one for each background.
 _LIGHT = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#b7791f", "#0e7490", "#be185d", "#475569")

@@ -1,8 +1,11 @@
-"""Takes secrets out of text before it leaves a process: environment.json, supervisor logs, `hlat doctor`.
+"""Takes secrets out of text before it leaves a process: environment.json, logs, reports, `hlat doctor`.
 
 Secrets come by environment variable only (docs/operations/security.md). What is taken out: the values of
-variables whose name says secret, wherever they stand; logins in URLs; values given to such a name
-(`--api-key=…`, `password: …`); and well-known forms of tokens.
+variables whose name says secret, wherever they stand (`hlat.observe.secrets`); logins in URLs; values given
+to such a name (`--api-key=…`, `password: …`); and well-known forms of tokens.
+
+A rank prints what it likes, a word of a megabyte too: each expression here begins with a fixed text and scans
+what follows it once, so that the work grows with the length of the text and no faster.
 """
 
 from __future__ import annotations
@@ -15,85 +18,106 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-HIDDEN = "***"
-_LEAST = 8  # characters: a shorter value would be found in innocent text
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|JWT", re.IGNORECASE)
-# "tokens", "tokenizer", "keys" and "author" are no secrets, though their names hold one of these words.
+from hlat.observe.secrets import HIDDEN, LEAST, known, names_secret
+
+__all__ = ["HIDDEN", "line_with_secret", "names_secret", "redact", "redact_all", "without_login"]
+
+# "tokens", "tokenizer", "keys" and "author" are no secrets, though their names hold one of these words. What
+# stands before the word does not matter, hence no expression for it.
 _WORDS = (
-    r"(?:(?:api|access|private|secret)[_-]?key(?:[_-]?id)?|token|secret|passw(?:or)?d|passwd|credentials?)"
+    r"(?:(?<![A-Za-z])(?:(?:api|access|private|secret)[_-]?key(?:[_-]?id)?|token|secret|passw(?:or)?d|passwd"
+    r"|passphrase|credentials?)|(?<=access)token|(?<=refresh)token|(?<=auth)token)"
 )
 _ASSIGNED = re.compile(
-    rf"""(?P<name>(?<![A-Za-z])(?:\w+[_-])?{_WORDS}["']?(?:\s*[=:]\s*|\s+(?=\S*\d)))(?P<quote>["']?)"""
-    rf"""(?P<value>[^\s"',;&]{{{_LEAST},}})""",
+    rf"""(?P<name>{_WORDS}["']?(?:\s*+(?P<sign>[=:])\s*+(?:[|>][-+]?\s++)?|\s++(?=\S*\d)))(?P<quote>["']?)"""
+    rf"""(?P<value>[^\s"',;&]{{{LEAST},}}+)""",
     re.IGNORECASE,
 )
+# Such a name at the end of a text: its value follows.
+HANGING = re.compile(rf"""{_WORDS}["']?\s*+(?:[=:]\s*+(?:[|>][-+]?\s*+)?)?["']?\Z""", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
-_PASSWORD = re.compile(r"\w+://[^/@\s:]+:[^/@\s]+@|\bhttps?://[^/@\s]+@")
-_FORMS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS access key ids
-    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
-    r"|\bglpat-[\w-]{20,}"
-    r"|\bsk-[\w-]{20,}"
-    r"|\bxox[abprs]-[\w-]{10,}"
-    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"  # JSON web tokens
-    r"|(?<=\bBearer )\S{8,}|(?<=\bBasic )[A-Za-z0-9+/=]{8,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.|\n)*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+_URL_LOGIN = re.compile(r"(?<=\w://)[^/\s]*@")
+_PASSWORD = re.compile(
+    r"(?<=\w://)[^/@\s:]++:[^/\s]*@|(?:(?<=\bhttp://)|(?<=\bhttps://))[^/@\s]++@", re.IGNORECASE
 )
-_SIGNED = re.compile(r"((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|Signature)=)[^&\s\"']+")
-
-
-def names_secret(name: str) -> bool:
-    """Whether the name of a variable says that its value is a secret. Errs on the side of yes."""
-    return bool(_SECRET_NAME.search(name))
+_PEM_BEGIN = r"-----BEGIN [A-Z0-9 ]{0,40}?PRIVATE KEY(?: BLOCK)?-----"
+_PEM_END = r"-----END [A-Z0-9 ]{0,40}?PRIVATE KEY(?: BLOCK)?-----"
+# Without the fixed text of the first column the expression beside it need not be tried.
+_FORMS = (
+    ("hf_", re.compile(r"\bhf_[A-Za-z0-9]{20,}+")),  # Hugging Face
+    ("AKIA", re.compile(r"\bAKIA[0-9A-Z]{16}\b")),  # AWS access key ids
+    ("ASIA", re.compile(r"\bASIA[0-9A-Z]{16}\b")),
+    ("gh", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}+|\bgithub_pat_\w{20,}+")),
+    ("glpat-", re.compile(r"\bglpat-[\w-]{20,}+")),
+    ("sk-", re.compile(r"\bsk-[\w-]{20,}+")),
+    ("xox", re.compile(r"\bxox[abprs]-[\w-]{10,}+")),
+    ("eyJ", re.compile(r"(?<![\w-])eyJ[\w-]{10,}+\.[\w-]{10,}+\.[\w-]*+")),  # JSON web tokens
+    ("earer ", re.compile(r"(?<=\b[Bb]earer )\S{8,}+")),
+    ("asic ", re.compile(r"(?<=\b[Bb]asic )[A-Za-z0-9+/=]{8,}+")),
+    (
+        "PRIVATE KEY",  # without an end: as much as a key may be long
+        re.compile(rf"{_PEM_BEGIN}(?:[\s\S]{{0,16384}}?(?:{_PEM_END}|\Z)|[\s\S]{{0,16384}})"),
+    ),
+)
+_SIGNED = re.compile(r"((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|Signature)=)[^&\s\"']++")
+PEM_BEGIN, PEM_END = re.compile(_PEM_BEGIN), re.compile(_PEM_END)
 
 
 def without_login(text: str) -> str:
     """The text without the `user:password@` of URLs."""
-    return _URL_LOGIN.sub(r"\1", text)
+    return _URL_LOGIN.sub("", text) if "://" in text else text
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text with `***` in place of every secret.
+    """The text with `***` in place of every secret, of several lines too.
 
     Args:
-        text: any text; its lines stay lines.
+        text: any text.
         environ: whose secret variables are looked for; default: this process's.
     """
-    environ = os.environ if environ is None else environ
-    values = {
-        value
-        for name, value in environ.items()
-        if names_secret(name) and len(value) >= _LEAST and not _NUMBER.fullmatch(value)
-    }
-    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(value, HIDDEN)
-    text = _FORMS.sub(HIDDEN, without_login(text))
-    return _ASSIGNED.sub(_hide, _SIGNED.sub(rf"\1{HIDDEN}", text))
+    text = known(os.environ if environ is None else environ).hide(text)
+    text = without_login(text)
+    for begin, form in _FORMS:
+        if begin in text:
+            text = form.sub(HIDDEN, text)
+    if "=" in text:
+        text = _SIGNED.sub(rf"\1{HIDDEN}", text)
+    return _ASSIGNED.sub(_hide, text)
 
 
 def redact_all(data: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """JSON-ready data with `redact` applied to every text in it."""
+    """JSON-ready data with `redact` applied to every text in it, the keys too."""
     if isinstance(data, str):
         return redact(data, environ)
     if isinstance(data, Mapping):
-        return {key: redact_all(value, environ) for key, value in data.items()}
+        return {redact_all(key, environ): redact_all(value, environ) for key, value in data.items()}
     return [redact_all(item, environ) for item in data] if isinstance(data, list | tuple) else data
 
 
-def line_with_secret(text: str) -> int | None:
-    """The line (from 1) on which a login in a URL or a well-known form of token begins; None without one."""
-    starts = [match.start() for match in (_FORMS.search(text), _PASSWORD.search(text)) if match]
+def line_with_secret(text: str, environ: Mapping[str, str] | None = None) -> int | None:
+    """The line (from 1) on which a login in a URL, a well-known form of token, or the value of a secret
+    variable begins; None without one. Such a value counts if it cannot be an innocent word: it has a digit
+    or 20 characters.
+
+    Args:
+        environ: whose secret variables are looked for; default: this process's.
+    """
+    found = [form.search(text) for begin, form in _FORMS if begin in text]
+    starts = [match.start() for match in (*found, _PASSWORD.search(text)) if match]
+    at = known(os.environ if environ is None else environ).find(text)
+    starts += [] if at is None else [at]
     return text.count("\n", 0, min(starts)) + 1 if starts else None
 
 
 def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """For `sys.excepthook`: the traceback as Python prints it, without secrets."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+    from hlat.observe.terminal import escaped
+
+    sys.stderr.write(escaped(redact("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _hide(match: re.Match[str]) -> str:
-    if _NUMBER.fullmatch(match["value"]) or match["value"].startswith(HIDDEN):
+    value = match["value"]
+    if value.startswith(HIDDEN) or (_NUMBER.fullmatch(value) and not (match["sign"] and value.isdecimal())):
         return match[0]
     return f"{match['name']}{match['quote']}{HIDDEN}"

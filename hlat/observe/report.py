@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ import numpy as np
 import hlat
 from hlat.errors import UserError
 from hlat.observe.chart import COLOURS, Chart, Series, decimate, draw, envelope, hover_data
+from hlat.observe.markup import escape
 from hlat.observe.page import by_key, page, plain
+from hlat.observe.redact import redact
 from hlat.observe.runs import Array, Run, differences, flatten, smooth
 from hlat.observe.skipped import skipped_lines
 from hlat.observe.standing import standing_notes, standing_table
@@ -272,7 +273,9 @@ def _recipes(runs: Sequence[Run]) -> str:
     for run in runs:
         lines = "\n".join(f"{key}: {plain(value)}" for key, value in run.recipe.items())
         shown = (
-            f'<pre class="sheet">{escape(lines)}</pre>' if lines else '<p class="none">no resolved.yaml</p>'
+            f'<pre class="sheet">{escape(redact(lines))}</pre>'
+            if lines
+            else '<p class="none">no resolved.yaml</p>'
         )
         parts.append(f"<details><summary>Resolved recipe of {escape(run.name)}</summary>{shown}</details>")
     return "\n".join(parts)

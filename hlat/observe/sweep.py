@@ -7,11 +7,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from hlat.observe.jsonl import Row
+from hlat.observe.markup import escape
 from hlat.observe.page import page
 from hlat.observe.text import fixed, percent
 

@@ -71,11 +71,6 @@ def argument_text(text: str, where: str) -> str:
         raise UserError("is not UTF-8 text", where=where, fix="write it in UTF-8") from None
 
 
-def printable(text: str) -> str:
-    """The text without control characters, which would act on a terminal; line ends and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def anomaly_text(row: Mapping[str, Any]) -> str:
     """A metrics row of kind `anomaly` in a line."""
     values = [

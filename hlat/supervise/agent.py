@@ -8,13 +8,13 @@ status for a signal, as `subprocess` has it.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
 from pathlib import Path
 
 from hlat.observe.heartbeat import die_with_parent
+from hlat.supervise.scratch import write_result
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
         elastic_launch(config=config, entrypoint=command)(*command_args)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    result.write_text(json.dumps({"codes": codes}), encoding="utf-8")
+    write_result(result, {"codes": codes})
     return 1 if codes else 0
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,15 @@ from hlat.host.limits import cores
 from hlat.host.python import environment, module, torchrun_module
 from hlat.observe.heartbeat import FOLDER, STACKS_SIGNAL, Heartbeat, read_all, stacks_file, unfinished
 from hlat.supervise import processes
-from hlat.supervise.logs import LogMirror
+from hlat.supervise.logs import LogMirror, Shown
+from hlat.supervise.scratch import Scratch
 from hlat.supervise.watch import Limits, kind_of, overdue, sign
 
 POLL = 0.2
 SAMPLE = 2.5  # seconds between two looks at heartbeats: a living rank has written in between
 _STACKS_SECONDS = 1.0
+_LOOK_AT_DISK, _SILENT = 2.0, 5.0
+_COPY_SECONDS, _SHOW_SECONDS = 60.0, 5.0  # for the last of the output, when a disk or a pipe hangs
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Place:
             f"--master-port={self.port}",
             "--max-restarts=0",
             "--monitor-interval=0.2",
-            "--tee=3",
+            "--redirects=3",
         ]
 
 
@@ -58,7 +59,7 @@ class Outcome:
     rank hung; why: in words; signs: what the ranks here said of themselves, twice, when that was found.
     stopped: the signal that the supervisor was sent. text: the end of the ranks' output. beats: their last
     heartbeats. left: descendants that outlived their launcher and were ended. unfinished: ranks that did not
-    say that they are done.
+    say that they are done. trouble: with this machine's own disk, as it was at the end.
     """
 
     code: int = 1
@@ -71,6 +72,7 @@ class Outcome:
     beats: dict[int, Heartbeat] = field(default_factory=dict)
     left: int = 0
     unfinished: list[int] = field(default_factory=list)
+    trouble: str = ""
 
 
 class Attempt:
@@ -86,6 +88,9 @@ class Attempt:
         others: asked now and then; a text ends this attempt, as other machines have ended theirs.
         compiling: told whether a rank here has a compiler at work; says whether one elsewhere has.
         on_look: given all heartbeats of this machine at every look.
+        on_trouble: told that no heartbeat can be written here, and why; empty: that they can be again.
+
+    Raises OSError when this machine's own disk has no room for its files.
     """
 
     def __init__(
@@ -100,52 +105,54 @@ class Attempt:
         others: Callable[[], str] = lambda: "",
         compiling: Callable[[bool], bool] = lambda here: False,
         on_look: Callable[[Mapping[int, Heartbeat]], None] = lambda beats: None,
+        on_trouble: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.place, self.limits, self.grace = place, limits, grace
         self.received, self.others, self.on_look = received, others, on_look
-        self.compiling = compiling
-        self.scratch = Path(tempfile.mkdtemp(prefix="hlat-"))  # on this machine, never on the run's disk
-        self.mirror = LogMirror(self.scratch / "logs", logs, place.node * place.nproc)
-        self.logs = logs
-        self._result = self.scratch / "result.json"
+        self.compiling, self.on_trouble, self._trouble = compiling, on_trouble, ""
+        first = place.node * place.nproc
+        self._disk = Scratch(range(first, first + place.nproc))  # on this machine, never on the run's disk
+        self.scratch, self.logs = self._disk.path, logs
+        self.shown = Shown()
+        self.mirror = LogMirror(self.scratch / "logs", logs, first, self.shown)
         arguments = [*place.torchrun(), f"--log-dir={self.scratch / 'logs'}", *torchrun_module(command)]
-        words = module("hlat.supervise.agent", str(self._result), *arguments)
+        words = module("hlat.supervise.agent", str(self._disk.result), *arguments)
         self._process = subprocess.Popen(words, env=self._environment(os.environ), start_new_session=True)
 
     def _environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         chosen = {**environment(environ), FOLDER: str(self.scratch)}
         chosen.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.place.nproc)))
-        chosen.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[${rank}] ")
         return chosen
 
     def run(self) -> Outcome:
         """Wait for the end. Nothing that was started here runs after it."""
         outcome = Outcome()
+        self.mirror.start()
         try:
             self._wait(outcome)
             outcome.beats = read_all(self.scratch)
             self.on_look(outcome.beats)
             outcome.code = self._process.poll() if self._process.poll() is not None else 1  # type: ignore[assignment]
-            outcome.codes = self._codes()
+            result = self._disk.read_result()
+            outcome.codes = {int(rank): int(code) for rank, code in (result or {}).get("codes", {}).items()}
             outcome.unfinished = unfinished(self.scratch)
-            if outcome.code == 0 and not self._result.exists():
+            outcome.trouble = self._disk.trouble(silent=outcome.code != 0)
+            if outcome.code == 0 and result is None:
                 outcome.code = 1  # whatever ended so was not the agent, or not at its end
         finally:
             outcome.left = len(processes.end_all(self._process.pid))
             self._process.wait()
-            self.mirror.sync(last=True)
+            self.mirror.finish(_COPY_SECONDS)
             outcome.text = self.mirror.tail()
+            self.shown.finish(_SHOW_SECONDS)
             self._keep_stacks()
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            self._disk.remove()
         return outcome
 
     def _wait(self, outcome: Outcome) -> None:
-        end, synced = float("inf"), 0.0
+        end, looked = float("inf"), 0.0
         while self._process.poll() is None:
             now = time.monotonic()
-            if now - synced > 1.0:
-                self.mirror.sync()
-                synced = now
             number = self.received()
             if number is not None and outcome.stopped is None:
                 outcome.stopped, end = number, now + self.grace
@@ -157,9 +164,21 @@ class Attempt:
                 outcome.why, end = why, min(end, now + self.limits.stepping)
             beats = read_all(self.scratch)
             self.on_look(beats)
+            if now - looked > _LOOK_AT_DISK:
+                looked = now
+                self._look_at_disk(any(now - beat.stamp > _SILENT for beat in beats.values()))
             if outcome.stopped is None and self._find_hang(beats, outcome):
                 return
             time.sleep(POLL)
+
+    def _look_at_disk(self, silent: bool) -> bool:
+        """Whether heartbeats can be written here, tried if a rank is silent. What changes is told."""
+        if (text := self._disk.trouble(silent)) != self._trouble:
+            news = bool(text) != bool(self._trouble)
+            self._trouble = text
+            if news:
+                self.on_trouble(text)
+        return not text
 
     def _ask_to_stop(self) -> None:
         """The ranks save and leave together. Through torchrun they would be killed after 30 seconds."""
@@ -175,8 +194,11 @@ class Attempt:
             return False
         time.sleep(SAMPLE)
         second, again = read_all(self.scratch), time.monotonic()
-        if not self._late(second, again) or self._process.poll() is not None:
+        late = self._late(second, again)
+        if not late or self._process.poll() is not None:
             return False
+        if not self._look_at_disk(silent=True) and not self._heard_or_halted(late, again):
+            return False  # what is not written says nothing of who should have written it
         outcome.hang = True
         outcome.signs = tuple(  # type: ignore[assignment]
             [sign(beat, at - beat.stamp) for beat in beats.values()]
@@ -190,6 +212,10 @@ class Attempt:
         time.sleep(_STACKS_SECONDS)
         return True
 
+    def _heard_or_halted(self, late: Iterable[Heartbeat], now: float) -> bool:
+        """Whether it is known, whatever the disk does, that one of them makes no progress."""
+        return any(now - beat.stamp < SAMPLE or processes.halted(beat.pid) for beat in late)
+
     def _late(self, beats: Mapping[int, Heartbeat], now: float) -> list[Heartbeat]:
         def elsewhere() -> bool:
             return self.compiling(any(processes.compiles(beat.pid) for beat in beats.values()))
@@ -198,13 +224,6 @@ class Attempt:
         if not late and any(now - beat.began > self.limits.of_beat(beat) for beat in beats.values()):
             elsewhere()  # the ranks of other machines wait for ours
         return late
-
-    def _codes(self) -> dict[int, int]:
-        try:
-            codes = json.loads(self._result.read_text(encoding="utf-8"))["codes"]
-        except (OSError, ValueError, KeyError):
-            return {}
-        return {int(rank): int(code) for rank, code in codes.items()}
 
     def _keep_stacks(self) -> None:
         for path in sorted(self.scratch.glob(stacks_file(self.scratch, 0).name.replace("00000", "*"))):

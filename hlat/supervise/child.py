@@ -13,6 +13,10 @@ from types import FrameType
 from hlat.host.python import environment, module
 from hlat.observe.heartbeat import PARENT
 from hlat.observe.stopping import handling
+from hlat.supervise.bounded import GrowingFile
+
+_MOST = 1 << 20
+_LOOK = 1.0
 
 
 class Children:
@@ -40,7 +44,7 @@ class Children:
 
         Returns:
             Its exit status, negative for a signal, as `subprocess` has it; 0 without a start after a signal.
-            What was written to the log meanwhile.
+            The end of what was written to the log meanwhile, a mebibyte at most.
         """
         if self.received is not None:
             return 0, ""
@@ -57,11 +61,13 @@ class Children:
             )
             if self.received is not None:  # it came while the process started
                 self._process.send_signal(self.received)
-            code = self._process.wait()
+            bounds = GrowingFile(log, start)
+            while (code := _wait(self._process)) is None:
+                bounds.bound()
             self._process = None
         with open(log, "rb") as file:
-            file.seek(start)
-            return code, file.read().decode(errors="replace")
+            file.seek(max(start, os.fstat(file.fileno()).st_size - _MOST))
+            return code, file.read(_MOST).decode(errors="replace")
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         """Pass on the first of them, and every Ctrl-C: the second one interrupts a run that saves."""
@@ -70,3 +76,10 @@ class Children:
         self.received = self.received or number
         if self._process is not None:
             self._process.send_signal(number)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(_LOOK)
+    except subprocess.TimeoutExpired:
+        return None

@@ -12,10 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 from hlat.observe.redact import redact
-from hlat.observe.text import printable
+from hlat.observe.terminal import escaped
 from hlat.supervise.failure_rows import Action, Kind, Row
 from hlat.supervise.failure_table import (
     BENIGN,
@@ -29,6 +28,7 @@ from hlat.supervise.failure_table import (
     TABLE,
 )
 from hlat.supervise.kernel import kernel_lines
+from hlat.supervise.patterns import compiled
 
 __all__ = ["Evidence", "Verdict", "classify", "kernel_lines"]
 
@@ -37,7 +37,7 @@ _LONGEST_LINE, _LONGEST_REASON = 2000, 400
 _RANK = re.compile(r"\brank\W?(\d{1,6})\b", re.IGNORECASE)
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
-_FAILED = re.compile(r"\brank \d+ \([^)]*\)(?= failed:)")
+_FAILED = re.compile(r"\brank \d+ \([^)]{0,200}\)(?= failed:)")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::|$)")
 # The launcher's summary of its workers, and the ends of a rank that was told to end.
 _NO_CAUSE = re.compile(r"ChildFailedError|SignalException|^(?:KeyboardInterrupt|SystemExit)\b")
@@ -50,13 +50,15 @@ class Evidence:
 
     exit_codes: status by rank as subprocess gives it, negative for a signal. text: the end of the ranks'
     logs. kernel: its messages since the start (`kernel_lines`). hang: a rank came no further within its
-    phase's limit.
+    phase's limit. believed: whether what ranks print may make their machine a bad one; they print
+    their data, too.
     """
 
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     text: str = ""
     kernel: str = ""
     hang: bool = False
+    believed: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def classify(evidence: Evidence) -> Verdict:
         elif row.where == "flag":
             if evidence.hang or row.name != "hang":
                 found = _suspect(codes), ""
-        elif line := _search(row, lines[row.where]):
+        elif line := _search(row, lines[_place(row, evidence)]):
             found = _rank(row, line, codes, line in lines["kernel"]), line
         if found is not None:
             return _verdict(row, *found)
@@ -103,17 +105,17 @@ def classify(evidence: Evidence) -> Verdict:
 def _lines(text: str) -> list[str]:
     """The lines that may say something: printable, not too long, without the benign ones."""
     lines = (line[:_LONGEST_LINE] for line in text[-_MOST_TEXT:].splitlines())
-    benign = _pattern(tuple(pattern for pattern, _ in BENIGN))
+    benign = compiled(tuple(pattern for pattern, _ in BENIGN))
     return [line for line in lines if line.strip() and not benign.search(line)]
 
 
-@cache
-def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE)
+def _place(row: Row, evidence: Evidence) -> str:
+    accuses = row.kind == "node" and row.action != "stop"
+    return "kernel" if accuses and not evidence.believed else row.where
 
 
 def _search(row: Row, lines: list[str]) -> str:
-    pattern = _pattern(row.patterns)
+    pattern = compiled(row.patterns)
     return next((line for line in lines if pattern.search(line)), "")
 
 
@@ -131,7 +133,7 @@ def _defect(lines: list[str], codes: Mapping[int, int]) -> tuple[int | None, str
     """The first exception that no row with patterns explains; only where a rank ended with status 1."""
     if codes and 1 not in codes.values():
         return None
-    explained = _pattern(tuple(pattern for row in TABLE for pattern in row.patterns))
+    explained = compiled(tuple(pattern for row in TABLE for pattern in row.patterns))
     for line in _exceptions(lines):
         if not explained.search(line) and not _NO_CAUSE.search(line):
             return _rank(DEFECT, line, codes), line
@@ -179,7 +181,7 @@ def _suspect(codes: Mapping[int, int], killed: bool = False) -> int | None:
 def _verdict(row: Row, rank: int | None, detail: str) -> Verdict:
     who = f"rank {rank}: " if rank is not None else ""
     text = f"{who}{row.name}: {row.meaning}" + (f" ({detail.strip()})" if detail else "")
-    reason = " ".join(redact(printable(text)).split())
+    reason = " ".join(redact(escaped(text)).split())
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[: _LONGEST_REASON - 1]}…"
     return Verdict(row.kind, row.action, reason, row.name, rank)

@@ -21,7 +21,8 @@ Where = Literal["kernel", "text", "both", "status", "flag"]
 class Row:
     """One signal.
 
-    name: of the rule. patterns: regular expressions, searched line by line, in any case. where: the kernel's
+    name: of the rule. patterns: regular expressions, searched line by line, in any case; what stands between
+    two parts is `[^\\n]*`, outside of all groups (`hlat.supervise.patterns`). where: the kernel's
     lines, the ranks' text, both; "status": `codes` are exit statuses of a rank; "flag": what the supervisor
     saw. meaning: what it is and why this action. source: see the module text.
     """
@@ -36,15 +37,16 @@ class Row:
     codes: tuple[int, ...] = ()
 
 
-def nrt(code: int, *names: str) -> str:
+def nrt(code: int, *names: str) -> tuple[str, ...]:
     """A Neuron runtime status in the forms it is logged: its name, status=5, err: 5."""
-    named = "".join(rf"|\b{name}\b" for name in names)
-    return rf"\bnrt[\w:]*\W[^\n]*?\bstatus\s*[=:]?\s*{code}\b|completed with err(?:or)?:?\s*{code}\b{named}"
+    status = rf"\bnrt[\w:]*?\W[^\n]*\bstatus\s{{0,9}}[=:]?\s{{0,9}}{code}\b"
+    named = (rf"\b{name}\b" for name in names)
+    return status, rf"completed with err(?:or)?:?\s{{0,9}}{code}\b", *named
 
 
 def xid(codes: Iterable[int], rest: str = "") -> str:
     """A line of the NVIDIA driver: NVRM: Xid (PCI:0000:3b:00): 79, ..."""
-    return rf"NVRM: Xid \([^)]*\):? (?:{'|'.join(map(str, codes))})\b{rest}"
+    return rf"NVRM: Xid \([^)]{{0,80}}\):? (?:{'|'.join(map(str, codes))})\b{rest}"
 
 
 # What the catalogue answers with RESET_GPU, RESTART_BM or a workflow of tests: no training on it before.
@@ -87,8 +89,8 @@ DEVICE_HARDWARE = (
         "NRT 1004, 1202: an uncorrectable error in on-chip memory; replace the instance",
         "[nrt]",
         (
-            nrt(1202, "NRT_EXEC_HW_ERR_NC_UE"),
-            nrt(1004, "NRT_EXEC_COMPLETED_WITH_ERR(?:OR)?"),
+            *nrt(1202, "NRT_EXEC_HW_ERR_NC_UE"),
+            *nrt(1004, "NRT_EXEC_COMPLETED_WITH_ERR(?:OR)?"),
             r"\buncorrectable memory error (?:is detected )?on Neuron device",
             r"Uncorrectable memory error is detected",
         ),
@@ -101,7 +103,7 @@ DEVICE_HARDWARE = (
         "NRT 1205: an HBM error that reloading the driver or a reboot repairs; not before that",
         "[nrt]",
         (
-            nrt(1205, "NRT_EXEC_HW_ERR_REPAIRABLE_HBM_UE"),
+            *nrt(1205, "NRT_EXEC_HW_ERR_REPAIRABLE_HBM_UE"),
             r"Uncorrectable HBM memory error[^\n]*(?:reload the neuron driver|reboot)",
         ),
     ),
@@ -112,7 +114,7 @@ DEVICE_HARDWARE = (
         "text",
         "NRT 1201: an HBM error that cannot be repaired; replace the instance",
         "[nrt]",
-        (nrt(1201, "NRT_EXEC_HW_ERR_HBM_UE"), r"Uncorrectable HBM memory error is detected"),
+        (*nrt(1201, "NRT_EXEC_HW_ERR_HBM_UE"), r"Uncorrectable HBM memory error is detected"),
     ),
     Row(
         "nrt-dma",
@@ -121,7 +123,7 @@ DEVICE_HARDWARE = (
         "text",
         "NRT 1203: a DMA engine aborted; replace the instance",
         "[nrt]",
-        (nrt(1203, "NRT_EXEC_HW_ERR_DMA_ABORT"), r"DMA [TR]X engine \d+ is in an abort state"),
+        (*nrt(1203, "NRT_EXEC_HW_ERR_DMA_ABORT"), r"DMA [TR]X engine \d+ is in an abort state"),
     ),
     Row(
         "nrt-compute-hang",
@@ -140,7 +142,7 @@ DEVICE_HARDWARE = (
         "NRT 6, 101: a hardware error or an execution unit that cannot go on; a start resets the cores, "
         "a second time on the same node is its fault",
         "[nrt]",
-        (nrt(6, "NRT_HW_ERROR"), nrt(101, "NRT_EXEC_UNIT_UNRECOVERABLE")),
+        (*nrt(6, "NRT_HW_ERROR"), *nrt(101, "NRT_EXEC_UNIT_UNRECOVERABLE")),
     ),
     Row(
         "cuda-hardware",
@@ -195,8 +197,8 @@ DEVICE_SOFTWARE = (
         "NRT 9, 1005: another process holds the cores; not hardware, a left-over process ends",
         "[nrt]",
         (
-            nrt(9, "NRT_LOAD_NOT_ENOUGH_NC"),
-            nrt(1005, "NRT_EXEC_NC_BUSY"),
+            *nrt(9, "NRT_LOAD_NOT_ENOUGH_NC"),
+            *nrt(1005, "NRT_EXEC_NC_BUSY"),
             r"NeuronCore\(s\) not available",
             r"CUDA-capable device\(s\) is/are busy or unavailable",
         ),
@@ -209,8 +211,8 @@ DEVICE_SOFTWARE = (
         "NRT 4, 11: device or host memory does not suffice for this recipe",
         "[nrt]",
         (
-            nrt(4, "NRT_RESOURCE"),
-            nrt(11, "NRT_FAIL_HOST_MEM_ALLOC"),
+            *nrt(4, "NRT_RESOURCE"),
+            *nrt(11, "NRT_FAIL_HOST_MEM_ALLOC"),
             r"neuron:mc_alloc: device mempool [^\n]* needed \d+ available",
         ),
     ),
@@ -222,10 +224,10 @@ DEVICE_SOFTWARE = (
         "NRT 2, 10, 1002, 1006: a graph or its input is wrong; the same start would end the same way",
         "[nrt]",
         (
-            nrt(2, "NRT_INVALID"),
-            nrt(10, "NRT_UNSUPPORTED_NEFF_VERSION"),
-            nrt(1002, "NRT_EXEC_BAD_INPUT"),
-            nrt(1006, "NRT_(?:EXEC_)?OOB"),
+            *nrt(2, "NRT_INVALID"),
+            *nrt(10, "NRT_UNSUPPORTED_NEFF_VERSION"),
+            *nrt(1002, "NRT_EXEC_BAD_INPUT"),
+            *nrt(1006, "NRT_(?:EXEC_)?OOB"),
             r"NEFF version mismatch",
             r"failed to run scatter/gather[^\n]*out-of-bound",
         ),
@@ -237,7 +239,7 @@ DEVICE_SOFTWARE = (
         "text",
         "NRT 1204: the queue of notifications overflowed; set NEURON_RT_ENABLE_DGE_NOTIFICATIONS=0",
         "[nrt]",
-        (nrt(1204, "NRT_EXEC_SW_NQ_OVERFLOW"),),
+        (*nrt(1204, "NRT_EXEC_SW_NQ_OVERFLOW"),),
     ),
     Row(
         "nrt-short-timeout",
@@ -300,9 +302,9 @@ DEVICE_ECHOES = (
         "NRT 5, 1200: collectives wait for a worker; the cause is on another node",
         "[nrt]",
         (
-            nrt(1200, "NRT_EXEC_HW_ERR_COLLECTIVES"),
+            *nrt(1200, "NRT_EXEC_HW_ERR_COLLECTIVES"),
             r"missing collectives status",
-            nrt(5, "NRT_TIMEOUT"),
+            *nrt(5, "NRT_TIMEOUT"),
         ),
     ),
     Row(
@@ -312,7 +314,7 @@ DEVICE_ECHOES = (
         "text",
         "NRT 1206: a peer closed its connection, or EFA failed",
         "[nrt]",
-        (nrt(1206, "NRT_NETWORK_PROXY_FAILURE"), r"RX, connection closed by remote peer"),
+        (*nrt(1206, "NRT_NETWORK_PROXY_FAILURE"), r"RX, connection closed by remote peer"),
     ),
     Row(
         "nccl-timeout",

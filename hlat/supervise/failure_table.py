@@ -63,7 +63,7 @@ HOST_HARDWARE = (
         "a replica holds other weights: a silent error of that node; checkpoints since may hold it too, so a "
         "person chooses the one to continue from",
         "[hlat]",
-        (r"after step \d+ .*\b(?:holds? other weights than|hold different weights)\b",),
+        (r"after step \d+ [^\n]*\b(?:holds? other weights than|hold different weights)\b",),
     ),
 )
 
@@ -77,7 +77,7 @@ CHOSEN = (
         "status 2, but not the recipe's fault",
         "[hlat]",
         (
-            r"hlat: error: .*(?:did not come in time|no answer for \d+ s|was not ready within"
+            r"hlat: error: [^\n]*(?:did not come in time|no answer for \d+ s|was not ready within"
             r"|ended before all \d+ processes had come|cannot listen: "
             r"|trains in this folder since)",
         ),
@@ -108,7 +108,7 @@ CHOSEN = (
         "NRT 1003: a graph produced NaN",
         "[nrt]",
         (
-            nrt(1003, "NRT_EXEC_COMPLETED_WITH_NUM_ERR(?:OR)?"),
+            *nrt(1003, "NRT_EXEC_COMPLETED_WITH_NUM_ERR(?:OR)?"),
             r"INFER_ERROR_SUBTYPE_NUMERICAL",
         ),
     ),
@@ -197,8 +197,8 @@ NAMED = (
         "HLAT names a rank whose process or machine is gone",
         "[hlat]",
         (
-            r"\brank \d+ \([^)]*\) is gone\b",
-            r"\bstopped because .* does not answer",
+            r"\brank \d+ \([^)]{0,200}\) is gone\b",
+            r"\bstopped because [^\n]* does not answer",
             r"\bheld the job's store, is gone",
         ),
     ),
@@ -209,7 +209,7 @@ NAMED = (
         "text",
         "HLAT names a rank that made no progress",
         "[hlat]",
-        (r"\brank \d+ \([^)]*\) is late\b", r"\ball ranks wait in step \d+"),
+        (r"\brank \d+ \([^)]{0,200}\) is late\b", r"\ball ranks wait in step \d+"),
     ),
     Row("hang", "peer", "restart", "flag", "a rank came no further within its phase's limit", "[hlat]"),
 )

@@ -6,9 +6,10 @@ import contextlib
 import re
 import signal
 import socket
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
 from hlat.supervise.events import BAD_NODES, FOLDER, Events
 from hlat.supervise.goodput import Timeline, goodput, table
 from hlat.supervise.node import is_bad
+from hlat.supervise.scratch import described, room
 from hlat.supervise.team import Team
 from hlat.supervise.watch import Limits, name_the_late
 
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED, "lost": FolderLost.exit_code}
-_WARNING = re.compile(r"\w*Warning: |\bwarning: ")  # told, and survived: not why a rank ended
+_WARNING = re.compile(r"Warning: |\bwarning: ")  # told, and survived: not why a rank ended
 SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
+_ELSEWHERE = "another machine's ranks have ended"
 _TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
 
 
@@ -119,7 +122,7 @@ class Supervisor:
             self.events.add(
                 "check", f"{finding.check}: {finding.fact}", check=finding.check, fact=finding.fact
             )
-        fault = "; ".join(f"{finding.check}: {finding.fact}" for finding in is_bad(findings))
+        fault = _faults(findings)
         came = self.team.ready(number, socket.gethostname(), fault)
         if len(came) < self.team.count:
             missing = [str(node) for node in range(self.team.count) if node not in came]
@@ -140,21 +143,33 @@ class Supervisor:
         self.timeline.start(time.monotonic())
         self.events.add("start", "" if self.attempt == 1 else f"attempt {self.attempt}", attempt=self.attempt)
         logs = folder_of(self.logs, self.attempt)
-        attempt = Attempt(
-            self.place,
-            [*self.command, *(self.again if number > 1 else ())],
-            logs,
-            limits=self.limits,
-            grace=self.grace,
-            received=lambda: self.received,
-            others=lambda: "another machine's ranks have ended" if self.team.ended_elsewhere(number) else "",
-            compiling=lambda here: self.team.compiling(number, here),
-            on_look=self._look,
-        )
-        outcome = attempt.run()
+        outcome = self._train(number, logs)
         self.timeline.finish(time.monotonic())
         shared = self.team.share(number, self._report(outcome, kernel_lines(began)))
         return self.team.decide(number, lambda: self._decide(number, shared, logs))
+
+    def _train(self, number: int, logs: Path) -> Outcome:
+        """The ranks of this machine, from their start to their end."""
+        try:
+            attempt = Attempt(
+                self.place,
+                [*self.command, *(self.again if number > 1 else ())],
+                logs,
+                limits=self.limits,
+                grace=self.grace,
+                received=lambda: self.received,
+                others=lambda: _ELSEWHERE if self.team.ended_elsewhere(number) else "",
+                compiling=lambda here: self.team.compiling(number, here),
+                on_look=self._look,
+                on_trouble=self._tell_trouble,
+            )
+        except OSError as error:  # no process was started
+            return Outcome(trouble=described(error, Path(error.filename or tempfile.gettempdir())))
+        return attempt.run()
+
+    def _tell_trouble(self, text: str) -> None:
+        line = f"this machine's own disk takes nothing: {text}; ranks whose heartbeats stop do not hang"
+        self.events.add("disk", line if text else "this machine's own disk has room again", trouble=text)
 
     def _look(self, beats: Mapping[int, Heartbeat]) -> None:
         self.timeline.look(beats)
@@ -168,8 +183,11 @@ class Supervisor:
         """What the others must know of this machine's attempt."""
         report = asdict(outcome)
         report.pop("beats")
-        facts = {"host": socket.gethostname(), "kernel": kernel, "reached": self._furthest}
-        return {**report, **facts}
+        facts = {"host": socket.gethostname(), "kernel": kernel, "reached": self._furthest, "fault": ""}
+        report = {**report, **facts}
+        if _accuses(classify(_evidence(report))) and not _accuses(classify(Evidence(kernel=kernel))):
+            report["fault"] = _faults(self.checks())  # a rank says so; does the machine?
+        return report
 
     def _decide(self, number: int, shared: dict[int, dict[str, Any]], logs: Path) -> dict[str, Any]:
         """On the first machine: {"exit": status or None, "pause": seconds, ...}."""
@@ -230,6 +248,9 @@ class Supervisor:
         if early is not None:
             clean = classify(Evidence({0: 0}))
             return replace(clean, reason=f"{clean.reason}: {early}"), ""
+        if mute := next((r for r in shared.values() if r["trouble"] and not r["codes"]), None):
+            text = f"no account of the ranks; this machine's disk takes nothing: {mute['trouble']}"
+            return Verdict("store", "restart", text, "scratch-disk", None), mute["host"]
         verdicts = [(self._classify(report), report["host"]) for report in shared.values()]
         rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
         verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
@@ -252,14 +273,21 @@ class Supervisor:
         return replace(verdict, action="exclude") if exclude else verdict
 
     def _classify(self, report: dict[str, Any]) -> Verdict:
-        return classify(
-            Evidence(
-                exit_codes={int(rank): code for rank, code in report["codes"].items()},
-                text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
-                kernel=report["kernel"],
-                hang=report["hang"],
-            )
-        )
+        """What the evidence says. That a machine is bad is believed when its kernel or its checks say so: the
+        ranks print what they like, their data and other people's errors too.
+        """
+        evidence = _evidence(report)
+        verdict = classify(evidence)
+        if verdict.rule == "disk-full":
+            free = f"{self.run_folder}: {room(self.run_folder)}; {tempfile.gettempdir()}: "
+            return replace(verdict, reason=f"{verdict.reason}; {free}{room(Path(tempfile.gettempdir()))}")
+        if not _accuses(verdict) or _accuses(classify(Evidence(kernel=report["kernel"]))):
+            return verdict
+        if fault := report.get("fault"):
+            return replace(verdict, reason=f"{verdict.reason}; the check of this machine: {fault}")
+        other = classify(replace(evidence, believed=False))
+        doubt = f"its output names {verdict.rule}, which neither the kernel's log nor the check of"
+        return replace(other, reason=f"{other.reason}; {doubt} {report['host']} confirms")
 
     def _name_the_hang(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
         """Who hung. A machine that does so again in a job of several is taken for a bad one."""
@@ -267,9 +295,9 @@ class Supervisor:
         why = next(r["why"] for r in shared.values() if r["hang"])
         rank, text = name_the_late(signs, time.time())
         host = next((h for h, (_, s) in signs.items() if any(i["rank"] == rank for i in s)), "")
-        hardware = [self._classify(report) for report in shared.values()]
-        if bad := next((verdict for verdict in hardware if verdict.action == "exclude"), None):
-            return bad, host
+        hardware = [(self._classify(report), report["host"]) for report in shared.values()]
+        if bad := next((pair for pair in hardware if pair[0].action == "exclude"), None):
+            return bad
         named = rank if rank >= 0 else None
         return self._again_bad(Verdict("hang", "restart", f"{why}: {text}", "hang", named), host), host
 
@@ -285,8 +313,9 @@ class Supervisor:
 
     def _exclude(self, host: str) -> None:
         path = self.logs / BAD_NODES
-        known = path.read_text(encoding="utf-8").split() if path.exists() else []
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            known = path.read_text(encoding="utf-8").split() if path.exists() else []
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{name}\n" for name in dict.fromkeys([*known, host])), encoding="utf-8")
 
     def _pause(self, seconds: float) -> None:
@@ -326,6 +355,24 @@ class Supervisor:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+
+def _evidence(report: Mapping[str, Any]) -> Evidence:
+    return Evidence(
+        exit_codes={int(rank): code for rank, code in report["codes"].items()},
+        text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
+        kernel=report["kernel"],
+        hang=report["hang"],
+    )
+
+
+def _accuses(verdict: Verdict) -> bool:
+    """Whether it makes the machine a bad one, now or the second time."""
+    return verdict.kind == "node" and verdict.action != "stop"
+
+
+def _faults(findings: Iterable[Finding]) -> str:
+    return "; ".join(f"{finding.check}: {finding.fact}" for finding in is_bad(findings))
 
 
 def _is_over(report: Mapping[str, Any]) -> bool:

@@ -14,7 +14,6 @@ from hlat.backend.native import has_native_bf16
 from hlat.evaluate.generate import Diverged
 from hlat.mesh import Layout
 from hlat.model.init import parameter_shapes
-from hlat.observe.text import printable
 from hlat.optim.groups import idle_overrides
 from hlat.train.evaluate import compressors, sample
 from hlat.train.rounding import rounding_lines
@@ -206,10 +205,12 @@ def summary(
 def _sample_lines(run: Run, folder: Path) -> list[str | tuple[str, str]]:
     """Text that the model writes; of one that has diverged, a word about that."""
     try:
-        text = printable(sample(run, folder, _SAMPLE_TOKENS)).strip("\n")
+        text = sample(run, folder, _SAMPLE_TOKENS).strip("\n")
     except Diverged as error:
         text = f"none: {error.what}"
-    return [("sample" if i == 0 else "", line) for i, line in enumerate(text.splitlines())]
+    lines = text.split("\n")
+    quoted = [f"| {line}" for line in lines] if lines[1:] else lines  # its lines are not taken for ours
+    return [("sample", "\n".join(quoted))]
 
 
 def _accuracy_lines(run: Run, held_out: dict[str, Any]) -> list[str | tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -177,6 +178,44 @@ def test_a_hang_is_found_named_and_survived_and_a_compiler_is_none(job: Job) -> 
     assert "mischief.py" in stacks and "_do" in stacks
     assert process.wait(120) == 0
     assert job.losses() == expected
+
+
+@pytest.mark.slow
+def test_a_flood_of_output_is_bounded_and_delays_nothing(job: Job) -> None:
+    process = job.start(nproc=1)
+    job.steps(4)
+    job.do("0 flood 800")
+    job.wait_for(lambda: not (job.folder / "mischief.txt").exists())
+    assert process.wait(120) == 0, job.errors()
+    assert [row["kind"] for row in job.events("end")] == ["done"], "no hang, and no bad machine"
+    log = job.run / "logs" / "supervisor" / "attempt-1" / "rank-00000-stdout.log"
+    data = log.read_bytes()
+    assert len(data) < 60 << 20 and b"bytes of output left out here]" in data
+    assert b"step 1/60" in data.replace(b"  ", b" ") and f"step {STEPS}/{STEPS}".encode() in data
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_machine_is_told_as_that_and_not_taken_for_a_hang(job: Job) -> None:
+    small = job.folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "hlat-test", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        job.environ["TMPDIR"] = str(small)
+        process = job.start(nproc=1)
+        job.steps(4)
+        with contextlib.suppress(OSError), (small / "others").open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 20)):
+                pass
+        job.wait_for(lambda: job.events("disk"))
+        assert process.wait(120) == 0, job.errors()
+        assert [row["kind"] for row in job.events("end")] == ["done"]
+        (told, *_) = job.events("disk")
+        assert "No space left on device" in told["trouble"] and "0 B of 25.2 MB free" in told["trouble"]
+        assert "this machine's own disk takes nothing" in job.errors()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hlat.supervise import kernel
 from hlat.supervise.classify import Evidence, classify, kernel_lines
 from hlat.supervise.failure_table import BENIGN, TABLE
+from hlat.supervise.patterns import GAP, Patterns, compiled
 
 TRACE = 'Traceback (most recent call last):\n  File "/opt/hlat/train/loop.py", line 7, in step\n    go()\n'
 ECC = "NVRM: Xid (PCI:0000:3b:00): 48, pid=4711, name=python, DBE (double bit error) detected"
@@ -230,3 +231,28 @@ def test_the_page_is_current() -> None:
     spec.loader.exec_module(module)
     page = module.PAGE.read_text(encoding="utf-8")
     assert module.page(page) == page, "run: python docs/failure_reference.py"
+
+
+def test_the_work_grows_with_the_length_of_a_line_and_no_faster() -> None:
+    """However the lines look: in one expression, a gap is looked through from every beginning."""
+    words = ("nrt ", "nrt:", "nrt status ", "NVRM: Xid (", "rank 1 (", "a", "gloo ", "hlat: error: ",
+             "status    ", "inference timeout (30000 ms) ", "after step 1 ", "stopped because ")  # fmt: skip
+    long, began = 1 << 14, time.process_time()
+    for word in words:
+        line = (word * long)[:long]
+        assert not any(compiled(row.patterns).search(line) for row in TABLE if row.patterns and word != "a")
+        classify(Evidence({0: 1}, line))
+        assert time.process_time() - began < 30, word
+    for row in TABLE:
+        for pattern in row.patterns:
+            for part in pattern.split(GAP):
+                assert not re.search(r"(?<!\\)\.[*+]|\[\^[^]]*\][*+]", part), f"{row.name}: a gap in a part"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("a1 b", True), ("b a1", False), ("a b a b", True), ("B ... A1 ... B", True), ("x", False), ("c", True)],
+)
+def test_patterns_with_a_gap(line: str, found: bool) -> None:
+    made = Patterns((rf"a\d?{GAP}b", "c"))
+    assert made.search(line) is found is bool(re.search(r"a\d?.*b|c", line, re.IGNORECASE))
