@@ -308,7 +308,10 @@ def main() -> None:
         lm_class()
         from lm_eval.__main__ import cli_evaluate
 
-        cli_evaluate()
+        from hlat.evaluate.surroundings import own_environment
+
+        with own_environment():
+            cli_evaluate()
     except UserError as error:
         from hlat.observe.redact import redact
 
