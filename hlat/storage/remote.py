@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +146,35 @@ class Remote:
             out.flush()
             os.fsync(out.fileno())
 
-    def delete(self, folder: str, first: str) -> None:
-        """Delete a folder, its file `first` before the others. Raises StoreError.
+    def remove(self, path: str) -> None:
+        """Delete a file, if there is one. Raises StoreError."""
+        self._delete_file(path)
+
+    def delete(self, folder: str, first: str, last: str = "") -> None:
+        """Delete a folder, its file `first` before the others and `last` after them. Raises StoreError.
 
         Each file by its exact name: fsspec's `rm` reads `[`, `]`, `*` and `?` as a pattern, and would delete
         what other runs have in the store.
         """
         self._delete_file(f"{folder}/{first}")
-        files = list(self.files(folder))
+        files = [path for path in self.files(folder) if path != f"{folder}/{last}"]
         if self._is_s3:  # it has no folders
             for start in range(0, len(files), _PAGE):
                 self._delete_page(folder, files[start : start + _PAGE])
         else:
             side_by_side(self._delete_file, files)
+        if last:
+            self._delete_file(f"{folder}/{last}")
+        if not self._is_s3:
             found = self._find(folder, withdirs=True)
             for name in sorted((n for n, item in found.items() if item["type"] != "file"), reverse=True):
                 self._delete_empty(name)
 
-    def abort_uploads(self) -> int:
-        """Drop the parts of uploads that a killed process left unfinished; S3 keeps (and bills) them unseen.
-        Returns how many uploads. Raises StoreError.
+    def abort_uploads(self, folders: Collection[str] | None = None) -> int:
+        """Drop the parts of uploads to these folders (None: to all) that a killed process left unfinished; S3
+        keeps (and bills) them unseen. Returns how many uploads. Raises StoreError.
         """
-        if not self._is_s3:
+        if not self._is_s3 or not (folders is None or folders):
             return 0
         bucket, _, prefix = self.root.partition("/")
         with _told(f"listing unfinished uploads of {self.url}"):
@@ -179,6 +186,9 @@ class Remote:
                 if not answer.get("IsTruncated"):
                     break
                 ask |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+            begin = len(f"{prefix}/") if prefix else 0
+            if folders is not None:
+                uploads = [one for one in uploads if one["Key"][begin:].partition("/")[0] in folders]
             for upload in uploads:
                 which = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._fs.call_s3("abort_multipart_upload", **which)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from hlat.checkpoint import uploader as uploads
 from hlat.checkpoint.folder import Broken, step_folder
-from hlat.checkpoint.mirror import Gone, Mirror, newer
+from hlat.checkpoint.mirror import Gone, Mirror, Owner, newer
 from hlat.checkpoint.store import CheckpointStore
 from hlat.checkpoint.uploader import Uploader
 from hlat.errors import UserError
@@ -231,16 +231,26 @@ def test_retention_is_that_of_the_disk(remote: Remote, tmp_path: Path) -> None:
 def test_tidy_removes_what_killed_processes_left_but_not_what_may_go_on(
     remote: Remote, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, mirror = save(store, 3), Mirror(remote, store.root, keep=2)
+    path, mirror = save(store, 3), Mirror(remote, store.root, 2, owner=Owner("me"))
+    write = remote.write
+
+    def no_marker(name: str, data: bytes) -> None:
+        if name.endswith("complete.json"):
+            raise StoreError("no marker")
+        write(name, data)
+
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "write", lambda *args: (_ for _ in ()).throw(StoreError("no marker")))
+        patch.setattr(remote, "write", no_marker)
         with pytest.raises(StoreError):
             mirror.upload(path)
-    remote.write("step-00000002-0123456789ab/meta.json", b"{}")
+    for number, mark in ((1, b'{"run": "other"}'), (2, b'{"run": "me"}'), (4, b"["), (5, b"[1]")):
+        remote.write(f"step-0000000{number}-0123456789ab/meta.json", b"{}")
+        remote.write(f"step-0000000{number}-0123456789ab/unfinished.json", mark)
     remote.write("notes.txt", b"mine")
     mirror.tidy()
-    left = {name.partition("/")[0] for name in remote.files()}
-    assert len(left) == 2 and "notes.txt" in left and any(name.startswith("step-00000003") for name in left)
+    left = {name.partition("/")[0].partition("-0123")[0] for name in remote.files()}
+    own = next(name for name in left if name.startswith("step-00000003"))
+    assert left == {"notes.txt", "step-00000001", own, "step-00000004", "step-00000005"}
 
 
 def test_a_checkpoint_damaged_on_the_disk_is_not_uploaded(remote: Remote, store: CheckpointStore) -> None:
