@@ -126,6 +126,20 @@ def test_rows_before_the_first_save_are_put_aside(place: Path, monkeypatch, caps
     assert Path("runs/small/logs/metrics-aside-1.jsonl").read_bytes() == before
 
 
+def test_the_last_evaluation_of_a_stopped_run_has_a_row(place: Path) -> None:
+    """One, however often the start is repeated that has nothing left to do; the run itself is the same."""
+    assert train("run.stop_at_step=2", "eval.every=0") == 0
+    assert train("run.stop_at_step=2", "eval.every=0") == 0
+    assert [row["step"] for row in small.rows("runs/small", "eval")] == [2]
+    lines = Path("runs/small/metrics.jsonl").read_text().splitlines()
+    Path("runs/small/metrics.jsonl").write_text("\n".join(x for x in lines if '"eval"' not in x) + "\n")
+    assert train("run.stop_at_step=2", "eval.every=0") == 0, "as an earlier version left it"
+    assert train("eval.every=0") == train("eval.every=0") == 0
+    assert [row["step"] for row in small.rows("runs/small", "eval")] == [2, 6]
+    assert train("run.dir=whole", "eval.every=0") == 0 and small.same_state("runs/small", "whole")
+    assert steps_done() == [1, 2, 3, 4, 5, 6]
+
+
 def test_missing_rows_are_told(place: Path, capsys) -> None:
     assert train("run.stop_at_step=2") == 0
     Path("runs/small/metrics.jsonl").unlink()
