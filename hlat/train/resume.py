@@ -73,6 +73,7 @@ def settle_rows(folder: RunFolder, step: int, warn: Callable[[str], None]) -> No
 
     Raises SaveFailed where they cannot be moved.
     """
+    folder.claim.check_place()
     last = _last_step(folder)
     if step:
         if (last or 0) < step:

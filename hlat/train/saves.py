@@ -326,6 +326,7 @@ class NxdSaves(Saves):
         """Raise on every rank alike what the claim raises on the first: a rank alone would be waited for."""
         words: tuple[type[UserError], str, str, str] | None = None
         try:
+            self._claim.check_place()
             self._claim.confirm()
         except FolderLost as lost:
             words = FolderLost, lost.what, lost.where, lost.fix
