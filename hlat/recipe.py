@@ -34,7 +34,7 @@ from hlat.recipe_sections import (
     ScheduleSection,
 )
 from hlat.section import PluginSection, Section, Text, near_multiple, problem
-from hlat.storage.remote import check_url
+from hlat.storage.urls import FORMS, check_url
 
 # What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
 # data.skip may change where the data is not reached yet (`hlat.train.state.check_same_run`).
@@ -109,7 +109,7 @@ class Recipe(Section):
     """native: torch.distributed on cpu, cuda, trn2 and later. nxd: NeuronX Distributed on trn1."""
     compile_cache: Text | None = None
     """backend nxd: a store to fetch compiled graphs from, and to push to after `hlat train --precompile`:
-    s3://bucket/folder (extra s3), or another URL that fsspec knows.
+    s3://bucket/folder (extra s3), or gs://, abfs:// or file:// as for checkpoint.remote.
     """
 
     @model_validator(mode="before")
@@ -151,7 +151,7 @@ class Recipe(Section):
             fix = "give init.from, or another tokenizer"
             raise problem("init is the tokenizer of init.from, which is not given", "data.tokenizer", fix)
         if self.compile_cache is not None and (wrong := check_url(self.compile_cache)):
-            raise problem(wrong, "compile_cache", "write s3://bucket/folder, or file:///folder")
+            raise problem(wrong, "compile_cache", FORMS)
         if self.compile_cache is not None and self.backend != "nxd":
             raise problem("only backend nxd has graphs to share", "compile_cache", "leave it out")
         self._check_labels()

@@ -23,7 +23,7 @@ from hlat.section import (
     near_multiple,
     problem,
 )
-from hlat.storage.remote import check_url
+from hlat.storage.urls import FORMS, check_url
 
 
 class RunSection(Section):
@@ -283,7 +283,8 @@ class CheckpointSection(Section):
     """Write while training goes on."""
     remote: Text | None = None
     """Also keep the checkpoints in a store, in the folder <remote>/<run.name>: s3://bucket/folder (extra s3),
-    or another URL that fsspec knows. Credentials come from the environment.
+    gs://bucket/folder (gcs), abfs://container@account/folder (azure) or file:///folder. Credentials come from
+    the environment.
     """
     patience: NonNegativeFloat = 600.0
     """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
@@ -306,7 +307,7 @@ class CheckpointSection(Section):
     @model_validator(mode="after")
     def _where_copies_go(self) -> CheckpointSection:
         if self.remote is not None and (wrong := check_url(self.remote)):
-            raise problem(wrong, "remote", "write s3://bucket/folder, or file:///folder")
+            raise problem(wrong, "remote", FORMS)
         if self.remote is not None and self.format == "nxd":
             what = "NxD's own files are not uploaded"
             raise problem(what, "remote", "leave it out, or write format: hlat")

@@ -243,6 +243,7 @@ class CheckpointStore:
         answer: Path | OSError | FolderLost = final
         if self._peers.rank == 0:
             try:
+                self._claim.check_place()
                 self._claim.confirm()
                 answer = obstacle or folders.begin(final)
             except (OSError, FolderLost) as error:

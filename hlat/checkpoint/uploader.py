@@ -129,10 +129,9 @@ class Uploader:
 
     def _clean(self) -> None:
         """Once at the start: what killed processes left unfinished."""
+        with contextlib.suppress(StoreError):  # `_tidy` will tell
+            self.mirror.abort_uploads()
         self._tidy(0)
-        with contextlib.suppress(StoreError):  # `_tidy` has told
-            self.mirror.claim.confirm()
-            self.mirror.remote.abort_uploads()
 
     def _tidy(self, step: int) -> None:
         start = time.monotonic()

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("list", "compilers and graphs in the store"),
     ):
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        action.add_argument("url", metavar="URL", help="s3://bucket/folder, or another URL of a folder")
+        action.add_argument("url", metavar="URL", help="s3://bucket/folder, or gs://, abfs:// or file://")
         if name != "list":
             action.add_argument("recipe", nargs="?", help="a recipe file or name: only its graphs")
             action.add_argument(

@@ -244,14 +244,15 @@ def _others_in_store(trial: Trial) -> list[str]:
     from hlat.observe.runfolder import RunFolder
     from hlat.storage.fingerprint import Fingerprint
     from hlat.train.fingerprint import differences
-    from hlat.train.remote import newest_meta
+    from hlat.train.remote import look
 
     def warn(line: str) -> None:
         print(line, file=sys.stderr)
 
-    saved = newest_meta(trial.recipe, RunFolder(trial.folder).checkpoints, warn)
+    stored = look(trial.recipe, RunFolder(trial.folder).checkpoints, warn)
+    saved = stored.meta
     if saved is None:
-        return []
+        return ["checkpoint.remote holds damaged checkpoints of a run of its name"] if stored.damaged else []
     if not saved.get("content"):
         return ["checkpoint.remote holds a run of its name that does not say what it stands for"]
     assert trial.wanted is not None

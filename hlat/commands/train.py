@@ -192,6 +192,7 @@ def _work(
     from hlat.observe.stopping import name_of
     from hlat.recipe_io import find_recipe
     from hlat.train.initial import starting_tokenizer
+    from hlat.train.resume import check_resume
     from hlat.train.same import check_data
 
     cluster, limit = job.cluster, recipe.parallel.first_timeout
@@ -202,7 +203,7 @@ def _work(
     if console is None:
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
-    _check_resume(recipe, data, folder, console)
+    check_resume(recipe, data.fingerprint, folder, console.warn)
     text, description = find_recipe(args.recipe).read_bytes(), describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description, say=console.warn):
         job.watchdog.before_exit = folder.close
@@ -217,43 +218,6 @@ def _work(
             raise
 
 
-def _check_resume(recipe: Recipe, data: Any, folder: RunFolder, console: Console) -> None:
-    """Refuse, before anything is written, to continue a run that this recipe does not continue."""
-    from hlat.checkpoint.nxd import newest_nxd, unfinished_nxd
-    from hlat.checkpoint.peers import Peers
-    from hlat.checkpoint.reader import lost, newest_in
-    from hlat.train import state
-    from hlat.train.remote import newest_meta
-
-    remote = None
-    if recipe.checkpoint.remote is not None:
-        remote = newest_meta(recipe, folder.checkpoints, console.warn)
-    if recipe.run.resume == "never":
-        saved = (folder.checkpoints, folder.nxd_checkpoints)
-        if any(kept.is_dir() and any(kept.iterdir()) for kept in saved):
-            raise UserError(
-                "the run folder holds checkpoints and run.resume is never",
-                where=str(folder.path),
-                fix="choose another run.dir, or run.resume=auto to continue",
-            )
-        if remote is not None:
-            what = "checkpoint.remote holds checkpoints of this run and run.resume is never"
-            fix = "choose another run.name, or run.resume=auto to continue"
-            raise UserError(what, where=str(recipe.checkpoint.remote), fix=fix)
-        return
-    if remote is not None:
-        state.check_same_run(recipe, data.fingerprint, remote, str(recipe.checkpoint.remote))
-    newest, skipped = newest_in(folder.checkpoints, False, Peers())
-    files = newest_nxd(folder.nxd_checkpoints)
-    for found in (newest, files):
-        if found is not None:
-            state.check_same_run(recipe, data.fingerprint, found.meta, str(folder.path))
-    if newest is None and files is None and remote is None:
-        unfinished = unfinished_nxd(folder.nxd_checkpoints)
-        if (error := lost(folder.checkpoints, skipped, folder.nxd_checkpoints, unfinished)) is not None:
-            raise error
-
-
 def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None, job: Job) -> int:
     from hlat.observe.spot import watching
     from hlat.observe.stopping import exit_status, name_of, text_of
@@ -262,6 +226,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     from hlat.train.initial import initial_from
     from hlat.train.metrics import open_metrics
     from hlat.train.origin import origin_of, remarks
+    from hlat.train.resume import settle_rows
     from hlat.train.run import build_run
     from hlat.train.same import check_shared
 
@@ -290,6 +255,7 @@ def _train(recipe: Recipe, data: Any, folder: RunFolder, console: Console | None
     if saved is not None:
         saves.restore(run, saved)
     if console is not None:
+        settle_rows(folder, run.step, console.warn)
         note_start(run, folder.path, saved, console.warn)
     note = f"{'on' if compiled else 'off'} ({reason})"
     metrics = open_metrics(run, folder, saved, console, note, began)
@@ -342,7 +308,7 @@ def _saves(
 
     make, tokenizer = kind_of_saves(recipe), data.tokenizer.kept_files()
     checkpoints, files = folder.checkpoints, folder.nxd_checkpoints
-    return make(checkpoints, files, recipe, warn, tokenizer, cluster.exchange, folder.claim)
+    return make(checkpoints, files, recipe, warn, tokenizer, cluster.exchange, folder.claim, data.fingerprint)
 
 
 def _tasks(run: Any, job: Job) -> Any:

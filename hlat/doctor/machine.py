@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hlat.host.limits import cores
+from hlat.host.programs import find_program
 
 _PLACEHOLDER_BYTES = 4096  # an empty package has one short module
 _TIME_ERROR = 5  # sys/timex.h: the clock is not synchronised
@@ -68,7 +69,7 @@ class Machine:
         self, command: Sequence[str], timeout: float = 20, environ: Mapping[str, str] | None = None
     ) -> Output | None:
         """Run a command without a shell; None when there is no such command."""
-        path = shutil.which(command[0]) or self._in_neuron_folder(command[0])
+        path = find_program(command[0]) or self._in_neuron_folder(command[0])
         if path is None:
             return None
         try:

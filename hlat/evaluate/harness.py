@@ -338,7 +338,10 @@ def main() -> None:
         lm_class()
         from lm_eval.__main__ import cli_evaluate
 
-        cli_evaluate()
+        from hlat.evaluate.surroundings import own_environment
+
+        with own_environment():
+            cli_evaluate()
     except UserError as error:
         from hlat.observe.redact import redact
         from hlat.observe.terminal import one_line

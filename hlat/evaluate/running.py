@@ -17,7 +17,7 @@ from hlat.errors import UserError
 from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
 from hlat.evaluate.options import read_generation
 from hlat.evaluate.statistics import error_known, ratio
-from hlat.observe.environment import git_state
+from hlat.evaluate.surroundings import own_environment
 
 if TYPE_CHECKING:
     from hlat.evaluate.team import Team
@@ -248,21 +248,15 @@ def same_random_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log: what matters is in the results, or becomes an error. Nor with git's word on
-    the console that the working directory is no repository.
-    """
-    from lm_eval import evaluator
-
+    """Without the harness's log: what matters is in the results, or becomes an error."""
     logger = logging.getLogger("lm_eval")
     former, disabled = logger.level, logging.root.manager.disable
     logger.setLevel(logging.CRITICAL)
     logging.disable(logging.WARNING)
-    commit = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: (git_state(Path.cwd()) or {}).get("commit")
     try:
-        yield
+        with own_environment():
+            yield
     finally:
-        evaluator.get_git_commit_hash = commit
         logger.setLevel(former)
         logging.disable(disabled)
 

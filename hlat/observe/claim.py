@@ -23,5 +23,10 @@ class Claim:
             OSError: it cannot be seen at the moment.
         """
 
+    def check_place(self) -> None:
+        """Raise FolderLost where the folder is known to have been moved, deleted or replaced. Call it before
+        a save: rows may wait for a folder that comes back, state that is never saved is lost.
+        """
+
 
 UNCLAIMED = Claim()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hlat
+from hlat.host.git import head
 from hlat.host.limits import cores, memory
 from hlat.observe.redact import names_secret, redact, redact_all
 
@@ -87,28 +87,11 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """`{commit, dirty}` of the repository around `folder`; None when there is none, or no git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-c", "core.fsmonitor=false", *arguments]
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """`{commit, dirty}` of the repository around `folder`; None when there is none, or no git. `dirty` is
+    None where it cannot be known without the repository's own programs, which are never run.
+    """
+    found = head(folder)
+    return None if found is None else {"commit": found[0], "dirty": found[1]}
 
 
 def cpu_name() -> str:

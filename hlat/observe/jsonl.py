@@ -181,8 +181,7 @@ def _end_line(file: int) -> None:
     """Let an open file end with a whole line. A last one without its end is cut off, or ended if it is a row:
     editors leave out the last end of line.
     """
-    size = os.fstat(file).st_size
-    end = size
+    end = size = os.fstat(file).st_size
     while end:  # read backwards: the torn line may be longer than one block
         start = max(0, end - 65536)
         newline = os.pread(file, end - start, start).rfind(b"\n")
@@ -376,6 +375,7 @@ class MetricsFile:
         self._closed = True
         self.flush()
         if self.trouble is not None:
+            self._claim.check_place()
             raise _write_error(self.path, self.trouble) from self.trouble
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from hlat import process
 from hlat.errors import FolderLost, UserError
 from hlat.observe.claim import Claim
+from hlat.observe.place import Place
 
 LOCK_FILE = ".lock"
 _HOOK = "HLAT_TEST_LOCK_SECONDS"  # tests cannot wait for so long
@@ -119,6 +120,7 @@ class Lock(Claim):
         self.latest: Callable[[], str] | None = None
         self._installing = threading.Lock()
         self._acquire(folder, say)
+        self._place = Place(folder)
         self._stop = threading.Event()
         threading.Thread(target=self._refresh, name="run-folder-lock", daemon=True).start()
 
@@ -133,8 +135,12 @@ class Lock(Claim):
             content = self._read()
         if content == self._content:
             return
+        change = self._place.change()
         if not self._path.parent.is_dir():  # moved away, or its disk is: nobody else has it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path.parent))
+            why = f"the run folder {change}" if change else os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, why, str(self._path.parent))
+        if change:
+            self._refuse(change)
         holder = None if content is None else _parse(content)
         who = f"process {holder.pid} on {holder.host}" if holder else "another process"
         when = f" at {holder.since}" if holder else ""
@@ -143,6 +149,20 @@ class Lock(Claim):
             "deleted; it writes nothing more",
             where=str(self._path.parent),
             fix="do not start it again while the other one trains",
+        )
+
+    def check_place(self) -> None:
+        """See `Claim`."""
+        if change := self._place.change():
+            self._refuse(change)
+
+    def _refuse(self, change: str) -> None:
+        instead = ", and another folder is in its place" if self._path.parent.exists() else ""
+        raise FolderLost(
+            f"the run folder {change}{instead} while the run trains; this process writes nothing more, and "
+            "what it has not saved is lost",
+            where=str(self._path.parent),
+            fix="put it back, or name its new place by run.dir, and start again",
         )
 
     def holds(self) -> bool:
@@ -157,8 +177,11 @@ class Lock(Claim):
         """Give the folder back; calling it again does nothing."""
         with self._installing:  # nothing puts it back from here on
             self._stop.set()
-        if self._read() == self._content:
-            self._take_away(self._content)
+        try:
+            if self._read() == self._content:
+                self._take_away(self._content)
+        finally:
+            self._place.close()
 
     def _acquire(self, folder: Path, say: Callable[[str], None]) -> None:
         first: tuple[bytes | None, float] | None = None
@@ -229,6 +252,7 @@ class Lock(Claim):
         with self._installing:  # the two threads use one name for the new file
             if (
                 self._stop.is_set()
+                or self._place.change()
                 or self._read() != content
                 or not self._is_latest()
                 or not self._install(content)

@@ -90,6 +90,8 @@ class MetricBuffer:
         self._mark = clock()
         self.notes: deque[Row] = deque()
         """Rows of other kinds, from any thread; they are written with the next window."""
+        self.evaluated: int | None = None
+        """Step of the last row of kind `eval`, also of one that an earlier start has written."""
 
     def start(self) -> None:
         """Start the first step's time now; call it when set-up is over."""
@@ -162,6 +164,8 @@ class MetricBuffer:
         after the training rows so far.
         """
         self.flush()
+        if kind == "eval":
+            self.evaluated = step
         row: Row = finite({"kind": kind, "step": step, **values})
         self._send([row])
         return row
@@ -173,6 +177,7 @@ class MetricBuffer:
     def rewind(self, step: int) -> None:
         """The run goes back to the end of `step`: sinks that have a method `rewind` drop what came after."""
         self._pending.clear()
+        self.evaluated = None
         for sink in self._sinks:
             getattr(sink, "rewind", lambda step: None)(step)
         self.start()

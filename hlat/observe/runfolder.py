@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import SaveFailed, UserError, check_length
+from hlat.errors import FolderLost, SaveFailed, UserError, check_length
 from hlat.observe import environment
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
@@ -170,6 +170,10 @@ class RunFolder:
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         saved = (self.checkpoints, self.nxd_checkpoints)
         trained = trained or any(folder.is_dir() and any(folder.iterdir()) for folder in saved)
+        try:
+            self.claim.check_place()
+        except FolderLost:  # what is at the path is somebody else's
+            trained = True
         created = [] if trained else self._created
         if self.path in created and self._lock is not None and self._lock.holds():
             shutil.rmtree(self.path, ignore_errors=True)

@@ -39,6 +39,7 @@ class JsonlSink(MetricsFile):
     """
 
     def __init__(self, folder: Path, after_step: int = 0, claim: Claim = UNCLAIMED, **more: Any) -> None:
+        claim.check_place()
         claim.confirm()
         truncate_after(folder / METRICS_FILE, after_step, claim.confirm)
         super().__init__(folder / METRICS_FILE, claim, after_step, **more)

@@ -1,4 +1,4 @@
-"""A folder in a store: s3:// (extra s3), or another URL that fsspec knows, file:// and memory:// among them.
+"""A folder in a store of S3, Google or Azure (extras s3, gcs, azure), or on a disk.
 
 What is uploaded is compared with what the store then holds. Credentials are the store's own affair (for s3
 AWS's usual chain: environment, profile, role of the instance); none is ever in a URL here, nor in a message.
@@ -7,38 +7,46 @@ AWS's usual chain: environment, profile, role of the instance); none is ever in 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError, missing_extra
 from hlat.storage.transfer import side_by_side
+from hlat.storage.urls import FORMS, KINDS, azure_place, check_url, scheme_of, without_login
 
-URL = re.compile(r"[a-z][a-z0-9+.-]*://(?!/*$)[^?#\s]+")
 PART = 64 << 20  # bytes of a part of a large upload, and of one read
 MOST_PARTS = 10_000  # S3's limit; a larger file gets larger parts
 _PAGE = 1000  # objects that one request of S3 deletes
-_LOGIN = re.compile(r"://[^/]*@")
-_REFUSED = (
-    (re.compile(r"\s"), "a space or another blank"),
-    (re.compile(r"\?"), "a '?' (a query, or a version of one object)"),
-    (re.compile(r"#"), "a '#' (a fragment)"),
-    (re.compile(r"::"), "'::' (a chain of file systems)"),
-    (re.compile(r"(?<!:/)/\.\.?(?:/|$)"), "'.' or '..' as a name"),
-)
 _DEFECTS = (TypeError, AttributeError, NameError, AssertionError)
 _S3_TIMES = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
+_AZURE_TIMES = {"connection_timeout": 10, "read_timeout": 60}
 # Answers that no waiting changes. botocore's codes, and the exceptions that s3fs makes of them.
 _LASTING = re.compile(
     r"NoSuchBucket|InvalidBucketName|AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
     r"|credentials|bucket does not exist|Access Denied"
-    r"|File name too long|KeyTooLong",
+    r"|File name too long|KeyTooLong"
+    r"|ContainerNotFound|AuthenticationFailed|Authorization(?:Failure|PermissionMismatch)"  # Azure
+    r"|Anonymous caller|does not have storage\.|invalid_grant|Invalid bucket name",  # Google
     re.IGNORECASE,
 )
+# The same of a folder on a disk.
+_LASTING_NUMBERS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,  # a root that cannot be made
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 
 
 class StoreError(Exception):
@@ -55,15 +63,6 @@ class StoreError(Exception):
         self.kind, self.lasting = kind or text, lasting
 
 
-def check_url(url: str) -> str:
-    """What is wrong with the URL of a folder in a store, or ""."""
-    if _LOGIN.search(url):
-        return "it holds a login, which belongs into the environment"
-    if refused := next((name for character, name in _REFUSED if character.search(url)), ""):
-        return f"it holds {refused}, so it is not the URL of a folder"
-    return "" if URL.fullmatch(url) else "it is not the URL of a folder"
-
-
 class Remote:
     """A folder in a store. Paths are relative to it, with `/`. Safe to use from several threads.
 
@@ -72,14 +71,11 @@ class Remote:
 
     def __init__(self, url: str, where: str = "") -> None:
         if problem := check_url(url):
-            shown = _LOGIN.sub("://", url)
-            raise UserError(
-                f"'{shown}': {problem}", where=where, fix="write s3://bucket/folder or another URL"
-            )
+            raise UserError(f"'{without_login(url)}': {problem}", where=where, fix=FORMS)
         self.url = url.rstrip("/")
         self._fs, root = _open(self.url, where)
         self.root = root.rstrip("/")
-        self._is_s3 = self.url.startswith(("s3://", "s3a://"))
+        self._is_s3 = scheme_of(self.url) == "s3"
 
     def at(self, path: str) -> str:
         """The store's own name of a path in this folder."""
@@ -146,28 +142,35 @@ class Remote:
             out.flush()
             os.fsync(out.fileno())
 
-    def delete(self, folder: str, first: str) -> None:
-        """Delete a folder, its file `first` before the others. Raises StoreError.
+    def remove(self, path: str) -> None:
+        """Delete a file, if there is one. Raises StoreError."""
+        self._delete_file(path)
+
+    def delete(self, folder: str, first: str, last: str = "") -> None:
+        """Delete a folder, its file `first` before the others and `last` after them. Raises StoreError.
 
         Each file by its exact name: fsspec's `rm` reads `[`, `]`, `*` and `?` as a pattern, and would delete
         what other runs have in the store.
         """
         self._delete_file(f"{folder}/{first}")
-        files = list(self.files(folder))
+        files = [path for path in self.files(folder) if path != f"{folder}/{last}"]
         if self._is_s3:  # it has no folders
             for start in range(0, len(files), _PAGE):
                 self._delete_page(folder, files[start : start + _PAGE])
         else:
             side_by_side(self._delete_file, files)
+        if last:
+            self._delete_file(f"{folder}/{last}")
+        if not self._is_s3:
             found = self._find(folder, withdirs=True)
             for name in sorted((n for n, item in found.items() if item["type"] != "file"), reverse=True):
                 self._delete_empty(name)
 
-    def abort_uploads(self) -> int:
-        """Drop the parts of uploads that a killed process left unfinished; S3 keeps (and bills) them unseen.
-        Returns how many uploads. Raises StoreError.
+    def abort_uploads(self, folders: Collection[str] | None = None) -> int:
+        """Drop the parts of uploads to these folders (None: to all) that a killed process left unfinished; S3
+        keeps (and bills) them unseen. Returns how many uploads. Raises StoreError.
         """
-        if not self._is_s3:
+        if not self._is_s3 or not (folders is None or folders):
             return 0
         bucket, _, prefix = self.root.partition("/")
         with _told(f"listing unfinished uploads of {self.url}"):
@@ -179,6 +182,9 @@ class Remote:
                 if not answer.get("IsTruncated"):
                     break
                 ask |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+            begin = len(f"{prefix}/") if prefix else 0
+            if folders is not None:
+                uploads = [one for one in uploads if one["Key"][begin:].partition("/")[0] in folders]
             for upload in uploads:
                 which = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._fs.call_s3("abort_multipart_upload", **which)
@@ -247,24 +253,40 @@ class Remote:
 
 
 def _open(url: str, where: str) -> tuple[Any, str]:
-    import fsspec
-
-    scheme = url.partition("://")[0]
+    scheme = scheme_of(url)
+    kind = KINDS[scheme]
     options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in ("s3", "s3a"):
+    if scheme == "s3":
         options |= {"skip_instance_cache": True, "config_kwargs": _S3_TIMES}
-    if scheme in ("file", "local"):
+    if scheme == "file":
         options |= {"auto_mkdir": True}
     try:
+        if kind.package == "adlfs":
+            return _open_azure(url, where, options)
+        import fsspec
+
         file_system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        if scheme in ("s3", "s3a"):
-            raise missing_extra("s3fs", "s3", f"{where or url}: {scheme}://") from error
-        what = f"{scheme}:// needs a package that is not installed ({error})"
-        raise UserError(what, where=where, fix="install it, or use s3://") from error
+        raise missing_extra(
+            kind.package or "fsspec", kind.extra or "s3", f"{where or url}: {scheme}://"
+        ) from error
     except ValueError as error:
-        raise UserError(f"'{url}': {error}", where=where, fix="write s3://bucket/folder") from error
+        raise UserError(f"'{url}': {error}", where=where, fix=f"write {kind.form}") from error
     return file_system, str(root)
+
+
+def _open_azure(url: str, where: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """The account and container of the URL, whatever account the environment has credentials of."""
+    import adlfs
+
+    account, root = azure_place(url)
+    made = adlfs.AzureBlobFileSystem(
+        account_name=account, skip_instance_cache=True, **_AZURE_TIMES, **options
+    )
+    if (other := made.service_client.account_name) not in (None, account):
+        what = f"the environment has credentials of account {other}, not of {account}"
+        raise UserError(what, where=where or url, fix="set AZURE_STORAGE_CONNECTION_STRING to those of it")
+    return made, root
 
 
 @contextlib.contextmanager
@@ -284,7 +306,9 @@ def _told(doing: str, absent: bool = False) -> Iterator[None]:
 
 def _store_error(doing: str, error: Exception) -> StoreError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    lasting = isinstance(error, PermissionError) or bool(_LASTING.search(f"{type(error).__name__} {error}"))
+    local = isinstance(error, OSError) and error.errno in _LASTING_NUMBERS
+    lasting = isinstance(error, PermissionError) or local
+    lasting = lasting or bool(_LASTING.search(f"{type(error).__name__} {error}"))
     return StoreError(f"{doing}: {lines[0][:200]}", type(error).__name__, lasting)
 
 

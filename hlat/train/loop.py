@@ -113,8 +113,7 @@ class Loop:
         if self.run.step == self.last_step and not self.run.tasks_due:
             stop = None  # nothing is left to do
         if stop is None and self.held_out is None and self.run.data.holdout.documents:
-            self.watchdog.beat(self.run.step, "evaluation")
-            self.held_out = evaluate(self.run)  # to show; its row belongs to eval.every and the last step
+            self._evaluate_held_out()  # nothing was left to do: to show, and for a row that is missing
         self._beat_save(patient=True)
         self.saves.finish(stop is not None, lambda: self._beat_save(patient=True))
         return stop
@@ -167,7 +166,11 @@ class Loop:
         return self.signals.received or (WALLTIME if self.deadline.due(ahead) else None)
 
     def _evaluates(self, step: int) -> bool:
-        """Whether a step ends with an evaluation."""
+        """Whether a step ends with an evaluation: the one this start ends with always does."""
+        return step == self.last_step or self._runs_tasks(step)
+
+    def _runs_tasks(self, step: int) -> bool:
+        """Whether tasks belong to a step; before `run.steps` they may take too long for a mere stop."""
         recipe = self.run.recipe
         return step == recipe.run.steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
 
@@ -274,11 +277,17 @@ class Loop:
     def evaluate(self) -> None:
         """Held-out loss and tasks at this step. Before the checkpoint, so that rows survive a resume."""
         if self.run.data.holdout.documents:
-            self.watchdog.beat(self.run.step, "evaluation")
-            with self.metrics.paused():
-                self.held_out = evaluate(self.run)
+            self._evaluate_held_out()
+        if self._runs_tasks(self.run.step):
+            self._run_tasks()
+
+    def _evaluate_held_out(self) -> None:
+        """Held-out loss at this step; its row is written once, by whichever start comes first."""
+        self.watchdog.beat(self.run.step, "evaluation")
+        with self.metrics.paused():
+            self.held_out = evaluate(self.run)
+        if self.metrics.evaluated != self.run.step:
             self.metrics.eval(self.run.step, self.held_out)
-        self._run_tasks()
 
     def _run_tasks(self) -> None:
         """The tasks at this step. Where a stop cuts them short they are due when the run continues."""

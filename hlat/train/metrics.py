@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.model.flops import flops_per_token
+from hlat.observe.jsonl import read_rows
 from hlat.observe.metrics import MetricBuffer
 from hlat.observe.peak import peak_flops
 from hlat.observe.sinks import open_sinks
@@ -55,5 +57,13 @@ def open_metrics(
         flops_per_token=work * flops_per_token(recipe.model, recipe.data.seq_len, head=every_token),
         peak_flops=peak.flops * run.backend.world if peak else None,
     )
-    guard.send = buffer.event
+    guard.send, buffer.evaluated = buffer.event, _evaluated(folder.metrics)
     return buffer
+
+
+def _evaluated(metrics: Path) -> int | None:
+    """The step of the last evaluation that a metrics file has a row of."""
+    try:
+        return max((row["step"] for row in read_rows(metrics) if row.get("kind") == "eval"), default=None)
+    except (OSError, KeyError, TypeError):
+        return None

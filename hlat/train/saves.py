@@ -42,6 +42,7 @@ class Saves:
         tokenizer: its files, kept with each checkpoint.
         exchange: every rank's value, by rank, on every rank.
         claim: asked on the first rank before anything is written or deleted.
+        data: fingerprint of the run's data: what is of another is not this run's.
 
     Attributes:
         journal: what went wrong and what worked.
@@ -56,6 +57,7 @@ class Saves:
         tokenizer: Sequence[Path] = (),
         exchange: Callable[[Any], list[Any]] = lambda value: [value],
         claim: Claim = UNCLAIMED,
+        data: str = "",
     ) -> None:
         self.journal, self._exchange, self._claim = Journal(warn), exchange, claim
         self._saving: int | None = None  # step of a save whose completion nobody was told of
@@ -76,7 +78,7 @@ class Saves:
         )
         self._remote: RemoteSaves | None = None
         if section.remote is not None and self.store.first:
-            self._remote = RemoteSaves(recipe, folder, self.journal, claim)
+            self._remote = RemoteSaves(recipe, folder, self.journal, claim, data)
             self.store.keep_back = self._remote.keeps
         self._remote_searched = section.remote is None
 
@@ -102,7 +104,7 @@ class Saves:
     def _refuse_to_start_over(self) -> None:
         """Raise UserError where there are checkpoints, here or in the store, and none can be used."""
         error = lost(self.store.root, self.store.skipped, self.nxd_folder, unfinished_nxd(self.nxd_folder))
-        if error is None and self._remote is not None and self._remote.mirror.unusable:
+        if error is None and self._remote is not None:
             error = self._remote.lost()
         words = None if error is None else (error.what, error.where, error.fix)
         if (words := self._exchange(words)[0]) is not None:  # as the first rank sees it
@@ -324,6 +326,7 @@ class NxdSaves(Saves):
         """Raise on every rank alike what the claim raises on the first: a rank alone would be waited for."""
         words: tuple[type[UserError], str, str, str] | None = None
         try:
+            self._claim.check_place()
             self._claim.confirm()
         except FolderLost as lost:
             words = FolderLost, lost.what, lost.where, lost.fix

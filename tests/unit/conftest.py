@@ -13,6 +13,9 @@ import pytest
 from hlat.backend.neuron.release import PRIMARY
 from hlat.doctor import software
 from hlat.doctor.machine import Machine, Output, Package
+from hlat.storage.urls import KINDS, Kind
+
+KINDS["memory"] = Kind("memory://folder")  # fsspec's own, for tests alone
 
 UNLIMITED = (float("inf"), float("inf"))
 PORTS = "/proc/sys/net/ipv4/ip_local_"

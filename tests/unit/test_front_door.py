@@ -42,7 +42,19 @@ def test_every_package_is_listed() -> None:
 
 def test_extras() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"data", "hf", "gguf", "eval", "s3", "track", "plots", "docs", "dev"}
+    assert set(extras) == {
+        "data",
+        "hf",
+        "gguf",
+        "eval",
+        "s3",
+        "gcs",
+        "azure",
+        "track",
+        "plots",
+        "docs",
+        "dev",
+    }
     named = {name for group in extras.values() for name in group}
     assert not [name for name in named if "neuron" in name], "PyPI's Neuron packages are placeholders"
     sources = "".join(file.read_text() for file in (ROOT / "hlat").rglob("*.py"))

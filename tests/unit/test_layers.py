@@ -43,6 +43,8 @@ LAZY = {
     "lm_eval",
     "fsspec",
     "s3fs",
+    "gcsfs",
+    "adlfs",
     "botocore",
     "boto3",
 }

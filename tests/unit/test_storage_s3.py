@@ -18,6 +18,7 @@ import torch
 from hlat.checkpoint import uploader
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
+from hlat.recipe import load
 from hlat.storage import remote as storage
 from hlat.storage.journal import Journal
 from hlat.storage.remote import Remote, StoreError
@@ -372,10 +373,13 @@ def test_another_run_is_not_continued(place: Path, capsys) -> None:
 @pytest.mark.slow
 def test_what_killed_processes_left_is_cleaned_up(place: Path) -> None:
     assert train("run.stop_at_step=4") == 0
-    store = Remote("s3://bucket/runs/small")
+    store, data = Remote("s3://bucket/runs/small"), open_checkpoint("runs/small").meta["data_fingerprint"]
+    remote.open_mirror(load("small.yaml"), place, data=data)._mark("step-00000003-0123456789ab")
     store.write("step-00000003-0123456789ab/data-00000.safetensors", b"half")
+    elsewhere = {"Bucket": "bucket", "Key": "runs/small/step-00000005-0123456789ab/meta.json"}
+    store._fs.call_s3("create_multipart_upload", **elsewhere)
     begun = {"Bucket": "bucket", "Key": "runs/small/step-00000003-0123456789ab/data-00001.safetensors"}
     store._fs.call_s3("create_multipart_upload", **begun)
     assert train() == 0
     assert not [path for path in store.files() if path.startswith("step-00000003")]
-    assert store.abort_uploads() == 0, "none is left"
+    assert store.abort_uploads() == 1, "that of somebody else is left"

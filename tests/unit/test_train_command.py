@@ -36,6 +36,11 @@ log: {every: 2}
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a recipe and forty short documents, and a cache of its own."""
+    return make_place(tmp_path, monkeypatch)
+
+
+def make_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`place`, for fixtures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "text"

@@ -12,6 +12,7 @@ import pytest
 from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
 from hlat.storage.remote import Remote
+from hlat.train import loop
 from tests.unit import test_train_command as small
 
 place, train = small.place, small.train  # `place` is a fixture
@@ -79,6 +80,73 @@ def test_what_a_kill_in_the_first_save_leaves_is_no_checkpoint(place: Path) -> N
     step(2).with_name(".step-00000004.partial-1-elsewhere").mkdir()
     assert train() == 0
     assert steps_done() == [1, 2, 3, 4, 5, 6] and small.same_state("runs/small", "whole")
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_rows_of_a_run_without_checkpoints_are_put_aside(place: Path, capsys, how: str) -> None:
+    """Several times in a row, each under a number of its own, with what they stand for."""
+    logs, former = Path("runs/small/logs"), {}
+    assert train("run.stop_at_step=2") == 0
+    for number in (1, 2):
+        former |= {
+            f"{name}-aside-{number}{end}": Path(f"runs/small/{name}{end}").read_bytes()
+            for name, end in (("metrics", ".jsonl"), ("fingerprint", ".json"))
+        }
+        shutil.rmtree(ROOT)
+        if how == "empty":
+            ROOT.mkdir()
+        Path("runs/small/environment.json").unlink()  # its number of starts names nothing here
+        capsys.readouterr()
+        assert train(f"run.stop_at_step={3 - number}", f"run.resume={('auto', 'never')[number - 1]}") == 0
+        out = capsys.readouterr().out
+        assert "there are rows up to step 2 and no checkpoint: the run " in out
+        assert (
+            f"starts over at step 0, and the rows are kept in {logs.absolute()}/metrics-aside-{number}" in out
+        )
+        assert {name: (logs / name).read_bytes() for name in former} == former
+        assert steps_done() == list(range(1, 4 - number))
+
+
+def test_rows_before_the_first_save_are_put_aside(place: Path, monkeypatch, capsys) -> None:
+    """Killed before there was a checkpoint, the run starts over by right."""
+
+    def fail(run: object) -> object:
+        if run.step == 3:  # type: ignore[attr-defined]
+            raise RuntimeError("planted")
+        return step_of(run)
+
+    step_of = loop.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", fail)
+        with pytest.raises(RuntimeError):
+            train("checkpoint.every=6", "log.every=1")
+    assert steps_done() == [1, 2, 3]
+    before = Path("runs/small/metrics.jsonl").read_bytes()
+    assert train() == 0 and steps_done() == [1, 2, 3, 4, 5, 6]
+    assert Path("runs/small/logs/metrics-aside-1.jsonl").read_bytes() == before
+
+
+def test_the_last_evaluation_of_a_stopped_run_has_a_row(place: Path) -> None:
+    """One, however often the start is repeated that has nothing left to do; the run itself is the same."""
+    assert train("run.stop_at_step=2", "eval.every=0") == 0
+    assert train("run.stop_at_step=2", "eval.every=0") == 0
+    assert [row["step"] for row in small.rows("runs/small", "eval")] == [2]
+    lines = Path("runs/small/metrics.jsonl").read_text().splitlines()
+    Path("runs/small/metrics.jsonl").write_text("\n".join(x for x in lines if '"eval"' not in x) + "\n")
+    assert train("run.stop_at_step=2", "eval.every=0") == 0, "as an earlier version left it"
+    assert train("eval.every=0") == train("eval.every=0") == 0
+    assert [row["step"] for row in small.rows("runs/small", "eval")] == [2, 6]
+    assert train("run.dir=whole", "eval.every=0") == 0 and small.same_state("runs/small", "whole")
+    assert steps_done() == [1, 2, 3, 4, 5, 6]
+
+
+def test_missing_rows_are_told(place: Path, capsys) -> None:
+    assert train("run.stop_at_step=2") == 0
+    Path("runs/small/metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert train("run.stop_at_step=4") == 0
+    assert "has no rows: those up to step 2, where the run goes on, are missing" in capsys.readouterr().out
+    assert steps_done() == [3, 4]
 
 
 def test_the_store_has_none_either(place: Path, capsys) -> None:
