@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece, to_tokenizers
 from hlat.errors import UserError
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -160,7 +161,7 @@ class PromptEncoder:
         from hlat.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(folder)
-        folder = Path(folder).expanduser()
+        folder = expand(folder)
         folder = folder.parent if folder.is_file() else folder
         path = folder / _CONFIG
         raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Iterator
 
 from hlat.errors import UserError
+from hlat.paths import expand
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run folder, step folder or Hugging Face folder"
+        "checkpoint",
+        type=expand,
+        metavar="CHECKPOINT",
+        help="run folder, step folder or Hugging Face folder",
     )
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
@@ -46,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     source = open_weights(args.checkpoint)
     if source_tokenizer(source) is None:
         raise UserError(
-            "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
+            "has no tokenizer", where=str(args.checkpoint), fix="convert it from a folder that holds one"
         )
     config = model_config(source)
     codec = codec_for(source, config.vocab)

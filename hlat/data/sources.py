@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from hlat.data.progress import tokenizing
 from hlat.errors import UserError, missing_extra
+from hlat.paths import existing, expand
 from hlat.storage.digests import file_digests
 from hlat.storage.fingerprint import digest_of
 
@@ -77,7 +78,7 @@ class Piece:
 
 def tokenized_folder(path: str | Path | None) -> Path | None:
     """The path if it is the output of `hlat data tokenize` (it holds a manifest.json), else None."""
-    folder = Path(path).expanduser() if path else None
+    folder = expand(path) if path else None
     return folder if folder and (folder / MANIFEST).is_file() else None
 
 
@@ -107,7 +108,7 @@ def resolve_source(
         _refuse_near_builtin(dataset, where)
         source = _huggingface(dataset, where)
     else:
-        source = _from_path(Path(str(path)).expanduser(), where)
+        source = _from_path(existing(str(path), where), where)
     source.text_field = text_field
     if not source.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
@@ -200,8 +201,6 @@ def kind_of(name: str) -> FileKind:
 
 
 def _from_path(path: Path, where: str) -> Source:
-    if not path.exists():
-        raise UserError(f"no such file or folder: '{path}'", where=where, fix="correct the path")
     try:
         if path.is_file():
             size = path.stat().st_size

@@ -22,6 +22,7 @@ from hlat.data.convention import Convention
 from hlat.data.sources import MANIFEST
 from hlat.errors import UserError
 from hlat.host.limits import cores
+from hlat.paths import expand
 
 # Names under which published tokenizers keep their end-of-document token, tried when no tokenizer_config.json
 # says it.
@@ -263,8 +264,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._backend.decode([int(i) for i in ids])
 
 
-def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
-    """The tokenizer a recipe names.
+def load_tokenizer(spec: str | Path, threads: int | None = None, where: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer that a recipe names, or the option `where`.
 
     `bytes`, a `.model`, a `tokenizer.json`, a folder that holds one, or a tokenized folder.
 
@@ -276,10 +277,10 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
     if str(spec).startswith("train:"):
         raise UserError(
             f"'{spec}' is trained on the sources",
-            where="data.tokenizer",
+            where=where,
             fix="name the trained tokenizer.json here",
         )
-    path = Path(spec).expanduser()
+    path = expand(spec, where)
     if path.is_dir():
         path = _inside(path)
         if path.name == "bytes":
@@ -287,7 +288,7 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"no tokenizer at '{path}'",
-            where="data.tokenizer",
+            where=where,
             fix="name a .model, a tokenizer.json, a folder with one, 'bytes' or 'train:bpe-4096'",
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError
+from hlat.paths import expand
 
 DEFAULT = "default"
 OLDEST_JINJA = (3, 1, 6)  # older ones have known ways out of the sandbox
@@ -46,7 +47,7 @@ class ChatTemplates:
         """
         if folder is None:
             return None
-        place = Path(folder).expanduser()
+        place = expand(folder)
         place = place if place.is_dir() else place.parent
         config = _json(place / "tokenizer_config.json")
         templates = _files(place) or _named(config.get("chat_template"))

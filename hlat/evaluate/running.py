@@ -18,6 +18,7 @@ from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
 from hlat.evaluate.options import read_generation
 from hlat.evaluate.statistics import error_known, ratio
 from hlat.observe.environment import git_state
+from hlat.paths import existing_folder, expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.evaluate.team import Team
@@ -95,7 +96,9 @@ def load_tasks(selection: Selection) -> Loaded:
         folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
         # The harness reads thousands of files to know its own tasks: only where they are asked for.
         manager = TaskManager(include_path=folders, include_defaults=False, **options)
-        if not all(_known(manager, name) or name.startswith(OWN) for name in selection.tasks):
+        if not all(
+            _known(manager, name, selection.where) or name.startswith(OWN) for name in selection.tasks
+        ):
             manager = TaskManager(include_path=folders, **options)
         for name in selection.tasks:
             _check_name(manager, name, selection.where)
@@ -269,10 +272,8 @@ def _quiet() -> Iterator[None]:
 
 def _folders(include: str | None) -> list[str]:
     """HLAT's own task files, and the user's, which may override them."""
-    if include is not None and not Path(include).is_dir():
-        raise UserError(
-            "no such folder", where=f"--include-path {include}", fix="name a folder of task files"
-        )
+    if include is not None:
+        existing_folder(include, "--include-path", "name a folder of task files")
     return [str(TASKS), *([include] if include else [])]
 
 
@@ -281,12 +282,12 @@ def _metadata(selection: Selection) -> dict[str, Any]:
     return {"holdout": selection.holdout} if selection.holdout is not None and own else {}
 
 
-def _known(manager: Any, name: str) -> bool:
-    return name in manager.task_index or Path(name).expanduser().is_file()
+def _known(manager: Any, name: str, where: str) -> bool:
+    return name in manager.task_index or kind_of(expand(name, where), where) == "file"
 
 
 def _check_name(manager: Any, name: str, where: str) -> None:
-    if _known(manager, name):
+    if _known(manager, name, where):
         return
     near = difflib.get_close_matches(name, manager.all_tasks, 1)
     raise UserError(
