@@ -59,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(args.run(args) or 0)
     except UserError as error:
         from hlat.observe.redact import redact
+        from hlat.observe.torchelastic import leave_message, shown_here, told
 
-        print(f"hlat: error: {redact(error.line())}", file=sys.stderr)
+        line = f"hlat: error: {redact(error.line())}".encode(errors="backslashreplace").decode()
+        leave_message(line)
+        if shown_here():
+            print(told(line), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)

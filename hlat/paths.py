@@ -96,7 +96,7 @@ def existing(
         raise UserError(f"no such {names}: '{path}'", where=where, fix=fix)
     if kind not in wanted:
         raise UserError(f"'{path}' is a {kind}, not a {names}", where=where, fix=fix)
-    if not os.access(path, os.R_OK | (os.X_OK if kind == "folder" else 0)):
+    if not _may(path, os.R_OK | (os.X_OK if kind == "folder" else 0)):
         raise UserError(f"no permission to read '{path}'", where=where, fix="make it readable")
     return path
 
@@ -125,7 +125,7 @@ def file_to_write(text: str | os.PathLike[str], where: str = "") -> Path:
     folder = path.absolute().parent
     if kind_of(folder, where) != "folder":
         raise UserError(f"there is no folder {path.parent}", where=where, fix="create it, or write elsewhere")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _may(folder, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write in {folder}", where=where, fix="write elsewhere")
     return path
 
@@ -140,7 +140,7 @@ def folder_to_write(text: str | os.PathLike[str], where: str = "", room: int = 0
         above = above.parent
     if kind != "folder":
         raise UserError(f"{above} is not a folder", where=where, fix="choose another folder")
-    if not os.access(above, os.W_OK | os.X_OK):
+    if not _may(above, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write in {above}", where=where, fix="choose another folder")
     return path
 
@@ -173,3 +173,8 @@ def read_whole(path: Path, where: str, most: int, what: str) -> bytes:
     if len(data) > most:
         raise UserError(f"is larger than {most >> 20} MiB, so it is not {what}", where=where)
     return data
+
+
+def _may(path: Path, mode: int) -> bool:
+    """Whether this process, as whom it acts, may use a path so."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)

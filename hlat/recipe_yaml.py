@@ -18,6 +18,7 @@ from hlat.errors import UserError
 from hlat.paths import read_whole
 
 MAX_BYTES = 1 << 20  # a recipe is a page long; this is some other file
+MAX_NODES = 30_000
 _TAG = "tag:yaml.org,2002:"
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)$")
@@ -34,6 +35,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "found an alias", self.peek_event().start_mark)
+        self.nodes = getattr(self, "nodes", 0) + 1
+        if self.nodes > MAX_NODES:
+            what = f"more than {MAX_NODES:,} keys and values"
+            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 

@@ -123,11 +123,13 @@ def evaluation(args: argparse.Namespace) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from hlat.evaluate.harness import require_harness
     from hlat.evaluate.job import Evaluation, gathered
-    from hlat.evaluate.running import go_offline
+    from hlat.evaluate.running import check_tasks, go_offline
     from hlat.evaluate.target import parse_device, parse_dtype
 
     go_offline(selection(args))  # before the harness is imported
     require_harness()
+    if os.environ.get("RANK", "0") == "0":
+        check_tasks(selection(args))
 
     @contextmanager
     def opened() -> Any:
@@ -149,6 +151,8 @@ def selection(args: argparse.Namespace, holdout: float | None = None) -> Selecti
     from hlat.evaluate.running import Selection
 
     names = [name for text in args.tasks for name in text.split(",") if name]
+    if not names:
+        raise UserError("no task is named", where="--tasks", fix="write for example --tasks hlat-offline")
     return Selection(
         tasks=tuple(dict.fromkeys(names)),
         num_fewshot=args.num_fewshot,

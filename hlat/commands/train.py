@@ -163,6 +163,10 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     recipe, text = load_with_text(args.recipe, args.overrides)
     check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
+    if recipe.eval.tasks and cluster.rank == 0:
+        from hlat.train.tasks import check_names
+
+        check_names(recipe)
     recipe.accumulate(cluster.world)
     folder = RunFolder(recipe.run.dir)
     job.watchdog.limit = job.watchdog.long_limit = recipe.parallel.first_timeout

@@ -18,7 +18,7 @@ from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
 from hlat.evaluate.options import read_generation
 from hlat.evaluate.statistics import error_known, ratio
 from hlat.observe.environment import git_state
-from hlat.paths import existing_folder, expand, kind_of
+from hlat.paths import expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.evaluate.team import Team
@@ -90,23 +90,37 @@ def load_tasks(selection: Selection) -> Loaded:
     """
     go_offline(selection)
     require_harness()
-    from lm_eval.tasks import TaskManager
-
     with _quiet():
-        folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
-        # The harness reads thousands of files to know its own tasks: only where they are asked for.
-        manager = TaskManager(include_path=folders, include_defaults=False, **options)
-        if not all(
-            _known(manager, name, selection.where) or name.startswith(OWN) for name in selection.tasks
-        ):
-            manager = TaskManager(include_path=folders, **options)
-        for name in selection.tasks:
-            _check_name(manager, name, selection.where)
-        _check_safety(manager, selection)
+        manager = _find(selection)
         if selection.allow_code:
             os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
         objects = [item for name in selection.tasks for item in _load(manager, name, selection.where)]
     return Loaded(selection, objects, manager)
+
+
+def check_tasks(selection: Selection) -> None:
+    """Raise UserError for what `load_tasks` refuses by name, at once: nothing is read but the files that
+    describe tasks, and nothing is asked of a network.
+    """
+    go_offline(selection)
+    require_harness()
+    with _quiet():
+        _find(selection)
+
+
+def _find(selection: Selection) -> Any:
+    """The harness's manager, which knows all of the tasks, and that they may run. Raises UserError."""
+    from lm_eval.tasks import TaskManager
+
+    folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
+    # The harness reads thousands of files to know its own tasks: only where they are asked for.
+    manager = TaskManager(include_path=folders, include_defaults=False, **options)
+    if not all(_known(manager, name, selection.where) or name.startswith(OWN) for name in selection.tasks):
+        manager = TaskManager(include_path=folders, **options)
+    for name in selection.tasks:
+        _check_name(manager, name, selection.where)
+    _check_safety(manager, selection)
+    return manager
 
 
 def run_tasks(team: Team, loaded: Loaded, bootstrap: int = 1000) -> dict[str, Any]:
@@ -272,8 +286,6 @@ def _quiet() -> Iterator[None]:
 
 def _folders(include: str | None) -> list[str]:
     """HLAT's own task files, and the user's, which may override them."""
-    if include is not None:
-        existing_folder(include, "--include-path", "name a folder of task files")
     return [str(TASKS), *([include] if include else [])]
 
 

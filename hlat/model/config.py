@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from hlat.model.presets import PRESETS
 from hlat.registry import did_you_mean
 from hlat.section import (
-    NonNegative,
-    Positive,
+    Classes,
+    Layers,
     PositiveFloat,
     Section,
+    Tokens,
+    Vocab,
+    Width,
     near_multiple,
     nearest_divisor,
     problem,
@@ -31,31 +34,31 @@ class ModelConfig(Section):
 
     preset: str | None = None
     """Named shape that fills in the fields not given here: `hlat recipes show` prints the result."""
-    layers: Positive
+    layers: Layers
     """Decoder layers."""
-    hidden: Positive
+    hidden: Width
     """Width of the residual stream; a multiple of heads."""
-    heads: Positive
+    heads: Width
     """Query heads; a multiple of kv_heads."""
-    kv_heads: Positive
+    kv_heads: Width
     """Key-value heads; fewer than heads is grouped-query attention. Without a preset: heads."""
-    ffn: Positive
+    ffn: Width
     """Inner width of the SwiGLU layer."""
-    vocab: Positive
+    vocab: Vocab
     """Rows of the embedding; at least the tokenizer's vocabulary."""
-    max_seq_len: Positive
+    max_seq_len: Tokens
     """Longest sequence the model is built for, in tokens."""
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
     """Added to the mean square inside RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
-    init_std: PositiveFloat = 0.02
+    init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     scaled_init: bool = True
     """Divide that deviation by sqrt(2 layers) for the attention output and the down projection."""
-    classes: NonNegative = 0
+    classes: Classes = 0
     """Outputs of a linear classifier on the last token's state, beside the head; 0: none. Set by
     objective.by=head to the number of labels.
     """
