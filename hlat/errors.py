@@ -94,7 +94,7 @@ def names_explained() -> Iterator[None]:
         raise UserError(what, where=where) from error
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
-        if error.encoding.lower().replace("latin-1", "iso8859-1") != encoding:
+        if encoding == "utf-8" or error.encoding.lower().replace("latin-1", "iso8859-1") != encoding:
             raise
         raise not_in_locale(error) from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+from hlat.errors import UserError
 from hlat.paths import existing_file, existing_folder, expand, folder_to_write
 
 _DTYPE = "bf16, fp16, fp32, or keep (as stored)"
@@ -42,8 +44,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "out", type=folder_to_write, metavar="RUN", help="run folder; the checkpoint goes to its checkpoints/"
     )
     for way, default in ((to_hf, "bf16"), (from_hf, "keep"), (from_gguf, "keep")):
-        way.add_argument("out", type=folder_to_write, metavar="OUT", help="folder to create")
+        way.add_argument("out", type=_new_folder, metavar="OUT", help="folder to create")
         way.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "keep"), default=default, help=_DTYPE)
+
+
+def _new_folder(text: str) -> Path:
+    """A folder to create, whose name the libraries that write into it take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("is not UTF-8 text", fix="choose a name that is") from None
+    return folder_to_write(text)
 
 
 def main(args: argparse.Namespace) -> int:

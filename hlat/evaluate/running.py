@@ -99,9 +99,7 @@ def load_tasks(selection: Selection) -> Loaded:
 
 
 def check_tasks(selection: Selection) -> None:
-    """Raise UserError for what `load_tasks` refuses by name, at once: nothing is read but the files that
-    describe tasks, and nothing is asked of a network.
-    """
+    """Raise UserError for what `load_tasks` refuses by name: no question is read, no network asked."""
     go_offline(selection)
     require_harness()
     with _quiet():
@@ -115,7 +113,10 @@ def _find(selection: Selection) -> Any:
     folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
     # The harness reads thousands of files to know its own tasks: only where they are asked for.
     manager = TaskManager(include_path=folders, include_defaults=False, **options)
-    if not all(_known(manager, name, selection.where) or name.startswith(OWN) for name in selection.tasks):
+    unknown = [name for name in selection.tasks if not _known(manager, name, selection.where)]
+    if paths := [name for name in unknown if "/" in name]:
+        raise UserError(f"no such task file: '{paths[0]}'", where=selection.where)
+    if not all(name.startswith(OWN) for name in unknown):
         manager = TaskManager(include_path=folders, **options)
     for name in selection.tasks:
         _check_name(manager, name, selection.where)
