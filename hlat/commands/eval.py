@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hlat.backend.launcher import take_place
 from hlat.errors import UserError
 from hlat.observe.output import check_output
-from hlat.paths import existing, existing_folder, expand
+from hlat.paths import existing_folder, expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.evaluate.running import Selection
@@ -34,6 +34,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", action="store_true", help="with --json: each question and answer too")
 
 
+def _tokenizer(text: str) -> str:
+    """`bytes`, or the path of a file or a folder that is there."""
+    if text == "bytes":
+        return text
+    path = expand(text)
+    if kind_of(path) not in ("file", "folder"):
+        raise UserError(
+            f"no tokenizer at '{path}'", fix="name a .model, a tokenizer.json or a folder with one"
+        )
+    return str(path)
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """The arguments that `eval` and `compare` share."""
     add = parser.add_argument
@@ -44,7 +56,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=16, metavar="N", help="rows of a forward pass (default: 16)")
     add("--dtype", choices=("fp64", "fp32", "bf16"), default="fp32", help="compute in (default: fp32)")
     add("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    add("--tokenizer", type=existing, metavar="PATH", help="another tokenizer than the checkpoint's")
+    add("--tokenizer", type=_tokenizer, metavar="PATH", help="another tokenizer than the checkpoint's")
     add(
         "--apply-chat-template",
         nargs="?",
