@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).with_name("recipes.md")
+SLIP = 1_000_000  # a bound above it is there for slips of the finger, and says nothing of the key
 BEGIN, END = "<!-- reference: begin (python docs/recipe_reference.py) -->", "<!-- reference: end -->"
 PLUGIN_SECTIONS = ("optim", "schedule", "reduce", "method", "objective", "guard")
 
@@ -56,7 +57,7 @@ def kind(schema: dict[str, Any]) -> str:
         return f"list of {kind(schema.get('items', {})) or 'any'}s"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [
-        f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema and schema[key] < 2**60
+        f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema and schema[key] <= SLIP
     ]
     return " ".join([words.get(name, name), *bounds])
 

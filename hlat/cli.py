@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import hlat
 from hlat.cli_parser import Parser
 from hlat.errors import UserError, names_explained
+from hlat.host.streams import flushed, open_closed_streams, output_failed
 
 VERBS = {
     "train": "train a model from a recipe",
@@ -62,23 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         from hlat.observe.redact import redact
         from hlat.observe.terminal import one_line
+        from hlat.observe.torchelastic import leave_message, shown_here, told
 
-        print(f"hlat: error: {one_line(redact(error.line()))}", file=sys.stderr)
+        line = f"hlat: error: {one_line(redact(error.line()))}".encode(errors="backslashreplace").decode()
+        leave_message(line)
+        if shown_here():
+            with suppress(OSError):  # where stderr is full or closed the exit code says it
+                print(told(line), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except OSError as error:
+        if (code := output_failed(error)) is None:
+            raise
+        return code
 
 
 def entry() -> None:
     """The console script."""
+    open_closed_streams()
     from hlat.observe.redact import print_exception
 
     sys.excepthook = print_exception
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")  # a character that the terminal lacks ends no run
-    sys.exit(main())
+    code: int | str | None = 0
+    try:
+        code = main()
+    except SystemExit as ended:  # --help and --version print, too
+        code = ended.code
+    sys.exit(flushed(code))

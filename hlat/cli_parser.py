@@ -51,6 +51,14 @@ class Parser(argparse.ArgumentParser):
         wrong = re.fullmatch(r"(.*): invalid (int|float) value: (.*)", text, re.DOTALL)
         self._refuse(f"{wrong[1]}: expected {_TYPES[wrong[2]]}, got {wrong[3]}" if wrong else text)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A value of its type. What a type raises itself is told with the name of its option."""
+        try:
+            return super()._get_value(action, arg_string)
+        except UserError as error:
+            name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+            raise UserError(error.what, where=name, fix=error.fix) from error
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return

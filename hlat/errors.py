@@ -13,6 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on nearly all file systems; on Linux
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the machine says of a file. ENOENT and EEXIST are not among them: of a file that was looked for, or
+# made, they are a defect of HLAT.
+_OF_A_FILE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, *_FULL),
+)
 
 
 class UserError(Exception):
@@ -69,24 +76,37 @@ class FolderLost(UserError):
 
 @contextmanager
 def names_explained() -> Iterator[None]:
-    """Turn what Python raises for a file name that cannot exist, wherever it is used first, into a UserError:
-    one that is too long for the file system, or that the locale's encoding does not have.
+    """Turn what Python raises for a file that cannot be used, wherever it is used first, into a UserError: a
+    name that is too long for the file system, or that the locale's encoding does not have; a path that is
+    closed to this user, leads nowhere, or lies on a disk that is full or broken. `hlat.paths` says it better,
+    with the option or the key, for what is looked at before.
     """
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
+            raise too_long(os.fsdecode(error.filename or "")) from error
+        if error.errno not in _OF_A_FILE or not isinstance(error.filename, str | bytes | os.PathLike):
             raise
-        raise too_long(os.fsdecode(error.filename or "")) from error
+        what, where = f"cannot be used: {error.strerror}", os.fsdecode(error.filename)
+        if error.errno in _FULL:
+            raise StorageFailed(what, where=where, fix="make room there") from error
+        raise UserError(what, where=where) from error
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8" or error.encoding.lower().replace("latin-1", "iso8859-1") != encoding:
             raise
-        text = error.object if len(error.object) <= 80 else f"{error.object[:80]}…"
-        what = f"{text!a} is no file name in this locale, whose encoding is {encoding}"
-        raise UserError(
-            what, fix="set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
-        ) from error
+        raise not_in_locale(error) from error
+
+
+def not_in_locale(error: UnicodeEncodeError, where: str = "") -> UserError:
+    """The error for a text that can be no file name here."""
+    encoding = sys.getfilesystemencoding()
+    text = error.object if len(error.object) <= 80 else f"{error.object[:80]}…"
+    if encoding == "utf-8":
+        return UserError(f"{text!a} is not UTF-8 text", where=where, fix="choose a name that is")
+    what = f"{text!a} is no file name in this locale, whose encoding is {encoding}"
+    return UserError(what, where=where, fix="set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8")
 
 
 def check_length(path: str | os.PathLike[str], room: int = 0) -> None:

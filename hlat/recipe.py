@@ -33,7 +33,7 @@ from hlat.recipe_sections import (
     RunSection,
     ScheduleSection,
 )
-from hlat.section import PluginSection, Section, Text, near_multiple, problem
+from hlat.section import PathText, PluginSection, Section, Text, near_multiple, problem
 from hlat.storage.urls import FORMS, check_url
 
 # What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
@@ -107,7 +107,7 @@ class Recipe(Section):
     """Compile the model with torch.compile; auto: where it pays."""
     backend: Literal["native", "nxd"] = "native"
     """native: torch.distributed on cpu, cuda, trn2 and later. nxd: NeuronX Distributed on trn1."""
-    compile_cache: Text | None = None
+    compile_cache: PathText | None = None
     """backend nxd: a store to fetch compiled graphs from, and to push to after `hlat train --precompile`:
     s3://bucket/folder (extra s3), or gs://, abfs:// or file:// as for checkpoint.remote.
     """

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hlat.data.template import parse_template
-from hlat.section import Positive, Section, Text, problem
+from hlat.section import PathText, Rows, Section, Text, problem
 
 _TEMPLATES = ("prompt", "completion", "label_field")
 
@@ -15,13 +15,13 @@ _TEMPLATES = ("prompt", "completion", "label_field")
 class ExamplesSection(Section):
     """Finetuning data, in place of `data.sources`: records with a prompt and its completion or its label."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """A jsonl, parquet or arrow file of records, or a folder of them; relative to the working directory."""
     dataset: Text | None = None
     """A Hugging Face data set NAME[:CONFIG][@SPLIT]; stdlib-packages, stdlib-docstrings or stdlib-chat,
     which are always there.
     """
-    eval_path: Text | None = None
+    eval_path: PathText | None = None
     """Held-out records, as path. With it or eval_dataset, data.holdout takes none of the others."""
     eval_dataset: Text | None = None
     """Held-out records, as dataset: such as glue:sst2@validation."""
@@ -47,7 +47,7 @@ class ExamplesSection(Section):
     """
     allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Largest share of the records that may turn out to be no examples. More is an error."""
-    limit: Positive | None = None
+    limit: Rows | None = None
     """Train on at most so many examples, chosen by the hash of their prompt; null: all."""
 
     def own_templates(self) -> list[str]:

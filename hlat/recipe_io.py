@@ -15,28 +15,39 @@ other one:
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hlat.errors import UserError
 from hlat.observe.redact import line_with_secret
+from hlat.paths import expand, kind_of
 from hlat.recipe_errors import Where, in_brackets
-from hlat.recipe_yaml import dump_yaml, parse_yaml, read_yaml
+from hlat.recipe_yaml import dump_yaml, parse_recipe, parse_yaml, read_bytes, recipe_text
 from hlat.registry import did_you_mean
 from hlat.section import PluginSection
 
 __all__ = ["dump_yaml", "find_recipe", "merge", "read_recipe", "shipped_recipes"]
 
 COMMAND_LINE = "command line"
+_LONGEST_CHAIN = 20  # recipes that are each the base of the one before
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Where]:
-    """The merged mapping of a recipe, its bases and the overrides; not validated. Raises UserError."""
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), keep: Callable[[bytes], None] = lambda data: None
+) -> tuple[dict[str, Any], Where]:
+    """The merged mapping of a recipe, its bases and the overrides; not validated. Every file is read once.
+
+    Args:
+        keep: gets the bytes of the recipe's own file: those that the mapping was made of.
+
+    Raises UserError.
+    """
     file = find_recipe(path)
     origins: dict[str, str] = {}
-    values = _read_chain(file, origins, ())
+    values = _read_chain(file, origins, (), keep)
     over = _parse_overrides(overrides, origins)
     _refuse_list_items(values, over, "")
     values = merge(values, over)
@@ -107,9 +118,17 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
-    values, lines = read_yaml(file)
-    _refuse_secret(file.read_text(encoding="utf-8", errors="replace"), str(file))
+def _read_chain(
+    file: Path,
+    origins: dict[str, str],
+    above: tuple[Path, ...],
+    keep: Callable[[bytes], None] = lambda data: None,
+) -> dict[str, Any]:
+    data = read_bytes(file)
+    keep(data)
+    text = recipe_text(data, file)
+    values, lines = parse_recipe(text, file)
+    _refuse_secret(text, str(file))
     base = values.pop("base", None)
     merged: dict[str, Any] = {}
     if base is not None:
@@ -117,9 +136,11 @@ def _read_chain(file: Path, origins: dict[str, str], above: tuple[Path, ...]) ->
         if not isinstance(base, str):
             fix = "give one recipe: base: tiny, or base: ../other.yaml"
             raise UserError("base is not a file name", where=at, fix=fix)
-        chain = (*above, file.resolve())
+        chain = (*above, Path(os.path.realpath(file)))
         target = find_recipe(base, folder=file.parent, where=at)
-        if target.resolve() in chain:
+        if len(chain) > _LONGEST_CHAIN:
+            raise UserError(f"more than {_LONGEST_CHAIN} recipes stand on each other", where=at)
+        if Path(os.path.realpath(target)) in chain:
             names = " -> ".join(p.name for p in (*chain, target))
             raise UserError(f"base leads back to itself ({names})", where=at, fix="remove one base")
         merged = _read_chain(target, origins, chain)
@@ -190,20 +211,24 @@ def find_recipe(name: str | Path, folder: Path | None = None, where: str = "") -
 
     Raises UserError with the nearest shipped name when there is neither.
     """
-    path = Path(name)
+    at, kind, unusable = where or "recipe", "missing", None
+    path = expand(name, at)
     path = path if folder is None else folder / path
     try:
-        if path.is_file():
-            return path
-        key = Path(name).with_suffix("").as_posix() if path.suffix == ".yaml" else str(name)
-        shipped = shipped_recipes()
-        for known, file in shipped.items():
-            if key in (known, f"recipes/{known}", known.rpartition("/")[2]):
-                return file
-        if path.exists():
-            return path
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=where or str(path)) from None
+        kind = kind_of(path, at)
+    except UserError as error:
+        unusable = error
+    if kind not in ("missing", "folder"):  # a pipe or a device is refused where it is read
+        return path
+    key = Path(name).with_suffix("").as_posix() if path.suffix == ".yaml" else str(name)
+    shipped = shipped_recipes()
+    for known, file in shipped.items():
+        if key in (known, f"recipes/{known}", known.rpartition("/")[2]):
+            return file
+    if unusable is not None:
+        raise unusable
+    if kind == "folder":
+        return path
     short = [known.rpartition("/")[2] for known in shipped]
     raise UserError(f"no such recipe: {path}", where=where, fix=did_you_mean(Path(key).name, short))
 

@@ -11,15 +11,23 @@ from pydantic import Field, model_validator
 
 from hlat.recipe_examples import ExamplesSection
 from hlat.section import (
+    MOST_SECONDS,
     Fraction,
-    NonNegative,
-    NonNegativeFloat,
+    PathText,
     PluginSection,
     Positive,
     PositiveFloat,
+    Ranks,
+    Rate,
+    Rows,
+    Seconds,
     Section,
     Seed,
+    Steps,
+    StepsOrNone,
     Text,
+    Tokens,
+    WholeSeconds,
     near_multiple,
     problem,
 )
@@ -31,15 +39,15 @@ class RunSection(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run: letters, digits, dot, dash, underscore. Default: the recipe's file name."""
-    dir: Text = "runs/run"
+    dir: PathText = "runs/run"
     """The run folder itself; it may be moved or copied and still resumes. Default: runs/<name>."""
     seed: Seed = 0
     """Seed of initialisation, data order and stochastic rounding."""
-    steps: Positive = 1000
+    steps: Steps = 1000
     """Optimizer steps in the whole run."""
-    stop_at_step: Positive | None = None
+    stop_at_step: Steps | None = None
     """Save and stop after this step; no schedule depends on it. Default: steps."""
-    max_hours: PositiveFloat | None = None
+    max_hours: Annotated[float, Field(gt=0, le=MOST_SECONDS / 3600)] | None = None
     """Save and stop before so many hours have passed since the process started; null: no limit but that of
     SLURM's job (SLURM_JOB_END_TIME).
     """
@@ -65,7 +73,7 @@ class RunSection(Section):
 class SourceSection(Section):
     """One source of text: a path or a data set."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """File or folder of text, jsonl, parquet or arrow; relative to the working directory. Or a folder that
     `hlat data tokenize` has written, also in a store: s3://bucket/folder (extra s3).
     """
@@ -99,25 +107,25 @@ class DataSection(Section):
     """Where the text comes from; needed unless there are examples."""
     examples: ExamplesSection | None = None
     """Finetuning data in place of sources: see the keys below."""
-    chat_template: Text | None = None
+    chat_template: PathText | None = None
     """A Jinja file that makes one text of the messages of examples, in the sandbox and with the names that
     `transformers` gives such templates; it goes with the checkpoints. plain: one that needs no special token
     but end of document. null: the one of the tokenizer.
     """
-    tokenizer: Text = "bytes"
+    tokenizer: PathText = "bytes"
     """A SentencePiece .model, a tokenizer.json or a folder with one of them; `bytes`; `train:bpe-4096` to
     train a byte-pair encoding of that size on the sources; or `init`, the one that comes with init.from.
     Default: init where there is init.from, else bytes.
     """
-    seq_len: Positive = 1024
+    seq_len: Tokens = 1024
     """Tokens a row. Default: model.max_seq_len."""
-    micro_batch: Positive = 8
+    micro_batch: Rows = 8
     """Rows of one forward and backward pass on one data-parallel rank."""
-    global_batch: Positive = 32
+    global_batch: Rows = 32
     """Rows of one optimizer step over all ranks: a multiple of micro_batch x dp."""
     document_mask: bool = False
     """Attend only within a document, positions counted from its start. false: one stream, as HLAT trained."""
-    skip: tuple[tuple[Positive, Positive], ...] = ()
+    skip: tuple[tuple[Steps, Steps], ...] = ()
     """Stretches of the data that are left out, as [first step, last step]: what these steps would read,
     counted from 1 (`hlat data locate` shows it). Those not reached yet may be added on a resume.
     """
@@ -166,7 +174,7 @@ class DataSection(Section):
 class InitSection(Section):
     """Which weights training starts from."""
 
-    from_: Annotated[Text | None, Field(alias="from")] = None
+    from_: Annotated[PathText | None, Field(alias="from")] = None
     """Start from these weights: an HLAT run folder, a step folder, or a Hugging Face folder. Only weights are
     taken; the optimizer starts anew. The model section may be left out then. null: start from run.seed.
     """
@@ -175,11 +183,11 @@ class InitSection(Section):
 class ParallelSection(Section):
     """How many ranks share the model and the batch."""
 
-    tp: Positive = 1
+    tp: Ranks = 1
     """Tensor parallelism: ranks that share every layer."""
-    pp: Positive = 1
+    pp: Ranks = 1
     """Pipeline parallelism: ranks that hold a slice of the layers each."""
-    dp: Literal["auto"] | Positive = "auto"
+    dp: Literal["auto"] | Ranks = "auto"
     """Data parallelism: replicas of the model. auto: all ranks / (tp x pp)."""
     sequence: bool = False
     """Split norms and residual stream along the sequence over the tensor-parallel ranks."""
@@ -189,15 +197,15 @@ class ParallelSection(Section):
     """Recompute in backward: nothing, core attention and the SwiGLU product, or whole layers."""
     schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b"
     """Order of forward and backward passes in the pipeline."""
-    stages: Positive = 1
+    stages: Ranks = 1
     """Slices of the model on each pipeline rank; 2 and more for the interleaved schedule."""
     cuts: tuple[Text, ...] = ()
     """First layer of each pipeline stage but the first, as layers.8; empty: stages of equal work."""
-    timeout: Positive = 600
+    timeout: WholeSeconds = 600
     """Seconds that ranks wait for each other after the first step before the run ends with a report."""
-    first_timeout: Positive = 3600
+    first_timeout: WholeSeconds = 3600
     """The same until the first step is done: reading data and compiling take longer."""
-    verify_every: NonNegative = 0
+    verify_every: StepsOrNone = 0
     """Compare the weights of the replicas every so many steps, and stop if they differ; 0: never."""
 
 
@@ -206,9 +214,9 @@ class GroupSection(Section):
 
     match: Text
     """Pattern of parameter names with the wildcards * and ?; the first group that matches wins."""
-    lr: NonNegativeFloat | None = None
+    lr: Rate | None = None
     """Peak learning rate of these parameters. Default: optim.lr."""
-    weight_decay: NonNegativeFloat | None = None
+    weight_decay: Rate | None = None
     """Weight decay of these parameters. Default: what optim.weight_decay and optim.decay give them."""
 
 
@@ -217,9 +225,9 @@ class OptimSection(PluginSection):
 
     name: Text = "adamw"
     """Optimizer."""
-    lr: NonNegativeFloat = 3e-4
+    lr: Rate = 3e-4
     """Peak learning rate; the schedule multiplies it."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Rate = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: tensors of two and more dimensions, or all (norm gains too, as HLAT trained)."""
@@ -234,9 +242,9 @@ class ScheduleSection(PluginSection):
 
     name: Text = "cosine"
     """constant, linear, cosine (ends on the floor), clamped_cosine (HLAT: on it from 79.5 % on), or wsd."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: StepsOrNone = 0
     """Steps of linear warm-up from 0."""
-    horizon_steps: Positive | None = None
+    horizon_steps: Steps | None = None
     """Step the schedule ends at. Default: run.steps."""
     floor: Fraction = 0.1
     """Lowest learning rate after warm-up, as a fraction of the peak."""
@@ -273,22 +281,22 @@ class GuardSection(PluginSection):
 class CheckpointSection(Section):
     """When state is saved and how much of it is kept."""
 
-    every: Positive = 1000
+    every: Steps = 1000
     """Save every so many steps (and at the end)."""
-    keep: Positive = 3
+    keep: Rows = 3
     """Newest checkpoints kept."""
     permanent_every_tokens: Positive | None = None
     """Also keep for ever one checkpoint every so many tokens; null: none."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Write while training goes on."""
-    remote: Text | None = None
+    remote: PathText | None = None
     """Also keep the checkpoints in a store, in the folder <remote>/<run.name>: s3://bucket/folder (extra s3),
     gs://bucket/folder (gcs), abfs://container@account/folder (azure) or file:///folder. Credentials come from
     the environment.
     """
-    patience: NonNegativeFloat = 600.0
+    patience: Annotated[float, Field(ge=0, le=MOST_SECONDS)] = 600.0
     """Seconds to go on trying to save the last state when the disk or the store fails; then exit code 74."""
-    grace: PositiveFloat = 30.0
+    grace: Seconds = 30.0
     """Seconds from a signal to stop to the end of the processes: a step and a save must fit, else there is a
     warning.
     """
@@ -317,20 +325,20 @@ class CheckpointSection(Section):
 class EvalSection(Section):
     """Evaluation on the held-out documents, and of tasks, during a run."""
 
-    every: NonNegative = 0
+    every: StepsOrNone = 0
     """Evaluate every so many steps; 0: only at the end."""
-    rows: Positive | None = 256
+    rows: Rows | None = 256
     """Rows of data.seq_len tokens, or examples, an evaluation reads at most; null: all there are."""
     tasks: tuple[Text, ...] = ()
     """Tasks of the evaluation harness to run each time too (extra eval), such as hlat-offline."""
-    limit: Positive | None = None
+    limit: Rows | None = None
     """Questions of each task at most; null: all."""
 
 
 class LogSection(Section):
     """Metrics and console."""
 
-    every: Positive = 10
+    every: Steps = 10
     """Fetch metrics from the device every so many steps; metrics.jsonl still has a row for each step."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra track)."""

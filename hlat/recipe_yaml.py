@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import codecs
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hlat.errors import UserError
+from hlat.paths import read_whole
 
 MAX_BYTES = 1 << 20  # a recipe is a page long; this is some other file
+MAX_NODES = 30_000
 _TAG = "tag:yaml.org,2002:"
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)$")
@@ -34,6 +35,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "found an alias", self.peek_event().start_mark)
+        self.nodes = getattr(self, "nodes", 0) + 1
+        if self.nodes > MAX_NODES:
+            what = f"more than {MAX_NODES:,} keys and values"
+            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
@@ -89,28 +94,31 @@ def parse_yaml(text: str, where: str, show_line: bool = True) -> tuple[Any, dict
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a file and the line of each dotted key. Raises UserError."""
+    return parse_recipe(recipe_text(read_bytes(path), path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A recipe file as it is, read once. Raises UserError for what is none."""
+    if path.is_dir():
+        of_run = path / "resolved.yaml"
+        fix = f"write {of_run}" if of_run.is_file() else ""
+        raise UserError("is a folder, not a recipe file", where=str(path), fix=fix)
+    return read_whole(path, str(path), MAX_BYTES, "a recipe")
+
+
+def recipe_text(data: bytes, path: Path) -> str:
+    """The text of a recipe file, without a byte order mark. Raises UserError for what is not UTF-8."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        if path.is_dir():
-            of_run = path / "resolved.yaml"
-            fix = f"write {of_run}" if of_run.is_file() else ""
-            raise UserError("is a folder, not a recipe file", where=str(path), fix=fix)
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # such as <(command) of a shell
-            fix = "write it to a file: a run reads it again, and keeps it"
-            raise UserError("is a pipe or a device, not a recipe file", where=str(path), fix=fix)
-        if facts.st_size > MAX_BYTES:
-            raise UserError(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a recipe", where=str(path))
-        data = path.read_bytes()
-        data = data.removeprefix(codecs.BOM_UTF8)
-        text = data.decode("utf-8")
-    except FileNotFoundError:
-        raise UserError("no such file", where=str(path)) from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         what = f"is not UTF-8 text (byte {error.start})"
         raise UserError(what, where=f"{path}:{line}", fix="save it as UTF-8") from None
+
+
+def parse_recipe(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a recipe's text and the line of each dotted key. Raises UserError."""
     values, lines = parse_yaml(text, str(path))
     if values is None:
         raise UserError("is empty", where=str(path), fix="a recipe needs at least model and data")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -18,14 +18,34 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _path(text: str) -> str:
+    """A text that can be a path on some machine: what is there is seen where it is used."""
+    if "\0" in text:
+        raise problem("holds a NUL character, which no path can", "", "write the path without it")
+    return text
+
+
+# Above these no machine follows for years to come: a slip of the finger (1e19) is told at once, with its key.
+MOST_STEPS, MOST_ROWS, MOST_RANKS, MOST_TOKENS = 10**12, 2**31, 2**20, 2**30
+MOST_SECONDS = 10 * 365 * 86400
+MOST = 2**53  # what a number in JSON holds exactly
 # The range comes before the validator: only then does it reach the JSON schema.
-Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
-NonNegative = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Positive = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(whole)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(whole)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS), BeforeValidator(whole)]
+StepsOrNone = Annotated[int, Field(ge=0, le=MOST_STEPS), BeforeValidator(whole)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), BeforeValidator(whole)]
+Rows = Annotated[int, Field(ge=1, le=MOST_ROWS), BeforeValidator(whole)]
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS), BeforeValidator(whole)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+WholeSeconds = Annotated[int, Field(ge=1, le=MOST_SECONDS), BeforeValidator(whole)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30)]  # fp32 ends at 3e38
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 def tuples(value: Any) -> Any:

@@ -17,6 +17,7 @@ from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece, to_to
 from hlat.data.special_tokens import CONFIG, complete, read_named, read_object
 from hlat.data.tokenizer_files import copy_files, tokenizer_files
 from hlat.errors import UserError
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -158,7 +159,7 @@ class PromptEncoder:
         from hlat.data.tokenizer import load_tokenizer, open_tokenizers
 
         tokenizer = load_tokenizer(folder)
-        folder = Path(folder).expanduser()
+        folder = expand(folder)
         folder = folder.parent if folder.is_file() else folder
         said = read_object(folder / CONFIG).get("add_bos_token")
         self._add_bos: bool | None = said if isinstance(said, bool) else None

@@ -16,6 +16,7 @@ from hlat.model.config import ModelConfig
 from hlat.model.decoder import Decoder
 from hlat.model.fit import check_fits
 from hlat.model.init import parameter_shapes
+from hlat.paths import expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -60,14 +61,15 @@ def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) ->
 
     Raises UserError for a path that is none of these.
     """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
+    path = expand(path)
+    kind = kind_of(path)
+    if kind == "file" and path.suffix == ".gguf":
         raise UserError(
             "is a GGUF file", where=str(path), fix=f"import it first: hlat convert from-gguf {path} OUT"
         )
-    if not path.exists():
+    if kind != "folder":
         raise UserError(
-            "no such checkpoint",
+            "no such checkpoint" if kind == "missing" else f"is a {kind}, not a checkpoint",
             where=str(path),
             fix="give a run folder, a step folder or a Hugging Face folder",
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hlat.errors import StorageFailed, UserError
+from hlat.paths import existing_folder, folder_to_write
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -38,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "overrides", nargs="*", default=[], metavar="key=value", help="changes, as for hlat train"
             )
-            action.add_argument("--cache", type=Path, metavar="DIR", help="default: where Neuron keeps it")
+            action.add_argument(
+                "--cache", type=folder_to_write, metavar="DIR", help="default: where Neuron keeps it"
+            )
         action.add_argument(
             "--compiler", default="", metavar="V", help="default: the neuronx-cc installed here"
         )
@@ -121,7 +124,7 @@ def _key(args: argparse.Namespace) -> str:
 def _push(args: argparse.Namespace, remote: Remote) -> int:
     from hlat.storage.compile_cache import push
 
-    cache = local_cache(args.cache)
+    cache = local_cache(args.cache and existing_folder(args.cache, "--cache"))
     count, size = push(remote, cache, compiler_version(args.compiler), _key(args))
     print(f"pushed {count} graphs, {size / 1e6:.1f} MB, from {cache} to {remote.url}")
     return 0
@@ -174,7 +177,8 @@ def _say(line: str) -> None:
 def _verify(args: argparse.Namespace, remote: Remote) -> int:
     from hlat.storage.compile_cache import compare, wanted
 
-    cache, compiler, key = local_cache(args.cache), compiler_version(args.compiler), _key(args)
+    cache = local_cache(args.cache and existing_folder(args.cache, "--cache"))
+    compiler, key = compiler_version(args.compiler), _key(args)
     names, known = wanted(remote, compiler, key)
     found = compare(remote, cache, names, compiler)
     for what, listed in (("missing here", found.missing), ("other bytes", found.other)):

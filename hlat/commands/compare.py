@@ -9,6 +9,7 @@ from hlat.backend.launcher import take_place
 from hlat.commands.eval import add_selection, evaluation, refuse_without_figures, selection
 from hlat.errors import UserError
 from hlat.observe.output import check_output
+from hlat.paths import expand
 
 SAID = ("notes", "context_ended", "left_out", "chat_template")
 
@@ -16,12 +17,16 @@ SAID = ("notes", "context_ended", "left_out", "chat_template")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "targets", nargs="+", metavar="TARGET", help="runs, step folders, Hugging Face folders: two or more"
+        "targets",
+        nargs="+",
+        type=expand,
+        metavar="TARGET",
+        help="runs, step folders, Hugging Face folders: two or more",
     )
     add_selection(parser)
-    parser.add_argument("--markdown", metavar="OUT", help="write the table in Markdown")
-    parser.add_argument("--html", metavar="OUT", help="write the table as an HTML page")
-    parser.add_argument("--json", metavar="OUT", help="write the figures")
+    parser.add_argument("--markdown", type=expand, metavar="OUT", help="write the table in Markdown")
+    parser.add_argument("--html", type=expand, metavar="OUT", help="write the table as an HTML page")
+    parser.add_argument("--json", type=expand, metavar="OUT", help="write the figures")
 
 
 def main(args: argparse.Namespace) -> int:

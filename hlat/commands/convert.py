@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from hlat.errors import UserError
+from hlat.paths import existing_file, existing_folder, expand, folder_to_write
+
 _DTYPE = "bf16, fp16, fp32, or keep (as stored)"
 
 
@@ -14,23 +17,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf | from-hf | from-gguf | from-nxd")
     to_hf = ways.add_parser("to-hf", help="a run or checkpoint to a folder for AutoModelForCausalLM")
     to_hf.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", help="run folder (its newest checkpoint) or step folder"
+        "source",
+        type=expand,
+        metavar="RUN_OR_CHECKPOINT",
+        help="run folder (its newest checkpoint) or step folder",
     )
     to_hf.add_argument("--shard-size", default="5GB", help="most bytes in one file (default: 5GB)")
     from_hf = ways.add_parser("from-hf", help="a Hugging Face Llama folder to a checkpoint")
-    from_hf.add_argument("source", metavar="DIR", help="folder with config.json and safetensors files")
+    from_hf.add_argument(
+        "source", type=existing_folder, metavar="DIR", help="folder with config.json and safetensors files"
+    )
     from_gguf = ways.add_parser("from-gguf", help="a llama.cpp file of a Llama model to a checkpoint")
-    from_gguf.add_argument("source", metavar="FILE", help="the .gguf file; quantised tensors become fp32")
+    from_gguf.add_argument(
+        "source", type=existing_file, metavar="FILE", help="the .gguf file; quantised tensors become fp32"
+    )
     from_nxd = ways.add_parser(
         "from-nxd", help="a checkpoint in NxD's files to one of HLAT's, all of its state"
     )
     from_nxd.add_argument(
-        "source", metavar="RUN_OR_DIR", help="run folder (its newest), or a folder with done and optim/"
+        "source",
+        type=existing_folder,
+        metavar="RUN_OR_DIR",
+        help="run folder (its newest), or a folder with done and optim/",
     )
-    from_nxd.add_argument("out", metavar="RUN", help="run folder; the checkpoint goes to its checkpoints/")
+    from_nxd.add_argument(
+        "out", type=folder_to_write, metavar="RUN", help="run folder; the checkpoint goes to its checkpoints/"
+    )
     for way, default in ((to_hf, "bf16"), (from_hf, "keep"), (from_gguf, "keep")):
-        way.add_argument("out", metavar="OUT", help="folder to create")
+        way.add_argument("out", type=_new_folder, metavar="OUT", help="folder to create")
         way.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "keep"), default=default, help=_DTYPE)
+
+
+def _new_folder(text: str) -> Path:
+    """A folder to create, whose name the libraries that write into it take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("is not UTF-8 text", fix="choose a name that is") from None
+    return folder_to_write(text)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -57,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         warnings = from_gguf(args.source, args.out, args.dtype)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    files = [path for path in Path(args.out).rglob("*") if path.is_file()]
+    files = [path for path in args.out.rglob("*") if path.is_file()]
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     print(f"wrote {args.out}{origin}: {len(files)} files, {size_mb:,.1f} MB")
     return 0

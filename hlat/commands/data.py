@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hlat.commands import data_locate
 from hlat.errors import UserError
+from hlat.paths import expand, folder_to_write
 
 if TYPE_CHECKING:
     from hlat.data.packed import TokenFolder
@@ -28,7 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     train = actions.add_parser("train-tokenizer", help="train a byte-level BPE on text")
     train.add_argument("sources", nargs="+", metavar="SRC", help=_SOURCE_HELP)
     train.add_argument("--vocab", type=int, required=True, metavar="N", help="entries, at least 257")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tokenizer.json")
+    train.add_argument(
+        "--out", type=folder_to_write, required=True, metavar="DIR", help="folder for tokenizer.json"
+    )
     tokenize = actions.add_parser("tokenize", help="tokenize text into a folder of packed shards")
     tokenize.add_argument("sources", nargs="+", metavar="SRC", help=_SOURCE_HELP)
     tokenize.add_argument(
@@ -38,7 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=".model, tokenizer.json, folder, bytes or train:bpe-SIZE",
     )
     tokenize.add_argument("--bos", action="store_true", help="begin each document with the tokenizer's BOS")
-    tokenize.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    tokenize.add_argument(
+        "--out", type=folder_to_write, required=True, metavar="DIR", help="folder to create"
+    )
     tokenize.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     for action in (train, tokenize):
         action.add_argument(
@@ -64,13 +69,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect = actions.add_parser(
         "inspect", help="counts, tokenizer, what was dropped, and a sample of a tokenized folder"
     )
-    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("folder", type=expand, metavar="DIR")
     inspect.add_argument(
         "--verify", action="store_true", help=argparse.SUPPRESS
     )  # gone: says what replaces it
     inspect.add_argument("--recipe", metavar="R", help="what a run of this recipe would read from the folder")
     verify = actions.add_parser("verify", help="compare all of a tokenized folder with what was written")
-    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("folder", type=expand, metavar="DIR")
     verify.add_argument(
         "--json", action="store_true", help='print {"ok": …, "bad": [{"file": …, "reason": …}]}'
     )
@@ -144,7 +149,11 @@ def _tokenize(args: argparse.Namespace) -> int:
         raise UserError(f"{args.workers} processes cannot work", where="--workers", fix="give 1 or more")
     sources = _sources(args)
     vocab = trained_vocab(args.tokenizer)
-    tokenizer = trained_tokenizer(sources, vocab, args.holdout) if vocab else load_tokenizer(args.tokenizer)
+    tokenizer = (
+        trained_tokenizer(sources, vocab, args.holdout)
+        if vocab
+        else load_tokenizer(args.tokenizer, where="--tokenizer")
+    )
     if args.bos and tokenizer.bos_id is None:
         raise UserError("the tokenizer has no BOS", where="--bos", fix="leave it out")
     tokenizer.convention = Convention(bos=tokenizer.bos_id if args.bos else None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
 from hlat.observe.redact import redact, redact_all
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.doctor import Case
@@ -44,7 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="examine all machines of a job together: start it under torchrun or srun, as the job itself",
     )
     parser.add_argument(
-        "--bad-nodes", metavar="FILE", help="with --cluster: write the machines that are not fit, one a line"
+        "--bad-nodes",
+        type=expand,
+        metavar="FILE",
+        help="with --cluster: write the machines that are not fit, one a line",
     )
     parser.add_argument(
         "--min-bandwidth",
@@ -91,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
 
     machine = Machine()
     platform = args.platform or ("trn1" if recipe is not None and recipe.backend == "nxd" else None)
-    run_dir = Path(recipe.run.dir) if recipe is not None else Path("runs")
+    run_dir = expand(recipe.run.dir, "run.dir") if recipe is not None else Path("runs")
     case = make_case(machine, platform, nodes, run_dir, args.port)
     findings = examine(machine, case)
     if recipe is not None:

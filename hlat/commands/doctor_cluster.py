@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
@@ -93,12 +92,12 @@ def _backend(recipe: Recipe | UserError) -> tuple[str, Callable[[], Any] | None]
 def _report(result: Result, args: argparse.Namespace) -> None:
     bad = [node.host for node in result.nodes if node.bad]
     if args.bad_nodes is not None:
-        path = Path(args.bad_nodes)
+        path = args.bad_nodes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, "".join(f"{host}\n" for host in bad).encode())
         except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", where=args.bad_nodes) from error
+            raise UserError(f"cannot be written: {error.strerror}", where=str(args.bad_nodes)) from error
     if args.json:
         nodes = [{**asdict(node), "bad": bool(node.bad)} for node in result.nodes]
         head = {"schema": 1, "healthy": result.healthy, "world": result.world, "group": result.kind}

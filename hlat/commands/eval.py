@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.backend.launcher import take_place
 from hlat.errors import UserError
 from hlat.observe.output import check_output
+from hlat.paths import existing_folder, expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.evaluate.running import Selection
@@ -19,15 +19,31 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("target", metavar="TARGET", help="run folder, step folder or Hugging Face folder")
+    parser.add_argument(
+        "target", type=expand, metavar="TARGET", help="run folder, step folder or Hugging Face folder"
+    )
     add_selection(parser)
     parser.add_argument("--all-checkpoints", action="store_true", help="every checkpoint of a run")
     parser.add_argument(
-        "--html", type=Path, metavar="OUT", help="with --all-checkpoints: draw the curves over tokens"
+        "--html", type=expand, metavar="OUT", help="with --all-checkpoints: draw the curves over tokens"
     )
     parser.add_argument("--reference", action="store_true", help="print published values beside the results")
-    parser.add_argument("--json", metavar="OUT", help="write the results in the harness's schema")
+    parser.add_argument(
+        "--json", type=expand, metavar="OUT", help="write the results in the harness's schema"
+    )
     parser.add_argument("--samples", action="store_true", help="with --json: each question and answer too")
+
+
+def _tokenizer(text: str) -> str:
+    """`bytes`, or the path of a file or a folder that is there."""
+    if text == "bytes":
+        return text
+    path = expand(text)
+    if kind_of(path) not in ("file", "folder"):
+        raise UserError(
+            f"no tokenizer at '{path}'", fix="name a .model, a tokenizer.json or a folder with one"
+        )
+    return str(path)
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +52,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", required=True, metavar="TASK", help="tasks or groups, e.g. hlat-offline")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    add("--include-path", metavar="DIR", help="folder of more task files")
+    add("--include-path", type=existing_folder, metavar="DIR", help="folder of more task files")
     add("--batch-size", type=int, default=16, metavar="N", help="rows of a forward pass (default: 16)")
     add("--dtype", choices=("fp64", "fp32", "bf16"), default="fp32", help="compute in (default: fp32)")
     add("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    add("--tokenizer", metavar="PATH", help="another tokenizer than the checkpoint's")
+    add("--tokenizer", type=_tokenizer, metavar="PATH", help="another tokenizer than the checkpoint's")
     add(
         "--apply-chat-template",
         nargs="?",
@@ -119,11 +135,13 @@ def evaluation(args: argparse.Namespace) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from hlat.evaluate.harness import require_harness
     from hlat.evaluate.job import Evaluation, gathered
-    from hlat.evaluate.running import go_offline
+    from hlat.evaluate.running import check_tasks, go_offline
     from hlat.evaluate.target import parse_device, parse_dtype
 
     go_offline(selection(args))  # before the harness is imported
     require_harness()
+    if os.environ.get("RANK", "0") == "0":
+        check_tasks(selection(args))
 
     @contextmanager
     def opened() -> Any:
@@ -145,6 +163,8 @@ def selection(args: argparse.Namespace, holdout: float | None = None) -> Selecti
     from hlat.evaluate.running import Selection
 
     names = [name for text in args.tasks for name in text.split(",") if name]
+    if not names:
+        raise UserError("no task is named", where="--tasks", fix="write for example --tasks hlat-offline")
     return Selection(
         tasks=tuple(dict.fromkeys(names)),
         num_fewshot=args.num_fewshot,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hlat.errors import UserError
+from hlat.paths import expand
 
 TEMPERATURE = 0.8
 """Where neither an option nor the model's files say."""
@@ -17,7 +18,10 @@ TEMPERATURE = 0.8
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run folder, step folder or Hugging Face folder"
+        "checkpoint",
+        type=expand,
+        metavar="CHECKPOINT",
+        help="run folder, step folder or Hugging Face folder",
     )
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
@@ -55,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     source = open_weights(args.checkpoint)
     if source_tokenizer(source) is None:
         raise UserError(
-            "has no tokenizer", where=args.checkpoint, fix="convert it from a folder that holds one"
+            "has no tokenizer", where=str(args.checkpoint), fix="convert it from a folder that holds one"
         )
     config = model_config(source)
     codec = codec_for(source, config.vocab)

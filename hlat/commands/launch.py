@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
+from hlat.paths import folder_to_write, spelled
 
 if TYPE_CHECKING:
     from hlat.launch.plan import Plan
@@ -39,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         kind.add_argument(
             "--interface", default="", metavar="NAME", help="network interface between the nodes"
         )
-        kind.add_argument("--python", default=sys.executable, metavar="FILE", help="Python on the nodes")
+        kind.add_argument(
+            "--python", type=spelled, default=sys.executable, metavar="FILE", help="Python on the nodes"
+        )
     for kind in (slurm, kubernetes):
         kind.add_argument(
             "--max-requeues", type=int, default=50, metavar="N", help="restarts by the cluster (default: 50)"
@@ -92,7 +95,9 @@ def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="a job array: every combination of key=[a, b], each with N seeds",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of all runs of a sweep, as in hlat sweep")
+    parser.add_argument(
+        "--out", type=folder_to_write, metavar="FOLDER", help="of all runs of a sweep, as in hlat sweep"
+    )
     parser.add_argument(
         "--at-once", type=int, default=0, metavar="N", help="tasks of an array that may run at once"
     )
@@ -128,7 +133,11 @@ def _kubernetes_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--service-account", default="", metavar="NAME", help="of the pods")
     parser.add_argument(
-        "--python", default="python", metavar="FILE", help="Python in the image (default: python)"
+        "--python",
+        type=spelled,
+        default="python",
+        metavar="FILE",
+        help="Python in the image (default: python)",
     )
 
 

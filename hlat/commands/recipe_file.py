@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.model.config import SHAPE
+from hlat.paths import expand
 from hlat.recipe import Recipe
 from hlat.recipe_check import build
 from hlat.recipe_io import read_recipe
@@ -19,7 +20,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError, also when these weights cannot be opened.
     """
-    values, where = read_recipe(path, overrides)
+    return load_with_text(path, overrides)[0]
+
+
+def load_with_text(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, bytes]:
+    """`load`, and the bytes of the file that it was made of: what a run keeps as its recipe.yaml, even if
+    somebody writes the file anew meanwhile.
+    """
+    kept: list[bytes] = []
+    values, where = read_recipe(path, overrides, kept.append)
     init, model = values.get("init"), values.get("model") or {}
     start = init.get("from") if isinstance(init, dict) else None
     if isinstance(start, str) and isinstance(model, dict) and _incomplete(model):
@@ -29,7 +38,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
             known = model_fields(start)
         values = {**values, "model": {**known, **model}}
-    return build(values, where)
+    return build(values, where), kept[0]
 
 
 def _incomplete(model: dict[str, Any]) -> bool:
@@ -40,7 +49,7 @@ def _model_of_run(run: Any) -> dict[str, Any] | None:
     """The model section of the run that a recipe continues: it then needs nothing of what it began with."""
     if not isinstance(run, dict):
         return None
-    folder = Path(str(run.get("dir", f"runs/{run.get('name')}")))
+    folder = expand(str(run.get("dir", f"runs/{run.get('name')}")), "run.dir")
     if not any(folder.glob("checkpoints/step-*")) or not (folder / "resolved.yaml").is_file():
         return None
     model = read_yaml(folder / "resolved.yaml")[0]["model"]

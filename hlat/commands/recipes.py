@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from hlat.observe.terminal import escaped, one_line, unguarded
+from hlat.paths import expand, file_to_write
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -41,7 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="default: all that ship; key=value changes each, as for hlat train",
     )
     schema = actions.add_parser("schema", help="write the JSON schema that editors complete recipes with")
-    schema.add_argument("--out", metavar="FILE", help="where to (default: standard output)")
+    schema.add_argument(
+        "--out", type=file_to_write, metavar="FILE", help="where to (default: standard output)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -123,15 +126,16 @@ def _check(args: argparse.Namespace, console: Console) -> int:
 
 def _schema(args: argparse.Namespace, console: Console) -> int:
     from hlat.errors import UserError
+    from hlat.observe.jsonl import replace_file
     from hlat.recipe_schema import schema_text
 
     if args.out is None:
         print(schema_text(), end="")
         return 0
     try:
-        Path(args.out).write_text(schema_text(), encoding="utf-8")
+        replace_file(args.out, schema_text().encode())
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=args.out) from None
+        raise UserError(f"cannot be written: {error.strerror}", where=str(args.out)) from None
     return 0
 
 
@@ -139,7 +143,7 @@ def _load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by its file or name, or that of a run by its folder."""
     from hlat.commands.recipe_file import load
 
-    resolved = Path(name) / "resolved.yaml"
+    resolved = expand(name, "recipe") / "resolved.yaml"
     return load(resolved if resolved.is_file() else name, overrides)
 
 

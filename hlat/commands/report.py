@@ -7,15 +7,16 @@ from pathlib import Path
 
 from hlat.errors import UserError
 from hlat.observe.output import check_output
+from hlat.paths import expand
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (run.dir of a training run)"
+        "runs", nargs="+", type=expand, metavar="RUN", help="run folder (run.dir of a training run)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)"
+        "--out", type=expand, default=Path("report.html"), help="file to write (default: %(default)s)"
     )
     parser.add_argument(
         "--x",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError
+from hlat.paths import folder_to_write
 
 if TYPE_CHECKING:
     from hlat.observe.runfolder import RunFolder
@@ -35,7 +36,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds a combination (default: 1)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of all runs (default: runs/<recipe>-sweep)"
+        "--out",
+        type=folder_to_write,
+        metavar="FOLDER",
+        help="folder of all runs (default: runs/<recipe>-sweep)",
     )
     parser.add_argument(
         "--list", action="store_true", help="only print one `hlat train` command a line, run nothing"

@@ -151,7 +151,7 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _main(args: argparse.Namespace, job: Job) -> int:
-    from hlat.commands.recipe_file import load
+    from hlat.commands.recipe_file import load_with_text
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
     from hlat.train.initial import one_checkpoint
@@ -160,37 +160,38 @@ def _main(args: argparse.Namespace, job: Job) -> int:
 
     cluster, limit = job.cluster, job.watchdog.limit
     check_machines(cluster, limit)
-    recipe = load(args.recipe, args.overrides)
+    recipe, text = load_with_text(args.recipe, args.overrides)
     check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
+    if recipe.eval.tasks and cluster.rank == 0:
+        from hlat.train.tasks import check_names
+
+        check_names(recipe)
     recipe.accumulate(cluster.world)
     folder = RunFolder(recipe.run.dir)
     job.watchdog.limit = job.watchdog.long_limit = recipe.parallel.first_timeout
     job.watchdog.logs = folder.logs
     with one_checkpoint(recipe, cluster, job.watchdog.limit):
         if cluster.rank:
-            return _work(args, recipe, job, folder, None)
+            return _work(text, recipe, job, folder, None)
         folder.check()
         console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
         if job.ending is not None:
             job.ending.before_print = console.close
         try:
-            return _work(args, recipe, job, folder, console)
+            return _work(text, recipe, job, folder, console)
         finally:
             console.close()
 
 
-def _work(
-    args: argparse.Namespace, recipe: Recipe, job: Job, folder: RunFolder, console: Console | None
-) -> int:
-    """Data, run folder, training. Rank 0 has the console and starts the run folder; the others wait for
-    that.
+def _work(text: bytes, recipe: Recipe, job: Job, folder: RunFolder, console: Console | None) -> int:
+    """Data, run folder, training. Rank 0 has the console and starts the run folder, which keeps the recipe's
+    `text`; the others wait for that.
     """
     from hlat.data import open_data
     from hlat.observe.environment import describe
     from hlat.observe.failures import Terminated
     from hlat.observe.stopping import name_of
-    from hlat.recipe_io import find_recipe
     from hlat.train.initial import starting_tokenizer
     from hlat.train.resume import check_resume
     from hlat.train.same import check_data
@@ -204,7 +205,7 @@ def _work(
         cluster.from_first("started", None, limit)
         return _train(recipe, data, folder, None, job)
     check_resume(recipe, data.fingerprint, folder, console.warn)
-    text, description = find_recipe(args.recipe).read_bytes(), describe(job.neuron_profile)
+    description = describe(job.neuron_profile)
     with folder.start(text, recipe.to_yaml(), description=description, say=console.warn):
         job.watchdog.before_exit = folder.close
         try:

@@ -6,6 +6,7 @@ then refuse to continue on other data.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from hlat.data.sources import tokenized_folder
 from hlat.data.staged import is_url
 from hlat.errors import UserError
+from hlat.paths import expand
 from hlat.storage.user_cache import cache_root
 
 if TYPE_CHECKING:
@@ -24,15 +26,18 @@ def check_apart(recipe: Recipe) -> None:
     they are not read.
     """
     own = (
-        ("the run folder", Path(recipe.run.dir), "set run.dir to one outside it"),
+        ("the run folder", expand(recipe.run.dir, "run.dir"), "set run.dir to one outside it"),
         ("HLAT's cache", cache_root(), "set XDG_CACHE_HOME to a folder outside it"),
     )
     for key, path in _paths(recipe):
-        if is_url(path) or tokenized_folder(path):
+        if is_url(path):
             continue
-        root = Path(path).expanduser().resolve()
+        given = expand(path, key)
+        if tokenized_folder(given):
+            continue
+        root = Path(os.path.realpath(given))
         for what, place, fix in own:
-            if _would_read(root, place.resolve()):
+            if _would_read(root, Path(os.path.realpath(place))):
                 raise UserError(
                     f"'{path}' holds {what} ({place}), whose files would become data",
                     where=key,

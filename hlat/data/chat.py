@@ -14,6 +14,7 @@ from hlat.data.example_text import WHERE, Reader
 from hlat.data.joint import Joint
 from hlat.data.messages import Conversations, are_messages
 from hlat.errors import UserError
+from hlat.paths import existing_file
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ class Chat:
     def _named(self) -> TemplateFiles:
         """The recipe's template. From here on it is that of the tokenizer, and goes where that goes."""
         assert self._path is not None
-        text = BUILTIN.get(self._path) or _read(Path(self._path).expanduser())
+        text = BUILTIN.get(self._path) or _read(existing_file(self._path, KEY, "name a Jinja file"))
         files = self._tokenizer.files()
         tokens = TemplateFiles.special_tokens(files[0].parent) if files else {}
         if files:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from hlat.data.chat_renderer import Renderer
 from hlat.errors import UserError
+from hlat.paths import expand
 
 DEFAULT = "default"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,7 +39,7 @@ class TemplateFiles:
         """
         if folder is None:
             return None
-        place = Path(folder).expanduser()
+        place = expand(folder)
         place = place if place.is_dir() else place.parent
         config = _json(place / "tokenizer_config.json")
         templates = _files(place) or _named(config.get("chat_template"))

@@ -260,6 +260,8 @@ class TokenFolder:
         self.named: list[Source] = []
         path = self.folder / MANIFEST
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
                 raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}")

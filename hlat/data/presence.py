@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hlat.data.chat import BUILTIN
 from hlat.data.origins import shown
 from hlat.data.staged import is_url
 
@@ -39,8 +40,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.examples.{name}", path
     if data.tokenizer not in _NO_PATHS and not data.tokenizer.startswith("train:"):
         yield "data.tokenizer", data.tokenizer
-    if template := getattr(data, "chat_template", None):
-        yield "data.chat_template", template
+    if data.chat_template and data.chat_template not in BUILTIN:
+        yield "data.chat_template", data.chat_template
     if recipe.init.from_:
         yield "init.from", recipe.init.from_
 

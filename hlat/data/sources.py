@@ -21,6 +21,7 @@ from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, save
 from hlat.data.losses import ALLOWED
 from hlat.data.progress import tokenizing
 from hlat.errors import UserError
+from hlat.paths import existing, expand
 from hlat.storage.blocks import Reading, changed, note
 from hlat.storage.digests import Digest, forget, looked_at
 from hlat.storage.fingerprint import digest_of
@@ -91,7 +92,7 @@ def tokenized_folder(path: str | Path | None) -> Path | None:
     A manifest.json that does not say it is one of ours is a user's own file. One that cannot be read at all
     counts as ours where shards lie beside it.
     """
-    folder = Path(path).expanduser() if path else None
+    folder = expand(path) if path else None
     if folder is None or not (folder / MANIFEST).is_file():
         return None
     try:
@@ -132,7 +133,7 @@ def resolve_source(
         _refuse_near_builtin(dataset, where)
         source = _huggingface(dataset, where)
     else:
-        source = _from_path(Path(str(path)).expanduser(), where)
+        source = _from_path(existing(str(path), where), where)
     source.text_field, source.allow_dropped = text_field, allow_dropped
     if not source.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.skipped.items())
@@ -217,8 +218,6 @@ def _pieces(index: int, file: InputFile, wanted: int) -> Iterator[Piece]:
 
 
 def _from_path(path: Path, where: str) -> Source:
-    if not path.exists():
-        raise UserError(f"no such file or folder: '{path}'", where=where, fix="correct the path")
     try:
         if path.is_file():
             size = path.stat().st_size

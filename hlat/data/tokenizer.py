@@ -33,6 +33,7 @@ from hlat.data.special_tokens import (
 from hlat.data.tokenizer_files import companions_of
 from hlat.errors import UserError
 from hlat.host.limits import cores
+from hlat.paths import expand
 
 # Names under which published tokenizers keep their marks, tried where no file says them.
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
@@ -315,8 +316,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.decode([int(i) for i in ids])
 
 
-def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
-    """The tokenizer a recipe names.
+def load_tokenizer(spec: str | Path, threads: int | None = None, where: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer that a recipe names, or the option `where`.
 
     `bytes`, a `.model`, a `tokenizer.json`, a folder that holds one, or a tokenized folder.
 
@@ -328,10 +329,10 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
     if str(spec).startswith("train:"):
         raise UserError(
             f"'{spec}' is trained on the sources",
-            where="data.tokenizer",
+            where=where,
             fix="name the trained tokenizer.json here",
         )
-    path = Path(spec).expanduser()
+    path = expand(spec, where)
     if path.is_dir():
         path = _inside(path)
         if path.name == "bytes":
@@ -339,7 +340,7 @@ def load_tokenizer(spec: str | Path, threads: int | None = None) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"no tokenizer at '{path}'",
-            where="data.tokenizer",
+            where=where,
             fix="name a .model, a tokenizer.json, a folder with one, 'bytes' or 'train:bpe-4096'",
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)

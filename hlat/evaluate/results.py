@@ -16,6 +16,7 @@ from hlat.evaluate.running import left_out, numbers
 from hlat.evaluate.statistics import Scores, interval, ratio
 from hlat.observe.jsonl import finite, replace_file
 from hlat.observe.markup import escape
+from hlat.paths import expand
 
 Table = list[list[str]]
 _HIDDEN = ("sample_len", "alias")
@@ -121,7 +122,7 @@ def write_json(results: Any, path: str | Path) -> None:
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a file. Raises UserError when the disk refuses."""
-    target = Path(path).expanduser()
+    target = expand(path)
     try:
         replace_file(target, text.encode("utf-8"))
     except OSError as error:

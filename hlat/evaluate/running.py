@@ -18,6 +18,7 @@ from hlat.evaluate.harness import BATCH_SIZE, lm_class, require_harness
 from hlat.evaluate.options import read_generation
 from hlat.evaluate.statistics import error_known, ratio
 from hlat.evaluate.surroundings import own_environment
+from hlat.paths import expand, kind_of
 
 if TYPE_CHECKING:
     from hlat.evaluate.team import Team
@@ -89,21 +90,38 @@ def load_tasks(selection: Selection) -> Loaded:
     """
     go_offline(selection)
     require_harness()
-    from lm_eval.tasks import TaskManager
-
     with _quiet():
-        folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
-        # The harness reads thousands of files to know its own tasks: only where they are asked for.
-        manager = TaskManager(include_path=folders, include_defaults=False, **options)
-        if not all(_known(manager, name) or name.startswith(OWN) for name in selection.tasks):
-            manager = TaskManager(include_path=folders, **options)
-        for name in selection.tasks:
-            _check_name(manager, name, selection.where)
-        _check_safety(manager, selection)
+        manager = _find(selection)
         if selection.allow_code:
             os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
         objects = [item for name in selection.tasks for item in _load(manager, name, selection.where)]
     return Loaded(selection, objects, manager)
+
+
+def check_tasks(selection: Selection) -> None:
+    """Raise UserError for what `load_tasks` refuses by name: no question is read, no network asked."""
+    go_offline(selection)
+    require_harness()
+    with _quiet():
+        _find(selection)
+
+
+def _find(selection: Selection) -> Any:
+    """The harness's manager, which knows all of the tasks, and that they may run. Raises UserError."""
+    from lm_eval.tasks import TaskManager
+
+    folders, options = _folders(selection.include), {"metadata": _metadata(selection)}
+    # The harness reads thousands of files to know its own tasks: only where they are asked for.
+    manager = TaskManager(include_path=folders, include_defaults=False, **options)
+    unknown = [name for name in selection.tasks if not _known(manager, name, selection.where)]
+    if paths := [name for name in unknown if "/" in name]:
+        raise UserError(f"no such task file: '{paths[0]}'", where=selection.where)
+    if not all(name.startswith(OWN) for name in unknown):
+        manager = TaskManager(include_path=folders, **options)
+    for name in selection.tasks:
+        _check_name(manager, name, selection.where)
+    _check_safety(manager, selection)
+    return manager
 
 
 def run_tasks(team: Team, loaded: Loaded, bootstrap: int = 1000) -> dict[str, Any]:
@@ -263,10 +281,6 @@ def _quiet() -> Iterator[None]:
 
 def _folders(include: str | None) -> list[str]:
     """HLAT's own task files, and the user's, which may override them."""
-    if include is not None and not Path(include).is_dir():
-        raise UserError(
-            "no such folder", where=f"--include-path {include}", fix="name a folder of task files"
-        )
     return [str(TASKS), *([include] if include else [])]
 
 
@@ -275,12 +289,12 @@ def _metadata(selection: Selection) -> dict[str, Any]:
     return {"holdout": selection.holdout} if selection.holdout is not None and own else {}
 
 
-def _known(manager: Any, name: str) -> bool:
-    return name in manager.task_index or Path(name).expanduser().is_file()
+def _known(manager: Any, name: str, where: str) -> bool:
+    return name in manager.task_index or kind_of(expand(name, where), where) == "file"
 
 
 def _check_name(manager: Any, name: str, where: str) -> None:
-    if _known(manager, name):
+    if _known(manager, name, where):
         return
     near = difflib.get_close_matches(name, manager.all_tasks, 1)
     raise UserError(

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from hlat.model.presets import PRESETS
 from hlat.registry import did_you_mean
 from hlat.section import (
-    PositiveFloat,
     Section,
     near_multiple,
     nearest_divisor,
@@ -61,7 +60,7 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
-    init_std: PositiveFloat = 0.02
+    init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     scaled_init: bool = True
     """Divide that deviation by sqrt(2 layers) for the attention output and the down projection."""

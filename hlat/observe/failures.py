@@ -23,6 +23,7 @@ from typing import Any
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.redact import redact, redact_all
 from hlat.observe.terminal import escaped
+from hlat.observe.torchelastic import leave_message, told
 
 ECHO_SECONDS = 12.0  # for the cause to show: a silent rank on another machine takes longest
 ALIKE_SECONDS = 5.0  # for the same mistake to show on a rank before this one
@@ -155,7 +156,7 @@ class Ending:
         if self.status is not None:
             return
         self.status = 1
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a launcher sends it as soon as one rank has ended
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # a launcher's, once a rank has ended
             signal.signal(number, signal.SIG_IGN)
         self.watchdog.rest()
         self.before_print()
@@ -218,10 +219,14 @@ class Ending:
                 if self.board.complete:  # else one that another rank is writing may hide theirs
                     break
             time.sleep(0.05)
+        wrong = line.startswith("error: ")
+        if wrong:
+            leave_message(redact(f"hlat: {line}"))
         if not alike:
             kind, _, rest = line.partition("error: ")
             named = f"{kind}error: {self._me()}: {rest}" if rest else f"{self._me()}: {line}"
-            say(f"hlat: {named if self.board.rank else line}")
+            text = f"hlat: {named if self.board.rank else line}"
+            say(told(text) if wrong else text)
         return code
 
     def _is_known(self, record: Record) -> bool:

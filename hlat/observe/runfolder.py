@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hlat.errors import FolderLost, SaveFailed, UserError, check_length
+from hlat.errors import FolderLost, SaveFailed, UserError
 from hlat.observe import environment
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import LOCK_FILE, Lock
 from hlat.observe.sinks import METRICS_FILE
+from hlat.paths import folder_to_write, read_whole
 
 _FOLDERS = ("logs", "checkpoints")
+_MOST_ENVIRONMENT = 1 << 30
 _ROOM = 256  # bytes that the paths of files in a run folder need behind its own
 
 
@@ -48,12 +49,10 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
-        check_length(self.path, room=_ROOM)
-        existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
-        if not existing.is_dir():
-            raise self._error(f"{existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise self._error(f"no permission to write in {existing}")
+        try:
+            folder_to_write(self.path, room=_ROOM)
+        except UserError as error:
+            raise self._error(error.what) from None
 
     def start(
         self,
@@ -127,8 +126,8 @@ class RunFolder:
 
     def _read_environment(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.environment.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads(read_whole(self.environment, "", _MOST_ENVIRONMENT, "a list of starts"))
+        except (UserError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 

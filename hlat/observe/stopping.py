@@ -5,7 +5,9 @@ Each cause is a number, so that ranks can agree on one by its maximum: a signal'
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ REBALANCE = 1  # a spot instance may soon be taken back: save, and go on
 WALLTIME, SPOT = 65, 66  # above every signal's number
 _AS_SIGNAL = {WALLTIME: signal.SIGUSR1, SPOT: signal.SIGTERM}  # what would have come a little later
 _TEXT = {WALLTIME: "the end of its time", SPOT: "a spot interruption notice"}
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _RECENT, _SAVES = 50, 5  # steps, and saves, whose longest is what the next one may take
 _SLACK = 5.0  # seconds, for what is not measured: the last rows, the processes' end
 
@@ -44,21 +46,45 @@ def exit_status(cause: int) -> int:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the signals that stop a run inside; put the former handlers back after."""
-    former = {number: signal.signal(number, handler) for number in HANDLED}
+    """Handle the signals that stop a run inside; put the former handlers back after. A SIGHUP that is
+    ignored, as under nohup, stays so.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        handler(number, frame)
+
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in HANDLED if not (ignored and number == signal.SIGHUP)]
+    former = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
         for number, old in former.items():
-            if signal.getsignal(number) == handler:  # else a rank that leaves ignores it by now
+            if signal.getsignal(number) is handle:  # else a rank that leaves ignores it by now
                 signal.signal(number, old)
 
 
+def leave_terminal() -> None:
+    """Let what is printed to a terminal go nowhere from now on: SIGHUP says that it is gone, and the next
+    line would fail, before the save. Files and pipes stay.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        with suppress(OSError):
+            facts = os.fstat(number)
+            if stat.S_ISCHR(facts.st_mode) and facts.st_rdev != os.fstat(nowhere).st_rdev:
+                os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 class Signals:
-    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a request that the training loop reads after a step.
+    """Turns SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C into a request that the training loop reads after a
+    step.
 
     Until `hold`, which comes with the first step done, there is nothing to save, and a compilation may be
-    under way: SIGTERM and SIGUSR1 raise Terminated, Ctrl-C KeyboardInterrupt.
+    under way: SIGTERM, SIGUSR1 and SIGHUP raise Terminated, Ctrl-C KeyboardInterrupt.
     After it the first request stands and others change nothing, but a second Ctrl-C interrupts at once.
     """
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlat.errors import FolderLost
 from hlat.observe.heartbeat import STEP, Heartbeat
-from hlat.observe.stopping import SPOT, text_of
+from hlat.observe.stopping import SPOT, handling, text_of
 from hlat.supervise import processes
 from hlat.supervise.attempt import Attempt, Outcome, Place
 from hlat.supervise.attempts import claim, folder_of
@@ -239,7 +239,7 @@ class Supervisor:
         if any(r["stopped"] is not None for r in shared.values()):
             codes = {code for r in shared.values() for code in r["codes"].values()}
             late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
-            saved = early is None and codes <= {128 + signal.SIGTERM} and not late
+            saved = early is None and codes <= {128 + signal.SIGTERM, 128 + signal.SIGHUP} and not late
             how = "state saved" if saved else f"{late or 'not all ranks saved'}: the newest checkpoint stands"
             return Verdict("preempted", "stop", f"stopped by a signal; {how}", "signal", None), ""
         hung = any(r["hang"] for r in shared.values())
@@ -341,20 +341,15 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 and Ctrl-C stop the run; a second Ctrl-C at once."""
+        """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C stop the run; a second Ctrl-C at once."""
 
         def note(number: int, _frame: Any) -> None:
             if number == signal.SIGINT and self.received is not None:
                 raise KeyboardInterrupt
             self.received = number
 
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        former = {number: signal.signal(number, note) for number in numbers}
-        try:
+        with handling(note):
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
 
 def _evidence(report: Mapping[str, Any]) -> Evidence:

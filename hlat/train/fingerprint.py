@@ -26,6 +26,7 @@ from hlat.errors import SaveFailed, UserError
 from hlat.evaluate.running import OWN, PAPER
 from hlat.observe.jsonl import replace_file
 from hlat.observe.sinks import METRICS_FILE
+from hlat.paths import expand
 from hlat.recipe import Recipe, identity_diff
 from hlat.registry import lookup
 from hlat.storage.digests import file_digest
@@ -104,7 +105,7 @@ def tasks_content(names: tuple[str, ...]) -> str:
     """Digest of what is on this machine of the tasks: the text that HLAT's own are made of, and task files.
     Empty for tasks that only the harness knows.
     """
-    files = {name: Path(name).expanduser() for name in names}
+    files = {name: expand(name, "eval.tasks") for name in names}
     parts = {name: file_digest(file) for name, file in files.items() if file.is_file()}
     if any(name.startswith(OWN) and name != PAPER for name in names):
         parts["stdlib"] = stdlib_content()

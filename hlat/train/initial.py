@@ -64,7 +64,7 @@ def one_checkpoint(recipe: Recipe, cluster: Cluster, seconds: float) -> Iterator
 def open_source(path: str) -> tuple[WeightSource, ModelConfig]:
     """The weights at `init.from` and their model. Raises UserError when there are none, or not whole ones."""
     try:
-        source = open_weights(Path(_chosen.get(path, path)).expanduser())
+        source = open_weights(_chosen.get(path, path))
         return source, model_config(source)
     except UserError as error:
         raise UserError(error.what, where=f"{WHERE}: {error.where}", fix=error.fix) from error

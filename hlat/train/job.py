@@ -41,7 +41,11 @@ class Job:
     def leave(self, seconds: float) -> None:
         """Wait for all ranks; after it each goes its own way."""
         if self.ending is not None:
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all as soon as one has ended
+            for number in (
+                signal.SIGTERM,
+                signal.SIGUSR1,
+                signal.SIGHUP,
+            ):  # sent once one has ended
                 signal.signal(number, signal.SIG_IGN)
             self.watchdog.beat(0, "leaving", patient=True)
             self.ending.board.note_end()

@@ -18,6 +18,7 @@ from hlat.evaluate.running import (
     Loaded,
     Selection,
     check_generation,
+    check_tasks,
     load_tasks,
     numbers,
     run_tasks,
@@ -45,6 +46,12 @@ def refuse_tasks(recipe: Recipe) -> None:
             where="eval.tasks",
             fix="leave it empty, and evaluate the checkpoints: hlat eval RUN --all-checkpoints --tasks …",
         )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise UserError, before anything is built, for tasks that there are not or that may not run."""
+    if recipe.eval.tasks:
+        check_tasks(Selection(recipe.eval.tasks, limit=recipe.eval.limit, where="eval.tasks"))
 
 
 class TaskEvaluation:

@@ -141,7 +141,10 @@ def test_published_values(place: Path, capsys: pytest.CaptureFixture) -> None:
         (["nowhere", "--tasks", "hlat-cloze"], "nowhere: no such checkpoint"),
         (["model", "--tasks", "hlat-clze"], "unknown task 'hlat-clze'; did you mean 'hlat-cloze'?"),
         (["model", "--tasks", "hlat-cloze", "--limit", "0"], "--limit: 0 is out of range"),
-        (["model", "--tasks", "hlat-cloze", "--include-path", "gone"], "--include-path gone: no such folder"),
+        (
+            ["model", "--tasks", "hlat-cloze", "--include-path", "gone"],
+            "--include-path: no such folder: 'gone'",
+        ),
         (["model", "--tasks", "hlat-cloze", "--tp", "2"], "1 process cannot be divided into replicas"),
         (["model", "--tasks", "hlat-cloze", "--html", "x"], "add --all-checkpoints"),
         (["model", "--tasks", "hlat-cloze", "--all-checkpoints"], "no complete checkpoint here"),

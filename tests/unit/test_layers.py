@@ -17,6 +17,7 @@ FILES = sorted((ROOT / "hlat").rglob("*.py"))
 # Plug-ins are found by the registry: `train` does not import `method`. Imports under TYPE_CHECKING are free.
 LAYERS = (
     ("errors", "host", "process"),
+    ("paths",),
     ("registry", "section", "storage"),
     ("mesh",),
     ("model", "data", "observe", "backend"),

@@ -178,28 +178,30 @@ def test_from_dict_reports_where(file):
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,12}\Z")
 FLOATS = st.floats(min_value=1e-12, max_value=1e12)
+RATES = st.floats(min_value=1e-12, max_value=1e3)
+PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
         "run.name": NAMES,
-        "run.dir": st.text(min_size=1, max_size=20),
+        "run.dir": PATHS,
         "run.seed": st.integers(0, 2**63 - 1),
         "run.steps": st.integers(1, 10**12),
-        "model.init_std": FLOATS,
+        "model.init_std": RATES,
         "model.tie_embeddings": st.booleans(),
-        "data.tokenizer": st.text(min_size=1, max_size=20),
+        "data.tokenizer": PATHS,
         "data.holdout": st.floats(0, 1, exclude_max=True),
         "data.sources": st.lists(
-            st.fixed_dictionaries({"path": st.text(min_size=1, max_size=9), "weight": FLOATS}),
+            st.fixed_dictionaries({"path": PATHS, "weight": FLOATS}),
             min_size=1,
             max_size=3,
         ),
-        "optim.lr": FLOATS,
+        "optim.lr": RATES,
         "optim.eps": FLOATS,
         "optim.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2).map(list),
         "optim.clip_norm": st.none() | FLOATS,
         "optim.groups": st.lists(
-            st.fixed_dictionaries({"match": st.text(min_size=1, max_size=9), "lr": st.none() | FLOATS}),
+            st.fixed_dictionaries({"match": st.text(min_size=1, max_size=9), "lr": st.none() | RATES}),
             max_size=2,
         ),
         "checkpoint.async": st.booleans(),

@@ -72,7 +72,7 @@ def test_a_pipe_or_a_device_is_no_recipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
-        with pytest.raises(UserError, match=rf"{name}\.yaml: is a pipe or a device.*; write it to a file"):
+        with pytest.raises(UserError, match=rf"{name}\.yaml: is a (pipe|device), not a recipe file"):
             load(tmp_path / f"{name}.yaml")
 
 
@@ -100,7 +100,7 @@ def test_schema(capsys, tmp_path):
     schema = json.loads(capsys.readouterr().out)
     assert run("schema", "--out", str(tmp_path / "s.json")) == 0
     assert json.loads((tmp_path / "s.json").read_text()) == schema
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="there is no folder"):
         run("schema", "--out", str(tmp_path / "none" / "s.json"))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +41,7 @@ def send(number: int) -> None:
 def test_before_there_is_a_state_a_signal_ends_the_process() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Signals().watch():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             with pytest.raises(Terminated) as caught:
                 send(number)
             assert caught.value.number == number
@@ -213,3 +215,36 @@ def test_where_to_ask(tmp_path: Path) -> None:
     assert base_url({ENDPOINT: "http://[fd00:ec2::254]/"}, "auto", vendor) == "http://[fd00:ec2::254]"
     with pytest.raises(UserError, match="is not a URL"):
         base_url({ENDPOINT: "file:///etc"}, "auto", vendor)
+
+
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals().watch() as signals:
+            signals.hold()
+            send(signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_terminal_that_is_gone_costs_no_save() -> None:
+    """A process whose terminal is closed goes on printing, into nothing, and ends as it wants."""
+    main, terminal = os.openpty()
+    script = (
+        "import signal, sys, time\n"
+        "from hlat.observe.stopping import Signals\n"
+        "with Signals().watch() as signals:\n"
+        "    signals.hold()\n"
+        "    print('ready', flush=True)\n"
+        "    while signals.received is None: time.sleep(0.01)\n"
+        "    print('saving', flush=True)\n"
+        "sys.exit(128 + signals.received)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert os.read(main, 5) == b"ready"
+    os.close(main)  # from now on what it prints there fails
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(60) == 128 + signal.SIGHUP

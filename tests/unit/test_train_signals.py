@@ -35,7 +35,7 @@ eval: {every: 3, rows: 8}
 log: {every: 2}
 compile: false
 """
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def ends_like_an_undisturbed_run() -> bool:
 
 @pytest.mark.parametrize(
     ("numbers", "status", "name"),
-    [((USR1, TERM), 138, "SIGUSR1"), ((TERM, TERM), 143, "SIGTERM")],
+    [((USR1, TERM), 138, "SIGUSR1"), ((TERM, TERM), 143, "SIGTERM"), ((HUP, TERM), 129, "SIGHUP")],
 )
 def test_the_first_signal_saves_and_stops(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys, numbers: tuple[int, ...], status: int, name: str
