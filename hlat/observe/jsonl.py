@@ -102,7 +102,7 @@ def truncate_after(path: Path, step: int, confirm: Callable[[], None] = _allow) 
     Returns:
         The number of lines removed; 0, without touching the file, when there is nothing to remove or no file.
     """
-    return len(_cut(path, lambda row: _is_after(row, step), confirm))
+    return len(cut(path, lambda row: _is_after(row, step), confirm))
 
 
 def move_after(path: Path, step: int, to: Path, confirm: Callable[[], None] = _allow) -> int:
@@ -117,14 +117,14 @@ def move_after(path: Path, step: int, to: Path, confirm: Callable[[], None] = _a
         except SaveFailed as error:
             warnings.warn(error.line(), stacklevel=2)
 
-    return len(_cut(path, lambda row: _taken_back(row, step), confirm, move))
+    return len(cut(path, lambda row: _taken_back(row, step), confirm, move))
 
 
 def _taken_back(row: Row, step: int) -> bool:
     return _is_after(row, step) and (row.get("kind"), row.get("policy")) != ("anomaly", "rewind")
 
 
-def _cut(
+def cut(
     path: Path,
     goes: Callable[[Row], bool],
     confirm: Callable[[], None],

@@ -287,7 +287,8 @@ class Loop:
         with self.metrics.paused():
             self.held_out = evaluate(self.run)
         if self.metrics.evaluated != self.run.step:
-            self.metrics.eval(self.run.step, self.held_out)
+            stop = {} if self._runs_tasks(self.run.step) else {"stop": True}  # an undisturbed run has none
+            self.metrics.eval(self.run.step, {**self.held_out, **stop})
 
     def _run_tasks(self) -> None:
         """The tasks at this step. Where a stop cuts them short they are due when the run continues."""

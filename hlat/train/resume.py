@@ -10,7 +10,7 @@ from hlat.checkpoint.peers import Peers
 from hlat.checkpoint.reader import lost, newest_in
 from hlat.errors import SaveFailed, UserError
 from hlat.observe.aside import put_aside
-from hlat.observe.jsonl import START, read_rows
+from hlat.observe.jsonl import START, Row, cut, read_rows
 from hlat.storage.fingerprint import FILE as FINGERPRINT
 from hlat.train import remote as store
 from hlat.train import state
@@ -81,6 +81,7 @@ def settle_rows(folder: RunFolder, step: int, warn: Callable[[str], None]) -> No
             warn(
                 f"{folder.metrics} has {found}: those up to step {step:,}, where the run goes on, are missing"
             )
+        cut(folder.metrics, _of_a_stop, folder.claim.confirm)
         return
     if last is None:
         return
@@ -94,6 +95,13 @@ def settle_rows(folder: RunFolder, step: int, warn: Callable[[str], None]) -> No
         f"there are rows up to step {last:,} and no checkpoint: the run starts over at step 0, and the rows "
         f"are kept in {files[0]}"
     )
+
+
+def _of_a_stop(row: Row) -> bool:
+    """Whether a row is there because the run was stopped: one that goes on has the rows of one that was
+    not.
+    """
+    return row.get("kind") == "eval" and row.get("stop") is True
 
 
 def _last_step(folder: RunFolder) -> int | None:
