@@ -27,7 +27,7 @@ _TESTS: tuple[tuple[Kind, Callable[[int], bool]], ...] = (
 _REASONS = {
     errno.ELOOP: "is a link that leads back to itself",
     errno.EACCES: "no permission to look at it",
-    errno.ENOTDIR: "goes through a file as if it were a folder",
+    errno.ENOTDIR: "lies below a file, which is not a folder",
 }
 
 

@@ -17,8 +17,9 @@ from types import FrameType
 from hlat.observe.failures import Terminated
 
 REBALANCE = 1  # a spot instance may soon be taken back: save, and go on
-WALLTIME, SPOT = 65, 66  # above every signal's number
-_AS_SIGNAL = {WALLTIME: signal.SIGUSR1, SPOT: signal.SIGTERM}  # what would have come a little later
+WALLTIME, SPOT, HANGUP = 65, 66, 67  # above every signal's number; SIGHUP's own is that of REBALANCE
+# The first two: what would have come a little later.
+_AS_SIGNAL = {WALLTIME: signal.SIGUSR1, SPOT: signal.SIGTERM, HANGUP: signal.SIGHUP}
 _TEXT = {WALLTIME: "the end of its time", SPOT: "a spot interruption notice"}
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _RECENT, _SAVES = 50, 5  # steps, and saves, whose longest is what the next one may take
@@ -31,12 +32,12 @@ class Asked(Exception):
 
 def name_of(cause: int) -> str:
     """`SIGTERM`, `the end of its time`, `a spot interruption notice`."""
-    return _TEXT.get(cause) or signal.Signals(cause).name
+    return _TEXT.get(cause) or signal.Signals(_AS_SIGNAL.get(cause, cause)).name
 
 
 def text_of(cause: int) -> str:
     """The cause as the end of "stopped by ...": a signal with its number."""
-    return _TEXT.get(cause) or f"signal {cause}"
+    return _TEXT.get(cause) or f"signal {int(_AS_SIGNAL.get(cause, cause))}"
 
 
 def exit_status(cause: int) -> int:
@@ -117,7 +118,7 @@ class Signals:
             raise KeyboardInterrupt
         if not self._holding:
             raise Terminated(number)
-        self.note(number)
+        self.note(HANGUP if number == signal.SIGHUP else number)
 
     @contextmanager
     def watch(self) -> Iterator[Signals]:

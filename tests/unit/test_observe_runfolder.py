@@ -65,7 +65,7 @@ def test_a_file_in_the_way_is_a_user_error(tmp_path, method):
 
 
 def test_an_unwritable_parent_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: path != tmp_path)  # root may write everywhere
     with pytest.raises(UserError, match="no permission to write"):
         RunFolder(tmp_path / "run").start("", "", description=FACTS)
     assert list(tmp_path.iterdir()) == []

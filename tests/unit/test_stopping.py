@@ -234,13 +234,13 @@ def test_a_terminal_that_is_gone_costs_no_save() -> None:
     main, terminal = os.openpty()
     script = (
         "import signal, sys, time\n"
-        "from hlat.observe.stopping import Signals\n"
+        "from hlat.observe.stopping import Signals, exit_status\n"
         "with Signals().watch() as signals:\n"
         "    signals.hold()\n"
         "    print('ready', flush=True)\n"
         "    while signals.received is None: time.sleep(0.01)\n"
         "    print('saving', flush=True)\n"
-        "sys.exit(128 + signals.received)\n"
+        "sys.exit(exit_status(signals.received))\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=terminal, stderr=terminal)
     os.close(terminal)
