@@ -181,9 +181,8 @@ def test_a_field_added_later_to_examples_counts_as_its_default(file):
 
 
 def test_a_source_more_is_another_run(file):
-    one, two = (
-        load(file, [f"data.sources=[{text}]"]).to_dict() for text in ("{path: a}", "{path: a}, {path: b}")
-    )
+    one = load(file, ["data.sources=[{path: a}]"]).to_dict()
+    two = load(file, ["data.sources=[{path: a}, {path: b}]"]).to_dict()
     assert ("data.sources.1.weight", None, 1.0) in identity_diff(one, two)
     assert ("data.sources.1.weight", 1.0, None) in identity_diff(two, one)
 
