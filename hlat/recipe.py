@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError, model_validator
 
@@ -53,10 +53,12 @@ _FREE = (
     "data.tokenizer",
     "data.sources.*.path",
     "data.sources.*.dataset",
+    "data.sources.*.allow_dropped",
     "data.examples.path",
     "data.examples.dataset",
     "data.examples.eval_path",
     "data.examples.eval_dataset",
+    "data.examples.allow_dropped",
     "init",
     "parallel",
     "checkpoint",
@@ -334,15 +336,44 @@ def _get(flat: dict[str, Any], key: str) -> Any:
     if key in flat:
         return flat[key]
     section, _, name = key.partition(".")
-    field = Recipe.model_fields.get(section)
-    kind = None if field is None else field.annotation
-    if name and isinstance(kind, type) and issubclass(kind, Section):
-        if issubclass(kind, PluginSection) and name not in kind.model_fields:
-            from hlat.recipe_check import option_default
+    kind = _section_of(Recipe.model_fields.get(section))
+    if kind is None:
+        return _default(Recipe.model_fields.get(section))
+    if issubclass(kind, PluginSection) and name.partition(".")[0] not in kind.model_fields:
+        from hlat.recipe_check import option_default
 
-            plugin = flat.get(f"{section}.name", kind.model_fields["name"].default)
-            return option_default(section, plugin, name)
-        field = kind.model_fields.get(name)
+        plugin = flat.get(f"{section}.name", kind.model_fields["name"].default)
+        return option_default(section, plugin, name)
+    return _default_within(flat, kind, section, name)
+
+
+def _default_within(flat: dict[str, Any], kind: type[Section], path: str, name: str) -> Any:
+    """The default of a key below the section at `path`; of a section in it (an entry of a list, or one that
+    may be left out) only where that section is there: another source is another run.
+    """
+    first, _, rest = name.partition(".")
+    field = kind.model_fields.get(first)
+    inner, place = _section_of(field), f"{path}.{first}"
+    if inner is None or not rest:
+        return _default(field)
+    number, _, below = rest.partition(".")
+    if number.isdecimal():
+        place, rest = f"{place}.{number}", below
+    there = any(known.startswith(f"{place}.") for known in flat)
+    return _default_within(flat, inner, place, rest) if there else None
+
+
+def _section_of(field: Any) -> type[Section] | None:
+    """The kind of section that a field holds: one, one or none, or a list of them."""
+    kinds = [] if field is None else [field.annotation]
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+        kinds += get_args(kind)
+    return None
+
+
+def _default(field: Any) -> Any:
     default = None if field is None or field.is_required() else field.get_default()
     return list(default) if isinstance(default, tuple) else default
 

@@ -51,6 +51,12 @@ def values_of(stream: BinaryIO, layout: str) -> Iterator[Value]:
         yield from _Values(rest)
 
 
+def one_a_line(stream: BinaryIO) -> bool:
+    """Whether `values_of` reads a decompressed stream of layout `json`, at its beginning, line by line."""
+    head = stream.read(_PEEK)
+    return in_lines(head) and _first_line_is_whole(_Joined(head.removeprefix(BOM), stream))
+
+
 def lines_of(stream: Any, room: int | None = None) -> Iterator[tuple[int, bytes | None]]:
     """(bytes, line) of a stream's lines that start within its next `room` bytes; None for a line too long to
     be read.

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hlat.data.formats import form_of, opened
+from hlat.data.json_values import one_a_line
 from hlat.data.readers import Document, read_pieces
 from hlat.data.sources import InputFile, Piece, Source
 from hlat.errors import UserError
@@ -90,7 +92,14 @@ class FilePlaces:
 
 def _by_rows(file: InputFile) -> bool:
     """Whether the records of a file are called by their number rather than by a line."""
-    return file.kind.partition(".")[0] in ("parquet", "arrow", "json")
+    layout = file.kind.partition(".")[0]
+    if layout != "json":
+        return layout in ("parquet", "arrow")
+    try:  # published sets call their JSON lines .json.gz
+        with opened(file.path, form_of(file.path, file.kind).packing) as stream:
+            return not one_a_line(stream)
+    except UserError:
+        return True  # that it cannot be read is told where it is read
 
 
 class Places:

@@ -97,6 +97,7 @@ FREE = [
     "compile=false",
     "backend=nxd",
     "data.sources=[{path:/moved}]",
+    "data.sources=[{path:data,allow_dropped:0.9}]",
 ]
 BOUND = [
     "run.seed=5",
@@ -157,6 +158,33 @@ def test_a_field_added_later_counts_as_its_default(file):
     assert identity_diff(old, new) == []
     new["data"]["holdout"], new["optim"]["eps"] = 0.5, 1e-4
     assert sorted(identity_diff(old, new)) == [("data.holdout", 0.01, 0.5), ("optim.eps", 1e-8, 1e-4)]
+
+
+def test_a_field_added_later_to_a_section_in_a_list_or_one_left_out_counts_as_its_default(file):
+    sources = ["data.sources=[{path: a}, {path: b}]", "optim.groups=[{match: norm, lr: 1e-3}]"]
+    new, old = load(file, sources).to_dict(), load(file, sources).to_dict()
+    for source in old["data"]["sources"]:
+        del source["text_field"], source["allow_dropped"]
+    del old["optim"]["groups"][0]["weight_decay"]
+    assert identity_diff(old, new) == []
+    new["data"]["sources"][1]["text_field"] = "body"
+    assert identity_diff(old, new) == [("data.sources.1.text_field", "text", "body")]
+
+
+def test_a_field_added_later_to_examples_counts_as_its_default(file):
+    examples = ["data.sources=[]", "data.examples={path: a.jsonl}"]
+    new, old = load(file, examples).to_dict(), load(file, examples).to_dict()
+    del old["data"]["examples"]["format"], old["data"]["examples"]["allow_dropped"]
+    assert identity_diff(old, new) == []
+    new["data"]["examples"]["format"] = "messages"
+    assert identity_diff(old, new) == [("data.examples.format", "auto", "messages")]
+
+
+def test_a_source_more_is_another_run(file):
+    one = load(file, ["data.sources=[{path: a}]"]).to_dict()
+    two = load(file, ["data.sources=[{path: a}, {path: b}]"]).to_dict()
+    assert ("data.sources.1.weight", None, 1.0) in identity_diff(one, two)
+    assert ("data.sources.1.weight", 1.0, None) in identity_diff(two, one)
 
 
 def test_diff_names_values(file):
