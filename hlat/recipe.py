@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError, model_validator
 
@@ -53,10 +53,12 @@ _FREE = (
     "data.tokenizer",
     "data.sources.*.path",
     "data.sources.*.dataset",
+    "data.sources.*.allow_dropped",
     "data.examples.path",
     "data.examples.dataset",
     "data.examples.eval_path",
     "data.examples.eval_dataset",
+    "data.examples.allow_dropped",
     "init",
     "parallel",
     "checkpoint",
@@ -333,18 +335,38 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, A
 def _get(flat: dict[str, Any], key: str) -> Any:
     if key in flat:
         return flat[key]
-    section, _, name = key.partition(".")
-    field = Recipe.model_fields.get(section)
-    kind = None if field is None else field.annotation
-    if name and isinstance(kind, type) and issubclass(kind, Section):
+    kind: Any = Recipe
+    for section, name in _steps(key):
         if issubclass(kind, PluginSection) and name not in kind.model_fields:
             from hlat.recipe_check import option_default
 
             plugin = flat.get(f"{section}.name", kind.model_fields["name"].default)
             return option_default(section, plugin, name)
-        field = kind.model_fields.get(name)
-    default = None if field is None or field.is_required() else field.get_default()
-    return list(default) if isinstance(default, tuple) else default
+        if (field := kind.model_fields.get(name)) is None:
+            return None
+        if (inner := _section_in(field.annotation)) is None:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            return list(default) if isinstance(default, tuple) else default
+        kind = inner
+    return None
+
+
+def _steps(key: str) -> Iterator[tuple[str, str]]:
+    """For each name in a dotted key what stands before it and the name; numbers, which count the mappings of
+    a list, are no names.
+    """
+    parts = key.split(".")
+    for i, name in enumerate(parts):
+        if not name.isdecimal():
+            yield ".".join(parts[:i]), name
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: as it is, where it may be left out, or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(part) for part in get_args(annotation))
+    return next((section for section in found if section is not None), None)
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

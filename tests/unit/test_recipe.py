@@ -159,6 +159,26 @@ def test_a_field_added_later_counts_as_its_default(file):
     assert sorted(identity_diff(old, new)) == [("data.holdout", 0.01, 0.5), ("optim.eps", 1e-8, 1e-4)]
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "other"),
+    [
+        ({"sources": [{"path": "a"}, {"path": "b"}]}, "data.sources.1.weight", 2.0),
+        ({"examples": {"path": "a"}}, "data.examples.format", "messages"),
+    ],
+)
+def test_a_field_added_later_to_sources_or_examples_counts_as_its_default(file, part, key, other):
+    values = load(file).to_dict()
+    values["data"] |= {"sources": [], "examples": None, **part}
+    new, old = (Recipe.from_dict(values).to_dict() for _ in range(2))
+    for section in (*old["data"]["sources"], old["data"]["examples"] or {}):
+        for name in set(section) - {"path", "dataset"}:
+            del section[name]
+    assert identity_diff(old, new) == identity_diff(new, old) == []
+    sections = new["data"]["sources"] or [new["data"]["examples"]]
+    sections[-1][key.rpartition(".")[2]] = other
+    assert [name for name, _, _ in identity_diff(old, new)] == [key]
+
+
 def test_diff_names_values(file):
     rows = diff(load(file), load(file, ["optim.lr=1e-3", "data.sources=[{path: x}]"]))
     assert rows == [
