@@ -30,7 +30,7 @@ _WORDS = (
 )
 _ASSIGNED = re.compile(
     rf"""(?P<name>{_WORDS}["']?(?:\s*+(?P<sign>[=:])\s*+(?:[|>][-+]?\s++)?|\s++(?=\S*\d)))(?P<quote>["']?)"""
-    rf"""(?P<value>[^\s"',;&]{{{LEAST},}}+)""",
+    rf"""(?P<value>(?<=[=: ]["'])[^"'\n]{{{LEAST},1024}}+(?=["'])|[^\s"',;&]{{{LEAST},}}+)""",
     re.IGNORECASE,
 )
 # Such a name at the end of a text: its value follows.

@@ -42,6 +42,7 @@ _LASTING_NUMBERS = {
     errno.EROFS,
     errno.ENOENT,  # a root that cannot be made
     errno.ENOTDIR,
+    errno.EEXIST,  # a file where the folder is to be
     errno.EISDIR,
     errno.EINVAL,
     errno.ELOOP,

@@ -54,7 +54,7 @@ def holds(text: str) -> list[str]:
         ("postgres://me:planted1@db:5432/x failed", "postgres://db:5432/x failed"),
         ("WANDB_API_KEY=planted1planted1", "WANDB_API_KEY=***"),
         ("--api-key planted1x --lr 3e-4", "--api-key *** --lr 3e-4"),
-        ('{"password": "planted1 is long"}', '{"password": "*** is long"}'),
+        ('{"password": "planted1 is long"}', '{"password": "***"}'),
         ("token: planted1abc", "token: ***"),
         ("aws_secret_access_key = planted1/abc", "aws_secret_access_key = ***"),
         ("Authorization: Bearer planted1planted1", "Authorization: Bearer ***"),
@@ -279,3 +279,15 @@ def test_a_supervised_ranks_log_and_the_restart_log(tmp_path: Path, monkeypatch:
     events = Events(tmp_path, quiet=True)
     events.add("end", reason=f"refused {PLANTED['HF_TOKEN']}", rank=3)
     assert json.loads((tmp_path / "events.jsonl").read_text())["reason"] == "refused ***"
+
+
+@pytest.mark.parametrize("name", ["password", "api_key", "passphrase", "access_token"])
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_a_quoted_secret_may_hold_blanks(name, quote):
+    text = f"{quote}{name}{quote}: {quote}correctly horse, battery{quote}, 'b': 'plain words here'"
+    hidden = redact(text, {})
+    assert not any(word in hidden for word in ("correctly", "horse", "battery"))
+    assert hidden.endswith(f"{quote}, 'b': 'plain words here'")
+    assert redact(f"{name}: {quote}a{quote}, b: {quote}plain words here{quote}", {}).endswith(
+        f"words here{quote}"
+    )

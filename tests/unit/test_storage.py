@@ -17,6 +17,7 @@ from hlat.checkpoint.folder import Broken, step_folder
 from hlat.checkpoint.mirror import Gone, Mirror, Owner, newer
 from hlat.checkpoint.store import CheckpointStore
 from hlat.checkpoint.uploader import Uploader
+from hlat.errors import UserError
 from hlat.storage.journal import Journal
 from hlat.storage.remote import Remote, StoreError
 from hlat.storage.transfer import side_by_side
@@ -40,6 +41,13 @@ def save(store: CheckpointStore, step: int, value: float | None = None) -> Path:
 
 
 # -- a folder in a store
+
+
+def test_a_file_in_place_of_the_folder_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="File exists"):
+        Remote(f"file://{tmp_path}/run").probe()
+    assert (tmp_path / "run").read_text(encoding="utf-8") == "mine"
 
 
 def test_what_is_written_is_read_listed_and_deleted(remote: Remote, tmp_path: Path) -> None:
