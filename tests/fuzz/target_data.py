@@ -86,12 +86,12 @@ data:
 
 def verify_tokens(folder: Path) -> None:
     """The full check. Raises UserError for a damaged folder."""
-    from hlat.data.packed import SPLITS, TokenFolder
+    from hlat.data.verify import as_json, verify
 
-    tokens = TokenFolder(folder)
-    for split in SPLITS:
-        for shard in tokens.shards[split]:
-            shard.verify()
+    bad = verify(folder)
+    json.dumps(as_json(bad))
+    if bad:
+        raise UserError(f"{bad[0].file}: {bad[0].reason}")
 
 
 class TokenizerTarget(Target):
