@@ -1,7 +1,9 @@
-"""JSON of strangers: what is too deep is damaged like what is no JSON, wherever it is read."""
+"""Damage that fuzzers found, each read by every reader it can reach: JSON that is too deep, pieces that are
+no text, messages that quote too much."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -65,3 +67,24 @@ def test_a_message_that_quotes_too_much_is_cut() -> None:
     error = UserError("Unknown version 'x" + "y" * 5000 + "z'", where="tokenizer.json", fix="save it again")
     assert len(error.line()) < 1000 and error.line().endswith("yz'; save it again")
     assert error.line().startswith("tokenizer.json: Unknown version 'xyy")
+
+
+def test_a_sentencepiece_model_with_a_piece_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words é"] * 20), model_writer=model, vocab_size=20, model_type="bpe",
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    content = model.getvalue()
+    assert load_tokenizer(_written(tmp_path, content)).encode("words")
+    damaged = content.replace("é".encode(), b"\xff\xa9", 1)  # a piece: they come first
+    assert damaged != content
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_tokenizer(_written(tmp_path, damaged))
+
+
+def _written(folder: Path, content: bytes) -> Path:
+    (folder / "tokenizer.model").write_bytes(content)
+    return folder / "tokenizer.model"
