@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on nearly all file systems; on Linux
+_LONGEST_PART = 900  # characters of a part of a message
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the machine says of a file. ENOENT and EEXIST are not among them: of a file that was looked for, or
 # made, they are a defect of HLAT.
@@ -38,10 +39,19 @@ class UserError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The message as one line, without line breaks whatever its parts hold."""
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        text = f"{text}; {self.fix}" if self.fix else text
+        """The message as one line, without line breaks whatever its parts hold. A part that quotes too much
+        of what it was given, as messages of libraries do, is cut in its middle.
+        """
+        what, fix = _cut(self.what), _cut(self.fix)
+        text = f"{self.where}: {what}" if self.where else what
+        text = f"{text}; {fix}" if fix else text
         return " ".join(text.split())
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _LONGEST_PART:
+        return text
+    return f"{text[: _LONGEST_PART - 200]} … {text[-190:]}"
 
 
 class TrainingStopped(UserError):

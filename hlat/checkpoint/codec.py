@@ -23,6 +23,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from hlat.host import json_text
+
 sha256 = hashlib.sha256
 BLOCK = (
     8 << 20
@@ -182,7 +184,7 @@ def seal(body: dict[str, Any]) -> bytes:
 
 def unseal(text: bytes) -> dict[str, Any]:
     """The dictionary of `seal`. Raises ValueError if the text was changed or is not such a file."""
-    body = json.loads(text)
+    body = json_text.loads(text)
     if not isinstance(body, dict):
         raise ValueError("not a JSON object")
     checksum = body.pop("checksum", None)

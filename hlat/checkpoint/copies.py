@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from hlat.checkpoint import folder as folders
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.retention import Entry
+from hlat.host import json_text
 
 UNFINISHED = "unfinished.json"  # in a folder while it is uploaded or deleted; names the run that does it
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{12})")
@@ -102,7 +102,7 @@ def copy_of(name: str, marker: dict[str, Any], usable: bool = True) -> Copy:
 
 def checksum(text: bytes) -> str:
     """The beginning of the checksum in a marker's text, which is part of the folder's name."""
-    return str(json.loads(text)["checksum"])[:12]
+    return str(json_text.loads(text)["checksum"])[:12]
 
 
 def step_of(name: str) -> int:

@@ -53,6 +53,7 @@ from torch.futures import Future
 
 from hlat.checkpoint.codec import CODE_DTYPES, DTYPE_CODES, ChunkRecord, hash_header, write_tensors
 from hlat.checkpoint.folder import Broken
+from hlat.host import json_text
 
 _DATA_FILE = re.compile(r"data-\d{5,}\.safetensors")
 
@@ -106,7 +107,7 @@ class Index:
     def from_json(text: bytes) -> Index:
         """Raises Broken if the text is no such index, or describes a tensor that its chunks do not cover."""
         try:
-            data = json.loads(text)
+            data = json_text.loads(text)
             tensors = {name: _entry(item) for name, item in data["tensors"].items()}
             headers = {str(name): str(digest) for name, digest in data["headers"].items()}
             wrong = [name for name, entry in tensors.items() if not entry.complete()]

@@ -33,6 +33,7 @@ from hlat.checkpoint.copies import UNFINISHED, Copies, Copy, checksum, copy_of
 from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.reader import Checkpoint
 from hlat.checkpoint.retention import expired
+from hlat.host import json_text
 from hlat.observe.aside import put_aside
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.durable import beside
@@ -235,7 +236,7 @@ class Mirror:
 
     def _marked_by_us(self, name: str) -> bool:
         try:
-            found = json.loads(self.remote.read(f"{name}/{UNFINISHED}"))
+            found = json_text.loads(self.remote.read(f"{name}/{UNFINISHED}"))
         except (FileNotFoundError, ValueError):
             return False
         return isinstance(found, dict) and found.get("run") == self._owner.mark

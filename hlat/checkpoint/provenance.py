@@ -18,6 +18,7 @@ from hlat.checkpoint.hf_tokenizer import PromptEncoder, tokenizer_texts
 from hlat.data.convention import Convention
 from hlat.data.sources import STDLIB
 from hlat.errors import UserError
+from hlat.host import json_text
 
 if TYPE_CHECKING:
     from hlat.checkpoint.weights import WeightSource
@@ -176,7 +177,7 @@ def _template(path: Path) -> str:
     if path.suffix == ".jinja":
         return text
     try:
-        value = json.loads(text).get("chat_template")
+        value = json_text.loads(text).get("chat_template")
     except (ValueError, AttributeError):
         return ""  # whoever needs the file will say what is wrong with it
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True) if value else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from hlat.checkpoint.folder import Broken
 from hlat.checkpoint.layout import Chunk, Index, Reader, boxes
 from hlat.checkpoint.peers import Peers
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.storage.fingerprint import digest_of
 
 EARLIER = "use an earlier checkpoint of the run, or copy this one again"
@@ -55,7 +55,7 @@ class Checkpoint:
             self.step, self.tokens = int(self._marker["step"]), int(self._marker["tokens"])
             folders.check_sizes(path, self._marker)
             self._index = Index.from_json(self._small(folders.INDEX))
-            self.meta: dict[str, Any] = json.loads(self._small(folders.META))
+            self.meta: dict[str, Any] = json_text.loads(self._small(folders.META))
         except (KeyError, TypeError, ValueError) as error:
             raise Broken(f"{folders.MARKER} or {folders.META} cannot be understood: {error!r}") from error
         for entry in self._index.tensors.values():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
 from hlat.data.chat_renderer import Renderer
+from hlat.data.special_tokens import read_object
 from hlat.errors import UserError
 from hlat.paths import expand
 
@@ -41,17 +41,23 @@ class TemplateFiles:
             return None
         place = expand(folder)
         place = place if place.is_dir() else place.parent
-        config = _json(place / "tokenizer_config.json")
+        config = read_object(place / "tokenizer_config.json")
         templates = _files(place) or _named(config.get("chat_template"))
         if not templates:
             return None
+        for name, text in templates.items():
+            try:
+                (name + text).encode("utf-8")
+            except UnicodeEncodeError:
+                what = "a chat template is not Unicode text (lone surrogate)"
+                raise UserError(what, where=str(place), fix="repair the file") from None
         return cls(templates, cls.special_tokens(place), place)
 
     @staticmethod
     def special_tokens(folder: Path) -> dict[str, str]:
         """The special tokens that a folder's files name, by their names there. Raises UserError as `read`."""
-        config = _json(folder / "tokenizer_config.json")
-        named = {**_json(folder / "special_tokens_map.json"), **config}
+        config = read_object(folder / "tokenizer_config.json")
+        named = {**read_object(folder / "special_tokens_map.json"), **config}
         values = {name: named.get(name) for name in _TOKENS}
         texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in values.items()}
         return {n: text for n, text in texts.items() if isinstance(text, str)}
@@ -104,14 +110,5 @@ def _named(value: Any) -> dict[str, str]:
     if isinstance(value, str):
         return {DEFAULT: value}
     entries = value if isinstance(value, list) else []
-    return {str(e["name"]): str(e["template"]) for e in entries if {"name", "template"} <= set(e)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not JSON ({error})", where=str(path), fix="repair or remove the file") from error
-    return value if isinstance(value, dict) else {}
+    pairs = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}

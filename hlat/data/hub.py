@@ -6,7 +6,6 @@ Both are rows of arrow files, in an order: which rows of which files is all that
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hlat.errors import UserError, missing_extra
+from hlat.host import json_text
 
 STATE, INFO, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 _SAVE = "load it with datasets.load_dataset, keep it with .save_to_disk(FOLDER), and give path: FOLDER"
@@ -159,7 +159,7 @@ def saved_files(folder: Path, where: str) -> list[str] | None:
         return None
     arrow = any(folder.glob("*.arrow"))
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = json_text.loads((folder / STATE).read_bytes())
     except ValueError as error:
         if not arrow:
             return None
@@ -190,7 +190,7 @@ def _damaged(folder: Path, what: str, where: str) -> UserError:
 def saved_splits(folder: Path) -> list[str] | None:
     """The splits of a `DatasetDict` that `save_to_disk` has written to a folder; None for any other."""
     try:
-        content = json.loads((folder / SPLITS_FILE).read_bytes())
+        content = json_text.loads((folder / SPLITS_FILE).read_bytes())
     except (OSError, ValueError):
         return None
     splits = content.get("splits") if isinstance(content, dict) else None

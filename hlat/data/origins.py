@@ -15,7 +15,6 @@ Folders of earlier versions have none of this; nor has a document that is no lin
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from hlat.data.json_values import one_a_line
 from hlat.data.readers import Document, read_pieces
 from hlat.data.sources import InputFile, Piece, Source
 from hlat.errors import UserError
+from hlat.host import json_text
 
 FILE, VERSION = "origins.json", 1
 SUFFIX = ".from"
@@ -242,7 +242,7 @@ class Origins:
     def __init__(self, folder: Path, named: Sequence[Source] = ()) -> None:
         self._folder = folder
         try:
-            content = json.loads((folder / FILE).read_bytes())
+            content = json_text.loads((folder / FILE).read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
             self._sources: list[Any] = [_named(source) for source in named] or list(content["sources"])

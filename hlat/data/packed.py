@@ -37,6 +37,7 @@ from hlat.data.shard import REBUILD, Shard, check_described, is_hash
 from hlat.data.sources import FORMAT, MANIFEST, InputFile, Piece, Source
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.storage.blocks import Reading, watching
 
 VERSION = 1
@@ -262,7 +263,7 @@ class TokenFolder:
         try:
             if path.exists() and not path.is_file():
                 raise ValueError("it is no regular file")
-            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.manifest: dict[str, Any] = json_text.loads(path.read_text(encoding="utf-8"))
             if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
                 raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}")
             self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
@@ -283,7 +284,7 @@ class TokenFolder:
                 where=str(path),
                 fix="name a folder written by `hlat data tokenize`",
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"not a manifest of tokens this version reads ({error})", where=str(path), fix=REBUILD
             ) from error

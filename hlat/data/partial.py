@@ -7,7 +7,6 @@ points to.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ import stat
 from pathlib import Path
 
 from hlat.errors import UserError
+from hlat.host import json_text
 
 LOCK = ".lock"
 OWNED = b"a folder that hlat fills; safe to delete while no hlat runs\n"
@@ -85,7 +85,7 @@ def _lock_state(folder: Path) -> str:
 def _is_earlier_job(folder: Path) -> bool:
     """Whether an earlier version filled it, which left the lock file empty beside the job's description."""
     try:
-        job = json.loads((folder / "job.json").read_bytes())
+        job = json_text.loads((folder / "job.json").read_bytes())
         return {"key", "tokenizer_identity", "units"} <= job.keys()
     except (OSError, ValueError, AttributeError):
         return False

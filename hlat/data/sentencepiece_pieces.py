@@ -47,7 +47,11 @@ class Pieces:
         self._threads, self._path = threads, path
         plain = _processor(content, path)
         self._count = plain.vocab_size()
-        names = [plain.id_to_piece(index) for index in range(self._count)]
+        try:
+            names = [plain.id_to_piece(index) for index in range(self._count)]
+        except UnicodeDecodeError as error:
+            what = f"not a SentencePiece model (a piece is not UTF-8: {error})"
+            raise UserError(what, where=str(path), fix="copy the file again") from error
         self._ids = {name: index for index, name in enumerate(names)}
         self._own = dict(enumerate(names))
         self._added = self._numbered(named)

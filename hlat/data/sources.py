@@ -9,7 +9,6 @@ of workers), so the shards built from a source are the same on every machine.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from hlat.data.hub import INFO, SPLITS_FILE, STATE, load_rows, saved_files, save
 from hlat.data.losses import ALLOWED
 from hlat.data.progress import tokenizing
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.paths import existing, expand
 from hlat.storage.blocks import Reading, changed, note
 from hlat.storage.digests import Digest, forget, looked_at
@@ -96,9 +96,9 @@ def tokenized_folder(path: str | Path | None) -> Path | None:
     if folder is None or not (folder / MANIFEST).is_file():
         return None
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json_text.loads((folder / MANIFEST).read_bytes())
         ours = isinstance(content, dict) and content.get("format") == FORMAT
-    except (ValueError, RecursionError):
+    except ValueError:
         ours = any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].docs"))
     except OSError:
         ours = True  # where it is opened, this is told

@@ -10,7 +10,6 @@ no run reads it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -26,6 +25,7 @@ from hlat.data.progress import tokenizing
 from hlat.data.sources import MANIFEST
 from hlat.data.tokenizer_files import TEMPLATES
 from hlat.errors import StorageFailed, UserError
+from hlat.host import json_text
 from hlat.storage.patience import Value, patiently
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
@@ -49,7 +49,7 @@ def staged(url: str, where: str = "data.sources", quiet: bool = False) -> Path:
     remote = Remote(url, where)
     try:
         text = _patiently(lambda: remote.read(MANIFEST), url)
-        manifest = json.loads(text)
+        manifest = json_text.loads(text)
         wanted = _files(manifest)
     except FileNotFoundError as error:
         fix = "copy a folder there that `hlat data tokenize` has written; text is not read from a store"

@@ -32,6 +32,7 @@ from hlat.data.special_tokens import (
 )
 from hlat.data.tokenizer_files import companions_of
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.host.limits import cores
 from hlat.paths import expand
 
@@ -363,7 +364,7 @@ def _inside(folder: Path) -> Path:
     manifest = folder / MANIFEST
     if manifest.is_file():
         try:
-            if json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["spec"] == "bytes":
+            if json_text.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["spec"] == "bytes":
                 return Path("bytes")
         except (ValueError, KeyError, TypeError):
             pass  # a broken manifest gets its own message where the shards are opened

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hlat.errors import FolderLost, SaveFailed, UserError
+from hlat.host import json_text
 from hlat.observe import environment
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
@@ -126,7 +127,7 @@ class RunFolder:
 
     def _read_environment(self) -> dict[str, Any]:
         try:
-            content = json.loads(read_whole(self.environment, "", _MOST_ENVIRONMENT, "a list of starts"))
+            content = json_text.loads(read_whole(self.environment, "", _MOST_ENVIRONMENT, "a list of starts"))
         except (UserError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.storage.module_lock import SUFFIX, holding, locked
 from hlat.storage.remote import Remote
 from hlat.storage.transfer import side_by_side
@@ -175,7 +176,7 @@ def wanted(remote: Remote, compiler: str = "", key: str = "") -> tuple[list[str]
     """
     if key:
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            names = json.loads(remote.read(_set_path(key)))["modules"]
+            names = json_text.loads(remote.read(_set_path(key)))["modules"]
             return sorted(name for name in names if _known(name)), True
     return stored_modules(remote, compiler), False
 
@@ -247,7 +248,7 @@ def _put(partial: Path, final: Path) -> bool:
 
 def _stored(remote: Remote, name: str) -> Module | None:
     try:
-        files = json.loads(remote.read(f"{name}/{MARKER}"))["files"]
+        files = json_text.loads(remote.read(f"{name}/{MARKER}"))["files"]
         found = {str(file): (int(fact["bytes"]), str(fact["sha256"])) for file, fact in files.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.storage.blocks import BLOCK, Mark, changed, mark_of, tree_of
 from hlat.storage.user_cache import cache_root
 
@@ -190,7 +191,7 @@ def _load(file: Path) -> dict[str, list[int | str]]:
     """Name of a file (hex) -> its mark and digest; empty where there is nothing, or it is damaged."""
     try:
         checksum, _, body = file.read_text(encoding="ascii").partition("\n")
-        known = json.loads(body) if _checksum(body) == checksum else {}
+        known = json_text.loads(body) if _checksum(body) == checksum else {}
         return {
             name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) in (5, 6)
         }

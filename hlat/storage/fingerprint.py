@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hlat.host import json_text
+
 FILE = "fingerprint.json"
 _SECTIONS = ("run", "model", "data", "schedule", "eval")
 Content = Mapping[str, str]
@@ -69,7 +71,7 @@ class Stretch:
 def read_stretches(run: Path) -> list[Stretch]:
     """What the rows of a run folder stand for, in order; empty where that was not noted, or is damaged."""
     try:
-        entries = json.loads((run / FILE).read_bytes())["rows"]
+        entries = json_text.loads((run / FILE).read_bytes())["rows"]
         return [Stretch(int(entry["after"]), Fingerprint.from_dict(entry)) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,12 +88,12 @@ data:
 
 def verify_tokens(folder: Path) -> None:
     """The full check. Raises UserError for a damaged folder."""
-    from hlat.data.packed import SPLITS, TokenFolder
+    from hlat.data.verify import as_json, verify
 
-    tokens = TokenFolder(folder)
-    for split in SPLITS:
-        for shard in tokens.shards[split]:
-            shard.verify()
+    bad = verify(folder)
+    json.dumps(as_json(bad))
+    if bad:
+        raise UserError(f"{bad[0].file}: {bad[0].reason}")
 
 
 class TokenizerTarget(Target):
@@ -175,8 +177,14 @@ class DocumentTarget(Target):
         import pyarrow
         import pyarrow.parquet
 
+        from hlat.data.chat import BUILTIN
+        from hlat.data.chat_renderer import Renderer
+
+        self.renderer = Renderer(BUILTIN["plain"], {"eos_token": "</s>"}, ["</s>"], frozen=True)
         records = [{"text": text, "id": n, "nested": {"a": [n]}} for n, text in enumerate(TEXTS)]
         lines = "\n".join(json.dumps(record) for record in records).encode()
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        chats = json.dumps({"messages": [{"role": "system", "content": "z"}, *turns], "tools": [{}]}).encode()
         table = pyarrow.table({"text": TEXTS, "id": list(range(len(TEXTS)))})
         parquet, arrow = io.BytesIO(), io.BytesIO()
         pyarrow.parquet.write_table(table, parquet, compression="none")
@@ -186,7 +194,8 @@ class DocumentTarget(Target):
         self.files: Files = {
             "a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines), "c.parquet": parquet.getvalue(),
             "d.arrow": arrow.getvalue(), "e.txt": "".join(TEXTS).encode(), "f.json": whole, "g.json": lines,
-            "h.json.gz": gzip.compress(whole),
+            "h.json.gz": gzip.compress(whole), "i.jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True),
+            "j.jsonl.xz": lzma.compress(lines), "k.jsonl": chats,
         }  # fmt: skip
 
     def draw(self, draw: Callable[..., Any]) -> Files:
@@ -198,6 +207,7 @@ class DocumentTarget(Target):
         return changed_folder(draw, {name: content})
 
     def read(self, folder: Path) -> None:
+        from hlat.data.messages import Conversations, are_messages
         from hlat.data.readers import read_pieces
         from hlat.data.records import read_records
         from hlat.data.sources import identity, resolve_source, units
@@ -211,5 +221,11 @@ class DocumentTarget(Target):
                     (document.text or "").encode("utf-8")
         except UserError:
             pass
-        for record in read_records(str(folder), None, "data.examples"):
+        records = list(read_records(str(folder), None, "data.examples"))
+        for record in records:
             assert record.name and (record.values is None) == bool(record.reason)
+        if any(record.values is not None and are_messages(record.values) for record in records):
+            dropped: Counter[str] = Counter()
+            chats = Conversations(self.renderer, ["</s>"])
+            examples = chats.read(records, str(folder), "data.examples", dropped)
+            assert len(examples) + sum(dropped.values()) == len(records), "a record is gone in silence"

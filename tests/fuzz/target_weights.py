@@ -107,7 +107,7 @@ class HuggingFaceTarget(Target):
         return changed_folder(draw, files, draw(st.sampled_from([None, ["config.json"], ["config.json"]])))
 
     def read(self, folder: Path) -> None:
-        from hlat.checkpoint.hf_tokenizer import generation_defaults, generation_stops
+        from hlat.checkpoint.hf_generation import generation_defaults, generation_stops
         from hlat.checkpoint.weights import load_model, open_weights
 
         source = open_weights(folder)
