@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from hlat.cli_examples import epilog
 from hlat.errors import UserError
 from hlat.registry import did_you_mean
 
@@ -23,6 +24,10 @@ class Parser(argparse.ArgumentParser):
         """As argparse's."""
         self.verbs = super().add_subparsers(**options)
         return self.verbs
+
+    def format_help(self) -> str:
+        """As argparse's, with examples at its end."""
+        return super().format_help() + epilog(self.prog)
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The arguments in `words`; `key=value` may stand before and behind options.
