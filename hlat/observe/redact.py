@@ -36,7 +36,8 @@ _ASSIGNED = re.compile(
 # Such a name at the end of a text: its value follows.
 HANGING = re.compile(rf"""{_WORDS}["']?\s*+(?:[=:]\s*+(?:[|>][-+]?\s*+)?)?["']?\Z""", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(?<=\w://)[^/\s]*@")
+# In Azure's URLs a container's name, which holds no colon, stands where others have a login.
+_URL_LOGIN = re.compile(r"(?<=\w://)(?:(?<!abfs://)(?<!abfss://)[^/\s]*@|[^/\s:]*:[^/\s]*@)")
 _PASSWORD = re.compile(
     r"(?<=\w://)[^/@\s:]++:[^/\s]*@|(?:(?<=\bhttp://)|(?<=\bhttps://))[^/@\s]++@", re.IGNORECASE
 )

@@ -291,3 +291,10 @@ def test_a_quoted_secret_may_hold_blanks(name, quote):
     assert redact(f"{name}: {quote}a{quote}, b: {quote}plain words here{quote}", {}).endswith(
         f"words here{quote}"
     )
+
+
+def test_a_container_of_azure_is_no_login() -> None:
+    for url in ("abfs://container@account/folder", "abfss://c-1@account.dfs.core.windows.net/x"):
+        assert redact(f"write {url}", {}) == f"write {url}"
+    assert "hunter22" not in redact("abfs://user:hunter22@account/folder", {})
+    assert redact("s3://user@bucket/x", {}) == "s3://bucket/x"
