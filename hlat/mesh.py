@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hlat.section import near_multiple, nearest_divisor, problem
+from hlat.section import largest_divisor, near_multiple, nearest_divisor, problem
 
 if TYPE_CHECKING:
     from hlat.model.config import ModelConfig
@@ -98,17 +98,43 @@ def check_layout(model: ModelConfig, seq_len: int, parallel: ParallelSection) ->
     _check_cuts(model, parallel)
 
 
-def check_micro_batches(parallel: ParallelSection, micro_batches: int) -> None:
-    """Raise a recipe problem when the pipeline's schedule cannot run so many micro-batches a step."""
-    pp, schedule = parallel.pp, parallel.schedule
-    if schedule == "interleaved" and micro_batches % pp:
+def micro_batches(parallel: ParallelSection, rows: int, micro_batch: int, dp: int) -> int:
+    """Micro-batches of one step on each rank: `rows` / (`micro_batch` x `dp`).
+
+    Raises a recipe problem when that is not whole, or when the pipeline's schedule cannot run so many. Its
+    fix keeps the rows of a step: a run that resumes may change neither them nor, with them, its course.
+    """
+    own, rest = divmod(rows, dp)
+    if rest:
+        what = "global_batch {a} is not a multiple of dp {b}: no micro_batch fits"
+        share = parallel.tp * parallel.pp
+        near = nearest_divisor(rows // micro_batch, dp)
+        fix = f"start {near * share} process{'es' * (near * share != 1)}, not {dp * share}"
+        fix = f"take parallel.dp {near}: {fix}" if parallel.dp != "auto" else fix
+        raise problem(what, "data.global_batch", fix, a=rows, b=dp)
+    if own % micro_batch:
+        what = "global_batch {a} is not a multiple of micro_batch {b} x dp {c}"
+        fix = _fitting(parallel, own, micro_batch)
+        raise problem(what, "data.micro_batch", fix, a=rows, b=micro_batch, c=dp)
+    number, pp, schedule = own // micro_batch, parallel.pp, parallel.schedule
+    if schedule == "interleaved" and number % pp:
         what = "interleaved needs a multiple of pp {a} micro-batches a step, not {b}"
-    elif micro_batches < pp:  # gpipe could do with fewer, but torch 2.9 demands as many there too
+    elif number < pp:  # gpipe could do with fewer, but torch 2.9 demands as many there too
         what = "{c} needs at least pp {a} micro-batches a step, not {b}"
     else:
-        return
-    fix = f"take data.global_batch = data.micro_batch x dp x {-(-micro_batches // pp) * pp}"
-    raise problem(what, "data.global_batch", fix, a=pp, b=micro_batches, c=schedule)
+        return number
+    fix = _fitting(parallel, own, micro_batch)
+    raise problem(what, "data.micro_batch", fix, a=pp, b=number, c=schedule)
+
+
+def _fitting(parallel: ParallelSection, own: int, micro_batch: int) -> str:
+    """The largest micro-batch that fits `own` rows of a rank and its pipeline, as advice."""
+    pp, interleaved = parallel.pp, parallel.schedule == "interleaved"
+    if own < pp or (interleaved and own % pp):
+        near = largest_divisor(own, pp)
+        return f"take parallel.pp {near} or fewer replicas: each has {own} rows of a step"
+    whole = own // pp if interleaved else own
+    return f"take data.micro_batch {largest_divisor(whole, min(micro_batch, own // pp))}"
 
 
 def _check_tensor(model: ModelConfig, tp: int) -> None:

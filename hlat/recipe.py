@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError, model_validator
 
 from hlat.errors import UserError
-from hlat.mesh import Layout, check_layout, check_micro_batches
+from hlat.mesh import Layout, check_layout, micro_batches
 from hlat.model.config import ModelConfig
 from hlat.recipe_precision import PrecisionSection
 from hlat.recipe_sections import (
@@ -33,7 +33,7 @@ from hlat.recipe_sections import (
     RunSection,
     ScheduleSection,
 )
-from hlat.section import PathText, PluginSection, Section, Text, near_multiple, problem
+from hlat.section import PathText, PluginSection, Section, Text, problem
 from hlat.storage.urls import FORMS, check_url
 
 # What may change across a resume. schedule.horizon_steps may not, and counts as run.steps when it is unset.
@@ -201,14 +201,7 @@ class Recipe(Section):
 
     def _accumulate(self, dp: int) -> int:
         data = self.data
-        if data.global_batch % (data.micro_batch * dp):
-            near = near_multiple(data.global_batch, data.micro_batch * dp)
-            what = "global_batch {a} is not a multiple of micro_batch {b} x dp {c}"
-            fix = f"take global_batch {near}"
-            raise problem(what, "data.global_batch", fix, a=data.global_batch, b=data.micro_batch, c=dp)
-        micro_batches = data.global_batch // (data.micro_batch * dp)
-        check_micro_batches(self.parallel, micro_batches)
-        return micro_batches
+        return micro_batches(self.parallel, data.global_batch, data.micro_batch, dp)
 
     @property
     def horizon_steps(self) -> int:
@@ -250,8 +243,9 @@ class Recipe(Section):
         try:
             return self._accumulate(self.dp(world))
         except ValueError as error:
-            fix = getattr(error, "context", {}).get("fix", "")
-            raise UserError(str(error), where="data.global_batch", fix=fix) from None
+            context = getattr(error, "context", {})
+            where = context.get("key", "data.micro_batch")
+            raise UserError(str(error), where=where, fix=context.get("fix", "")) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, resolved, as plain JSON types; `Recipe.from_dict` gives an equal recipe."""

@@ -28,7 +28,7 @@ from hlat.section import (
     Text,
     Tokens,
     WholeSeconds,
-    near_multiple,
+    largest_divisor,
     problem,
 )
 from hlat.storage.urls import FORMS, check_url
@@ -166,8 +166,8 @@ class DataSection(Section):
     def _whole_micro_batches(self) -> DataSection:
         if self.global_batch % self.micro_batch:
             what = "global_batch {a} is not a multiple of micro_batch {b}"
-            fix = f"take global_batch {near_multiple(self.global_batch, self.micro_batch)}"
-            raise problem(what, "global_batch", fix, a=self.global_batch, b=self.micro_batch)
+            fix = f"take micro_batch {largest_divisor(self.global_batch, self.micro_batch)}"
+            raise problem(what, "micro_batch", fix, a=self.global_batch, b=self.micro_batch)
         return self
 
 

@@ -7,6 +7,7 @@ tuple.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -102,7 +103,17 @@ def near_multiple(value: int, factor: int) -> int:
     return max(factor, round(value / factor) * factor)
 
 
+def divisors(total: int) -> list[int]:
+    """All divisors of `total`, ascending; quick for totals far beyond any batch."""
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    return sorted({*small, *(total // n for n in small)})
+
+
 def nearest_divisor(total: int, wanted: int) -> int:
     """The divisor of `total` nearest to `wanted`."""
-    divisors = (n for n in range(1, total + 1) if total % n == 0)
-    return min(divisors, key=lambda n: (abs(n - wanted), n))
+    return min(divisors(total), key=lambda n: (abs(n - wanted), n))
+
+
+def largest_divisor(total: int, most: int) -> int:
+    """The largest divisor of `total` that is `most` or less."""
+    return max(n for n in divisors(total) if n <= max(1, most))

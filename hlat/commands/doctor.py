@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     case = make_case(machine, platform, nodes, run_dir, args.port)
     findings = examine(machine, case)
     if recipe is not None:
-        findings += _for_recipe(recipe, case, machine)
+        findings += [*_paths(recipe), *_for_recipe(recipe, case, machine)]
     if args.json:
         result: dict[str, Any] = {"schema": SCHEMA, "platform": case.platform, "nodes": nodes}
         result["release"] = case.release.name if case.release else None
@@ -126,6 +126,16 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
 def _nodes() -> int:
     text = os.environ.get("SLURM_NNODES", "1")
     return int(text) if text.isdigit() else 1
+
+
+def _paths(recipe: Recipe) -> list[Finding]:
+    """What the recipe reads, as far as it lies in files and folders of this machine."""
+    from hlat.data.presence import missing_paths
+    from hlat.doctor.finding import Finding
+
+    advice = "put it there, or correct the recipe"
+    missing = [Finding("recipe.paths", "warn", line, advice=advice) for line in missing_paths(recipe)]
+    return missing or [Finding("recipe.paths", "ok", "data, tokenizer and first weights are where it says")]
 
 
 def _for_recipe(recipe: Recipe, case: Case, machine: Any) -> list[Finding]:

@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
+from hlat.host.programs import find_program
 from hlat.paths import folder_to_write, spelled
 
 if TYPE_CHECKING:
     from hlat.launch.plan import Plan
     from hlat.launch.slurm import Task
+    from hlat.recipe import Recipe
 
 _CORES = 32  # of a trn1.32xlarge, where each has a process
 _EFA = 8  # EFA devices of one
@@ -155,6 +156,7 @@ def _slurm(args: argparse.Namespace) -> int:
     if plan.recipe.backend == "nxd" and not args.no_precompile:
         scripts["precompile.sbatch"] = precompile_script(plan, options, folder, tasks)
     scripts["train.sbatch"] = train_script(plan, options, folder, tasks)
+    _note_missing(plan.recipe)
     if args.dry_run:
         print("\n".join(scripts.values()), end="")
         return 0
@@ -164,15 +166,29 @@ def _slurm(args: argparse.Namespace) -> int:
         and not any("nodelist" in o for o in args.sbatch)
     ):
         print(_ELSEWHERE, file=sys.stderr)
+    files = [_write(folder / name, text) for name, text in scripts.items()]
+    _find("sbatch", *files, how=_by_hand(files, bool(tasks)))
     before: list[str] = []
-    for name, text in scripts.items():
-        file = _write(folder / name, text)
+    for file in files:
         shown = _run(["sbatch", "--parsable", *before, str(file)], file)
         job = shown.strip().partition(";")[0]
         print(f"submitted job {job}: {file}")
         # Where there are several tasks, each waits for its own.
-        before = [f"--dependency={'aftercorr' if tasks else 'afterok'}:{job}", "--kill-on-invalid-dep=yes"]
+        before = _after(job, bool(tasks))
     return 0
+
+
+def _after(job: str, tasks: bool) -> list[str]:
+    return [f"--dependency={'aftercorr' if tasks else 'afterok'}:{job}", "--kill-on-invalid-dep=yes"]
+
+
+def _by_hand(files: Sequence[Path], tasks: bool) -> str:
+    """The shell line that submits the scripts as `hlat launch slurm` does."""
+    *first, last = [shlex.quote(str(file)) for file in files]
+    if not first:
+        return f"sbatch {last}"
+    options = " ".join(_after("${job%%;*}", tasks))
+    return f"job=$(sbatch --parsable {first[0]}) && sbatch {options} {last}"
 
 
 def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
@@ -228,6 +244,16 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     return plan
 
 
+def _note_missing(recipe: Recipe) -> None:
+    """Say which paths are not here. They may be on the nodes, so nothing is refused."""
+    from hlat.data.presence import missing_paths
+    from hlat.observe.redact import redact
+    from hlat.observe.terminal import one_line
+
+    for line in missing_paths(recipe):
+        print(f"hlat: note: {one_line(redact(line))}; the nodes need it", file=sys.stderr)
+
+
 def _torchrun(args: argparse.Namespace) -> int:
     from hlat.launch.torchrun import script
 
@@ -241,6 +267,7 @@ def _torchrun(args: argparse.Namespace) -> int:
     if rank is not None and plan.nodes > 1 and not args.master_addr:
         raise UserError("where is node 0?", where="--master-addr", fix="give its name or address")
     text = script(plan, args.master_port)
+    _note_missing(plan.recipe)
     if args.dry_run:
         print(text, end="")
         return 0
@@ -250,7 +277,7 @@ def _torchrun(args: argparse.Namespace) -> int:
         print(f"    bash {shlex.quote(str(file))} NODE_RANK MASTER_ADDR")
         return 0
     command = ["bash", str(file), str(rank), *([args.master_addr] if args.master_addr else [])]
-    _find(command[0], file)
+    _find(command[0], file, how=shlex.join(command))
     sys.stdout.flush()
     os.execvp(command[0], command)
 
@@ -275,6 +302,7 @@ def _kubernetes(args: argparse.Namespace) -> int:
         account=args.service_account,
     )
     text = manifest(plan, options)
+    _note_missing(plan.recipe)
     if args.dry_run:
         print(text, end="")
         return 0
@@ -296,15 +324,17 @@ def _write(file: Path, text: str, mode: int = 0o644) -> Path:
     return file
 
 
-def _find(command: str, file: Path) -> None:
-    if shutil.which(command) is None:
-        fix = f"the script is written, submit it where {command} is: {file}"
+def _find(command: str, *files: Path, how: str = "") -> None:
+    """Raise UserError where there is no such command. `how`: the shell line that does it by hand."""
+    if find_program(command) is None:
+        written = "the scripts are" if len(files) > 1 else "the script is"
+        fix = f"{written} written; where {command} is, run: {how or files[0]}"
         raise UserError(f"there is no command {command} here", fix=fix)
 
 
 def _run(command: Sequence[str], file: Path) -> str:
     """What a command prints. Raises UserError when there is no such command, or when it fails."""
-    _find(command[0], file)
+    _find(command[0], file, how=shlex.join(command))
     done = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace"
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
+from hlat.errors import UserError
 from hlat.observe.terminal import escaped, one_line, unguarded
 from hlat.paths import expand, file_to_write
 
@@ -113,10 +114,16 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
 def _check(args: argparse.Namespace, console: Console) -> int:
     from hlat.data.presence import missing_paths
     from hlat.recipe_io import shipped_recipes
+    from hlat.train.runnable import check_runnable
 
     overrides = [word for word in args.recipes if "=" in word and not Path(word).exists()]
     for name in [word for word in args.recipes if word not in overrides] or shipped_recipes():
         recipe = _load(name, overrides)
+        try:
+            check_runnable(recipe)
+        except UserError as error:  # of several recipes it must be said which
+            where = ": ".join(part for part in (name, error.where) if part)
+            raise UserError(error.what, where=where, fix=error.fix) from error
         what = f"{recipe.model.parameter_count():,} parameters, {recipe.tokens_per_step:,} tokens a step"
         _print(console, Text.assemble(("ok", "bold green"), one_line(f"  {name}: {what}")))
         for line in missing_paths(recipe):
@@ -125,7 +132,6 @@ def _check(args: argparse.Namespace, console: Console) -> int:
 
 
 def _schema(args: argparse.Namespace, console: Console) -> int:
-    from hlat.errors import UserError
     from hlat.observe.jsonl import replace_file
     from hlat.recipe_schema import schema_text
 

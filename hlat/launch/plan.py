@@ -100,15 +100,9 @@ class Plan:
 
     def check_recipe(self, recipe: Recipe, environ: Mapping[str, str] = os.environ) -> None:
         """Raise UserError when a recipe cannot run on these nodes."""
-        from hlat.train.run import refuse_unsupported
+        from hlat.train.runnable import check_runnable
 
-        recipe.accumulate(self.nodes * self.processes)
-        refuse_unsupported(recipe, here=False)
-        if recipe.backend == "nxd":
-            from hlat.backend.neuron.profile import conflicts, preview, profile
-
-            settings = profile(recipe, nodes=self.nodes, cores=self.processes)
-            conflicts(recipe, preview(settings, environ), nodes=self.nodes, cores=self.processes)
+        check_runnable(recipe, self.nodes, self.processes, environ)
 
 
 def allowed(option: str, value: str, pattern: re.Pattern[str]) -> None:

@@ -133,4 +133,5 @@ def small_recipe(launch_stubs: ModuleType, tmp_path: Path, monkeypatch) -> str:
     """A small recipe in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(launch_stubs.RECIPE)
+    (tmp_path / "text").write_text("what is trained on\n")
     return "small.yaml"

@@ -65,6 +65,7 @@ def recipe(launch_stubs, tmp_path: Path, monkeypatch) -> str:
     """A recipe; a kubectl in place of any real one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(launch_stubs.RECIPE)
+    (tmp_path / "text").write_text("what is trained on\n")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/kubectl").write_text(
         '#!/bin/bash\nprintf "%s\\n" "$@" >"$0.calls"; echo "job created"\n'

@@ -201,6 +201,36 @@ def test_trn1_compiles_ahead(neuron, stub_cluster, tmp_path, capsys) -> None:
     assert "--precompile" not in capsys.readouterr().out
 
 
+def test_without_sbatch_all_scripts_are_written_and_the_line_submits_them(
+    neuron, stub_cluster, tmp_path, monkeypatch, capsys
+) -> None:
+    path = f"{stub_cluster.commands}:/usr/bin:/bin"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["launch", "slurm", *neuron, "--no-precompile"]) == 2
+    assert "where sbatch is, run: sbatch " in capsys.readouterr().err
+    assert cli.main(["launch", "slurm", *neuron]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "runs/small/launch"
+    assert {file.name for file in folder.iterdir()} == {"precompile.sbatch", "train.sbatch"}
+    assert "the scripts are written; where sbatch is, run: job=$(" in said
+    done = subprocess.run(
+        ["bash", "-c", said.partition("run: ")[2]], env={**stub_cluster.environ, "PATH": path}
+    )
+    assert done.returncode == 0
+    second = (stub_cluster.record / "sbatch").read_text().splitlines()[1].split("\0")[:-1]
+    assert second == ["--dependency=afterok:41", "--kill-on-invalid-dep=yes", str(folder / "train.sbatch")]
+
+
+def test_paths_that_are_not_here_are_noted_and_not_refused(small_recipe, capsys) -> None:
+    more = ["data.sources=[{path: nowhere}]", "data.tokenizer=/none/t.model", "--nodes", "1"]
+    assert cli.main(["launch", "slurm", small_recipe, *more, "--nproc-per-node", "1", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/bin/bash")
+    assert [line.split(": ")[:3] for line in shown.err.splitlines()] == [
+        ["hlat", "note", "data.sources[0].path"], ["hlat", "note", "data.tokenizer"],
+    ]  # fmt: skip
+
+
 def test_a_failed_compilation_is_a_failed_job(neuron, stub_cluster, capsys) -> None:
     text = dry(capsys, *neuron, "--python", stub_cluster.python).split("#!/bin/bash\n")[1]
     assert stub_cluster.run(text, CODES="0 5").returncode == 5

@@ -16,6 +16,7 @@ def recipe(launch_stubs, tmp_path: Path, monkeypatch) -> str:
     """A recipe with an odd name; a Python that writes down its words and ends with 3."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "it's $(touch x).yaml").write_text(launch_stubs.RECIPE)
+    (tmp_path / "text").write_text("what is trained on\n")
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >words\nexit 3\n')
     (tmp_path / "python").chmod(0o755)
     return "it's $(touch x).yaml"

@@ -65,7 +65,7 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(tiny_recipe, overrides,
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("parallel.pp=2", "1f1b needs at least pp 2 micro-batches a step, not 1; take data.global_batch ="),
+        ("parallel.pp=2", "1f1b needs at least pp 2 micro-batches a step, not 1; take data.micro_batch"),
         (
             "model.layers=4 parallel.pp=2 parallel.stages=2 parallel.schedule=interleaved "
             "data.global_batch=9 data.micro_batch=3",
@@ -77,8 +77,8 @@ def test_schedules_need_enough_micro_batches(tiny_recipe, overrides, says) -> No
     recipe = tiny_recipe(*overrides.split())  # how many there are depends on the number of processes
     with pytest.raises(UserError) as caught:
         recipe.accumulate(2)
-    assert caught.value.where == "data.global_batch" and says in caught.value.line()
-    with pytest.raises(UserError, match="data.global_batch"):
+    assert caught.value.where == "data.micro_batch" and says in caught.value.line()
+    with pytest.raises(UserError, match="data.micro_batch"):
         tiny_recipe(*overrides.split(), "parallel.dp=1")
 
 

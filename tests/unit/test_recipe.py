@@ -73,7 +73,8 @@ def test_accumulation_and_layout(file):
     with pytest.raises(UserError, match=r"tp 2 x pp 2 does not fit 6 processes; start a multiple of 4"):
         recipe.accumulate(6)
     with pytest.raises(
-        UserError, match=r"data\.global_batch: global_batch 64 .* x dp 3; take global_batch 72"
+        UserError,
+        match=r"data\.global_batch: global_batch 64 is not a multiple of dp 3: .*; start 8 processes, not 12",
     ):
         recipe.accumulate(12)
     assert load(file, ["parallel.dp=4"]).accumulate(4) == 1

@@ -95,6 +95,21 @@ def test_check_stops_at_the_first_bad_one(capsys, tmp_path):
     assert "1b" not in capsys.readouterr().out
 
 
+def test_check_refuses_what_launch_refuses(capsys) -> None:
+    for words in (
+        ["hlat-7b", "parallel.tp=16"],
+        ["tiny", "optim.name=muon", "parallel.tp=2"],
+        ["tiny", "parallel.pp=2", "data.micro_batch=32"],
+    ):
+        assert cli.main(["recipes", "check", *words]) == 2
+        checked = capsys.readouterr().err.removeprefix(f"hlat: error: {words[0]}: ")
+        launch = ["launch", "torchrun", *words, "--nodes", "1", "--nproc-per-node", "2", "--dry-run"]
+        if words[0] == "hlat-7b":
+            launch[launch.index("2")] = "32"
+        assert cli.main(launch) == 2
+        assert capsys.readouterr().err == f"hlat: error: {checked}"
+
+
 def test_schema(capsys, tmp_path):
     assert run("schema") == 0
     schema = json.loads(capsys.readouterr().out)
