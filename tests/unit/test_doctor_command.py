@@ -125,6 +125,16 @@ def test_what_does_not_fit_the_nodes_is_found(here: Any, capsys: pytest.CaptureF
     assert findings("hlat-7b", "parallel.tp=16")["recipe.variables"] == "fail"
 
 
+def test_paths_that_are_not_here_are_found(
+    here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["doctor", "tiny", "data.sources=[{path: nowhere}]", "data.tokenizer=/none/t.model", "--json"])
+    found = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["check"] == "recipe.paths"]
+    assert [f["status"] for f in found] == ["warn", "warn"]
+    assert [f["fact"].partition(":")[0] for f in found] == ["data.sources[0].path", "data.tokenizer"]
+
+
 @pytest.mark.parametrize(
     "arguments", [["--nodes", "0"], ["no-such-recipe"], ["--for", "trn1", "--port", "x"]]
 )
