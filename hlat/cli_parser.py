@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -58,11 +59,14 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """A value of its type. What a type raises itself is told with the name of its option."""
+        name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
         try:
-            return super()._get_value(action, arg_string)
+            value = super()._get_value(action, arg_string)
         except UserError as error:
-            name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
             raise UserError(error.what, where=name, fix=error.fix) from error
+        if isinstance(value, float) and not math.isfinite(value):  # no option means anything by inf or nan
+            self._refuse(f"{name}: expected a number, got {arg_string!r}")
+        return value
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:

@@ -6,10 +6,10 @@ import argparse
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlat.errors import UserError
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
 
     recipe = load(args.recipe, args.overrides)
     recipe.accumulate(args.nproc_per_node * args.nnodes)  # a layout that does not fit starts nothing
-    run, place = Path(recipe.run.dir), _place(args)
+    run, place = expand(recipe.run.dir, "run.dir"), _place(args)
     folder, last = RunFolder(run), recipe.run.stop_at_step or recipe.run.steps
     folder.check()  # the restart log lies in it, too
     again = ["run.resume=auto"] if recipe.run.resume == "never" else []

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hlat.errors import UserError, names_explained
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.backend.cluster import Cluster
@@ -117,7 +118,7 @@ def _precompile(args: argparse.Namespace) -> int:
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
     if recipe.compile_cache is not None:
         share(recipe, push=False)
-    with scratch(recipe.run.dir) as folder:
+    with scratch(expand(recipe.run.dir, "run.dir")) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
             status = subprocess.run(words, check=False, env=environment()).returncode
             if status:

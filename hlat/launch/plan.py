@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hlat.errors import UserError
 from hlat.host.python import module
 from hlat.launch.template import word
+from hlat.paths import expand
 from hlat.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Plan:
     @property
     def run_dir(self) -> Path:
         """The run folder, absolute."""
-        return Path(os.path.abspath(self.work_dir / self.recipe.run.dir))
+        return Path(os.path.abspath(self.work_dir / expand(self.recipe.run.dir)))
 
     @property
     def title(self) -> str:

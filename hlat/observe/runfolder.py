@@ -21,7 +21,7 @@ from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import replace_file
 from hlat.observe.lock import LOCK_FILE, Lock
 from hlat.observe.sinks import METRICS_FILE
-from hlat.paths import folder_to_write, read_whole
+from hlat.paths import expand, folder_to_write, kind_of, read_whole
 
 _FOLDERS = ("logs", "checkpoints")
 _MOST_ENVIRONMENT = 1 << 30
@@ -32,7 +32,7 @@ class RunFolder:
     """Paths of a run folder. Making one touches no file; `start` does."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+        self.path = expand(path, "run.dir").absolute()
         self.recipe = self.path / "recipe.yaml"
         self.resolved = self.path / "resolved.yaml"
         self.environment = self.path / "environment.json"
@@ -52,8 +52,12 @@ class RunFolder:
         """Raise UserError if `start` could not create or write this folder. Leaves nothing behind."""
         try:
             folder_to_write(self.path, room=_ROOM)
+            files = (self.recipe, self.resolved, self.environment, self.metrics)
+            odd = next((file for file in files if kind_of(file) not in ("file", "missing")), None)
         except UserError as error:
             raise self._error(error.what) from None
+        if odd is not None:  # reading a pipe would wait for ever
+            raise self._error(f"its {odd.name} is a {kind_of(odd)}, not a file")
 
     def start(
         self,

@@ -57,3 +57,14 @@ def test_texts_and_overrides_may_look_like_options(capsys: pytest.CaptureFixture
     assert "nowhere: no such checkpoint" in capsys.readouterr().err
     assert cli.main(["recipes", "show", "tiny", "--changed", "--", "run.steps=70"]) == 0
     assert "steps: 70" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_option_takes_a_number_that_is_none(value: str, capsys) -> None:
+    for words in (
+        ["generate", "x", "--prompt", "a", f"--temperature={value}"],
+        ["data", "tokenize", "x", "--tokenizer", "bytes", "--out", "y", f"--holdout={value}"],
+        ["doctor", f"--min-bandwidth={value}"],
+    ):
+        assert cli.main(words) == 2
+        assert f"expected a number, got '{value}'" in capsys.readouterr().err

@@ -246,3 +246,15 @@ def test_git_state_names_the_commit(tmp_path):
     assert state["dirty"] is False
     (tmp_path / "a").write_text("2")
     assert environment.git_state(tmp_path)["dirty"] is True
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "recipe.yaml", "resolved.yaml"])
+def test_a_pipe_in_place_of_a_file_is_told_and_never_read(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"its {name} is a pipe, not a file"):
+        RunFolder(tmp_path).check()
+
+
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/x").path == tmp_path / "runs/x"
