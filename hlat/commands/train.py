@@ -118,7 +118,7 @@ def _precompile(args: argparse.Namespace) -> int:
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
     if recipe.compile_cache is not None:
         share(recipe, push=False)
-    with scratch(expand(recipe.run.dir, "run.dir")) as folder:
+    with scratch(str(expand(recipe.run.dir, "run.dir"))) as folder:
         for words in commands(args.recipe, args.overrides, recipe, folder):
             status = subprocess.run(words, check=False, env=environment()).returncode
             if status:
