@@ -13,12 +13,12 @@ from hlat.recipe_examples import ExamplesSection
 from hlat.section import (
     MOST_SECONDS,
     Fraction,
+    NonNegativeFloat,
     PathText,
     PluginSection,
     Positive,
     PositiveFloat,
     Ranks,
-    Rate,
     Rows,
     Seconds,
     Section,
@@ -214,9 +214,9 @@ class GroupSection(Section):
 
     match: Text
     """Pattern of parameter names with the wildcards * and ?; the first group that matches wins."""
-    lr: Rate | None = None
+    lr: NonNegativeFloat | None = None
     """Peak learning rate of these parameters. Default: optim.lr."""
-    weight_decay: Rate | None = None
+    weight_decay: NonNegativeFloat | None = None
     """Weight decay of these parameters. Default: what optim.weight_decay and optim.decay give them."""
 
 
@@ -225,9 +225,9 @@ class OptimSection(PluginSection):
 
     name: Text = "adamw"
     """Optimizer."""
-    lr: Rate = 3e-4
+    lr: NonNegativeFloat = 3e-4
     """Peak learning rate; the schedule multiplies it."""
-    weight_decay: Rate = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: tensors of two and more dimensions, or all (norm gains too, as HLAT trained)."""

@@ -43,7 +43,6 @@ WholeSeconds = Annotated[int, Field(ge=1, le=MOST_SECONDS), BeforeValidator(whol
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30)]  # fp32 ends at 3e38
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30)]
-Rate = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]

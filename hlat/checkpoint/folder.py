@@ -99,7 +99,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     if marker.get("format") != FORMAT:
         raise Broken(f"its format is {marker.get('format')}, this version of HLAT reads {FORMAT}")
     named = _STEP.fullmatch(folder.name)
-    if named and marker.get("step") != int(named[1]):  # the same step twice would hide this one
+    if named and marker.get("step") not in (0, int(named[1])):  # the same step twice would hide this one
         raise Broken(f"its {MARKER} is that of step {marker.get('step')}")
     return marker
 

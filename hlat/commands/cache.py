@@ -177,7 +177,7 @@ def _say(line: str) -> None:
 def _verify(args: argparse.Namespace, remote: Remote) -> int:
     from hlat.storage.compile_cache import compare, wanted
 
-    cache = local_cache(args.cache and existing_folder(args.cache, "--cache"))
+    cache = local_cache(args.cache)  # a node that has none yet lacks all graphs
     compiler, key = compiler_version(args.compiler), _key(args)
     names, known = wanted(remote, compiler, key)
     found = compare(remote, cache, names, compiler)

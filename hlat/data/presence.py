@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from hlat.data.chat import BUILTIN
 from hlat.data.origins import shown
 from hlat.data.staged import is_url
+from hlat.errors import UserError
+from hlat.paths import expand
 
 if TYPE_CHECKING:
     from hlat.recipe import Recipe
@@ -22,8 +24,15 @@ def missing_paths(recipe: Recipe) -> list[str]:
     """
     lines = []
     for key, path in _named(recipe):
-        if not is_url(path) and not os.path.exists(os.path.expanduser(path)):
-            here = "" if os.path.isabs(os.path.expanduser(path)) else f" in {shown(os.getcwd())}"
+        if is_url(path):
+            continue
+        try:
+            place = expand(path, key)
+        except UserError as error:  # it can be no path at all
+            lines.append(error.line())
+            continue
+        if not os.path.exists(place):
+            here = "" if place.is_absolute() else f" in {shown(os.getcwd())}"
             lines.append(f"{key}: no such file or folder: '{shown(path)}'{here}")
     return lines
 

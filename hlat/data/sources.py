@@ -321,6 +321,7 @@ def _refuse_near_builtin(dataset: str, where: str) -> None:
         raise UserError(f"'{dataset}' is a set of examples, not a text", where=where, fix=fix)
     name = dataset.partition("@")[0].partition(":")[0].lower()
     near = difflib.get_close_matches(name, [STDLIB, *BUILTIN], 1, cutoff=0.5 if "stdlib" in name else 0.75)
+    near = [STDLIB] if name in STDLIB else near
     if near and "/" not in name:
         raise UserError(f"no data set '{dataset}'", where=where, fix=f"did you mean '{near[0]}'?")
 

@@ -60,7 +60,7 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
-    init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
+    init_std: Annotated[float, Field(gt=0, le=1e30)] = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     scaled_init: bool = True
     """Divide that deviation by sqrt(2 layers) for the attention output and the down projection."""

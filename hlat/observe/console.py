@@ -168,7 +168,7 @@ class Console:
                 self._rich.print(text)
             else:  # one line each whatever the width: log files are read with grep
                 encoding = self._rich.encoding
-                line = text.plain.rstrip().encode(encoding, "replace").decode(encoding)
+                line = text.plain.rstrip().expandtabs().encode(encoding, "replace").decode(encoding)
                 self._rich.file.write(f"{line}\n")
                 self._rich.file.flush()
         except (OSError, ValueError):  # the reader of a pipe has left, the terminal is gone: training goes on

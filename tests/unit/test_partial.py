@@ -195,4 +195,5 @@ def test_a_trained_tokenizer_replaces_nothing(tmp_path: Path) -> None:
 def test_finished_folders_hold_no_mark(corpus: Path, tmp_path: Path) -> None:
     tokenize(corpus, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {MANIFEST, "tokenizer", "train-00000.bin", "train-00000.docs"}
+    shard = {f"train-00000.{kind}" for kind in ("bin", "docs", "from")}
+    assert names == {MANIFEST, "tokenizer", "origins.json", *shard}

@@ -203,7 +203,8 @@ def test_five_epochs_of_a_mixture(tokens: int, others: int, weight: int, seed: i
 
     class Tokens(Shard):
         def __init__(self, count: int) -> None:
-            self.tokens = np.arange(count)
+            self.tokens = np.arange(count)  # type: ignore[assignment]
+            self._vocab_size = count
 
         @property
         def count(self) -> int:  # type: ignore[override]

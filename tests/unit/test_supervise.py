@@ -377,14 +377,14 @@ def test_an_unfit_machine_is_not_started_on(tmp_path: Path, capsys: Any) -> None
         (["tiny", "optim.lrr=1"], "unknown key 'lrr'"),
         (["tiny", "--nproc-per-node", "0"], "--nproc-per-node: 0 is too small; write 1 or more"),
         (["tiny", "--nnodes", "2"], "--master-addr: several machines need it"),
-        (["tiny", "--hang-seconds", "nan"], "--hang-seconds: nan is no duration"),
-        (["tiny", "--grace", "inf"], "--grace: inf is no duration"),
+        (["tiny", "--hang-seconds", "nan"], "--hang-seconds: expected a number, got 'nan'"),
+        (["tiny", "--grace", "inf"], "--grace: expected a number, got 'inf'"),
         (["tiny", "--meet-seconds", "-1"], "--meet-seconds: -1 is no duration"),
         (["tiny", "--node-rank", "1"], "--node-rank: 1 is not below --nnodes 1"),
         (["tiny", "--nproc-per-node", "3", "parallel.tp=2"], "parallel"),
         (
             ["tiny", "run.dir=/dev/null/run"],
-            "/dev/null/run: cannot use the run folder: /dev/null is not a folder",
+            "/dev/null/run: cannot use the run folder: '/dev/null/run' lies below a file",
         ),
     ],
 )
