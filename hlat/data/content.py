@@ -68,11 +68,13 @@ def examples_content(examples: ExamplesSection, reading: Reading) -> dict[str, s
     named = {"data.examples": examples.dataset}
     if examples.eval_path or examples.eval_dataset:
         named["data.examples.eval"] = examples.eval_dataset
+    files = iter([source for source in reading.sources if source.label != STDLIB])  # built-in ones read that
     content = {}
-    for (key, dataset), source in zip(named.items(), reading.sources, strict=True):
+    for key, dataset in named.items():
         if dataset in BUILTIN:
             content[key] = digest_of({"made of": stdlib_content()})
         else:
+            source = next(files)
             refuse_changed([source], "read", reading)
             content[key] = identity(source)
     return content
