@@ -88,6 +88,7 @@ def test_fixed_binary_is_text_too(tmp_path):
     assert found(path) == ["ab", "not UTF-8", "no text under 'text'"]
 
 
+@pytest.mark.slow
 def test_the_same_rows_as_datasets_and_pandas(tmp_path):
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     texts = [f"document {n} ü" for n in range(7)]

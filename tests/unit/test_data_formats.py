@@ -108,6 +108,7 @@ def test_json_is_read_under_all_its_names(tmp_path, packing, layout, content, mo
     assert found[0].fields == ("id", "text", "meta")
 
 
+@pytest.mark.slow
 def test_the_same_documents_as_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     for name, content in {

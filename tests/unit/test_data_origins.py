@@ -102,6 +102,7 @@ def all_found(data: Any) -> list[dict[str, Any]]:
     return [entry for step in range(1, 16) for entry in data.locate(step)]
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_from_the_recipe(place: Path) -> None:
     write(place / "in")
     data = open_data(recipe("{path: in}"), workers=1, quiet=True)
@@ -120,6 +121,7 @@ def test_every_kind_of_file_from_the_recipe(place: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_tokenized_folder_of_several_sources(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(place / "in")
     (place / "one.jsonl").write_text("\n".join(lines("single")))
