@@ -116,7 +116,7 @@ def test_on_the_command_line(tmp_path, capsys, verb):
     command = ["data", verb, str(path), "--out", str(tmp_path / "out"), "--holdout", "0", *how]
     assert main(command) == 2 and not (tmp_path / "out").exists()
     assert "most of it was dropped: 3 of 4 records" in capsys.readouterr().err
-    for wrong in ("nan", "1.5", "-1"):
+    for wrong in ("1e3", "1.5", "-1"):
         assert main([*command, "--allow-dropped", wrong]) == 2
         assert "is no share of a source; give a fraction from 0 to 1" in capsys.readouterr().err
     assert main([*command, "--allow-dropped", "0.75"]) == 0 and (tmp_path / "out").is_dir()

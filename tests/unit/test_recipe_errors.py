@@ -96,10 +96,10 @@ def line(file, *overrides):
             "model.hidden=260",
             "head size 65 (hidden / heads) is odd, and rotary positions need pairs; take hidden 256",
         ),
-        ("data.global_batch=30", "global_batch 30 is not a multiple of micro_batch 8; take global_batch 32"),
+        ("data.global_batch=30", "global_batch 30 is not a multiple of micro_batch 8; take micro_batch 6"),
         (
             "parallel.dp=3",
-            "command line: parallel.dp: global_batch 32 is not a multiple of micro_batch 8 x dp 3;",
+            "command line: parallel.dp: global_batch 32 is not a multiple of dp 3: no micro_batch fits;",
         ),
         ("data.seq_len=512", "seq_len 512 exceeds the model's max_seq_len 256; take seq_len 256, or raise"),
         ("run.stop_at_step=2000", "stop_at_step 2000 is beyond steps 1000; take stop_at_step 1000 or less"),
