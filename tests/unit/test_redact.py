@@ -229,7 +229,8 @@ compile: false
 """
 
 
-@pytest.mark.parametrize("how", ["torchrun", pytest.param("supervise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "supervise"])
 def test_a_run_folder_holds_no_planted_secret(how: str, tmp_path: Path) -> None:
     """A real run of two ranks with planted variables, then every byte it and its launcher wrote."""
     (tmp_path / "small.yaml").write_text(RECIPE)

@@ -149,6 +149,7 @@ class HalfSum(Dense):
 """
 
 
+@pytest.mark.slow
 def test_a_reducer_of_another_package(tmp_path: Path) -> None:
     """Found by its entry point, configured by the recipe, in metrics and checkpoint. docs/methods/conef.md
     shows this class.
@@ -188,6 +189,7 @@ def test_a_reducer_of_another_package(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "unknown key 'scal' for 'fp16_sum'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_ddp_example_trains(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "methods" / "conef.md").read_text(encoding="utf-8")
     example = next(b for b in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "conef_hook" in b)
