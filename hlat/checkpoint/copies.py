@@ -103,8 +103,3 @@ def copy_of(name: str, marker: dict[str, Any], usable: bool = True) -> Copy:
 def checksum(text: bytes) -> str:
     """The beginning of the checksum in a marker's text, which is part of the folder's name."""
     return str(json_text.loads(text)["checksum"])[:12]
-
-
-def step_of(name: str) -> int:
-    """The step in a folder's name."""
-    return int(name.split("-")[1])

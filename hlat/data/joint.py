@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hlat.data.quoted import Quoted
-from hlat.data.special import Ids, TextEncoder
+from hlat.data.text_encoder import Ids, TextEncoder
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer

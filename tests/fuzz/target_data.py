@@ -209,7 +209,7 @@ class DocumentTarget(Target):
     def read(self, folder: Path) -> None:
         from hlat.data.messages import Conversations, are_messages
         from hlat.data.readers import read_pieces
-        from hlat.data.records import read_records
+        from hlat.data.records import Records
         from hlat.data.sources import identity, resolve_source, units
 
         try:
@@ -221,7 +221,7 @@ class DocumentTarget(Target):
                     (document.text or "").encode("utf-8")
         except UserError:
             pass
-        records = list(read_records(str(folder), None, "data.examples"))
+        records = list(Records(str(folder), None, "data.examples").read())
         for record in records:
             assert record.name and (record.values is None) == bool(record.reason)
         if any(record.values is not None and are_messages(record.values) for record in records):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hlat.data.readers import read_pieces
-from hlat.data.records import read_records
+from hlat.data.records import Records
 from hlat.data.sources import resolve_source, units
 from hlat.errors import UserError
 
@@ -80,7 +80,7 @@ def test_every_type_of_text_is_read(tmp_path, form, kind):
         assert parquet.read_table(path)["text"].cast(pa.binary()).to_pylist() == words.to_pylist()
     assert found(path) == READ
     record = {"n": 0, "text": "one"}
-    assert next(read_records(str(path), None, "data.examples", ["text", "n"])).values == record
+    assert next(Records(str(path), None, "data.examples").read(["text", "n"])).values == record
 
 
 def test_fixed_binary_is_text_too(tmp_path):
@@ -167,20 +167,20 @@ def test_rows_that_are_not_utf8_are_counted(tmp_path, form, kind):
     assert found(path, field) == ["one", "not UTF-8", f"no text under '{field}'", "two"]
     if kind == "struct":
         return
-    records = list(read_records(str(path), None, "data.examples", ["text"]))
+    records = list(Records(str(path), None, "data.examples").read(["text"]))
     assert [(record.values, record.reason) for record in records] == [
         ({"text": "one"}, ""), (None, "'text' is not UTF-8"), ({"text": None}, ""), ({"text": "two"}, ""),
     ]  # fmt: skip
-    others = [record.values for record in read_records(str(path), None, "w", ["n"])]
+    others = [record.values for record in Records(str(path), None, "w").read(["n"])]
     assert others == [{"n": n} for n in range(4)]
-    assert len([record for record in read_records(str(path), None, "w") if record.values]) == 4
+    assert len([record for record in Records(str(path), None, "w").read() if record.values]) == 4
 
 
 @pytest.mark.parametrize("form", ["parquet", "stream"])
 def test_lists_of_messages_that_are_not_utf8_leave_one_record_out(tmp_path, form):
     inner = pa.StructArray.from_arrays([spoilt("hi", "caf\xe9", "yo")], ["content"])
     column = pa.ListArray.from_arrays([0, 1, 2, 3], inner)
-    records = list(read_records(str(write(tmp_path, {"messages": column}, form)), None, "w", ["messages"]))
+    records = list(Records(str(write(tmp_path, {"messages": column}, form)), None, "w").read(["messages"]))
     said = [record.values and record.values["messages"][0]["content"] for record in records]
     assert said == ["hi", None, "yo"] and records[1].reason == "'messages' is not UTF-8"
 
@@ -190,16 +190,16 @@ def test_columns_nobody_asks_for_are_not_converted(tmp_path, form):
     late = pa.array([2**62, 0, 1], pa.timestamp("us"))
     zoned = pa.array([0, 0, 0], pa.timestamp("us", "No/Where"))
     path = write(tmp_path, {"late": late, "prompt": ["a", "b", "c"], "zone": zoned}, form)
-    wanted = list(read_records(str(path), None, "w", ["prompt"]))
+    wanted = list(Records(str(path), None, "w").read(["prompt"]))
     assert [record.values for record in wanted] == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     assert wanted[0].fields == ("late", "prompt", "zone")
-    whole = [record.values for record in read_records(str(path), None, "w")]
+    whole = [record.values for record in Records(str(path), None, "w").read()]
     assert [row["prompt"] for row in whole] == ["a", "b", "c"]
     assert whole[0]["late"] is None and whole[1]["late"].year == 1970 and whole[2]["zone"] is None
-    asked = list(read_records(str(path), None, "w", ["prompt", "late"]))
+    asked = list(Records(str(path), None, "w").read(["prompt", "late"]))
     assert asked[0].values is None and asked[0].reason.startswith("'late' cannot be read")
     assert [record.values["prompt"] for record in asked[1:]] == ["b", "c"]
-    absent = list(read_records(str(path), None, "w", ["other"]))
+    absent = list(Records(str(path), None, "w").read(["other"]))
     assert len(absent) == 3 and absent[0].values == {} and absent[0].fields == wanted[0].fields
 
 
@@ -217,7 +217,10 @@ def test_column_names_that_are_not_utf8(tmp_path, form):
             found(path)
         return
     assert found(path) == ["a", "b"]
-    assert [record.values for record in read_records(str(path), None, "w")] == [{"text": "a"}, {"text": "b"}]
+    assert [record.values for record in Records(str(path), None, "w").read()] == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
     with pytest.raises(UserError, match=r"the columns are: text \(string\), \(not UTF-8\) \(int64\)"):
         found(path, "other")
 
@@ -227,7 +230,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     path = write(tmp_path, table, "stream")
     with pytest.raises(UserError, match="there are 2 columns 'text'; rename all but one"):
         found(path)
-    assert next(read_records(str(path), None, "w", ["n"])).values == {"n": 1}
+    assert next(Records(str(path), None, "w").read(["n"])).values == {"n": 1}
 
 
 def test_damaged_files_are_one_line_or_counted_and_never_a_crash(tmp_path):
@@ -236,7 +239,7 @@ def test_damaged_files_are_one_line_or_counted_and_never_a_crash(tmp_path):
 import random
 from pathlib import Path
 from hlat.data.readers import read_pieces
-from hlat.data.records import read_records
+from hlat.data.records import Records
 from hlat.data.sources import resolve_source, units
 from hlat.errors import UserError
 outcomes = set()
@@ -257,7 +260,7 @@ for path in sorted(Path({str(tmp_path)!r}).glob("x*")):
             except UserError as error:
                 outcomes.add("refused")
         try:
-            for record in read_records(str(path), None, "w"):
+            for record in Records(str(path), None, "w").read():
                 assert record.values is not None
         except UserError:
             pass

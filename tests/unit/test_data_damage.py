@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hlat.data import json_values
 from hlat.data import sources as sources_module
 from hlat.data.readers import read_pieces
-from hlat.data.records import read_records
+from hlat.data.records import Records
 from hlat.data.sources import resolve_source, units
 from hlat.errors import UserError
 
@@ -85,7 +85,7 @@ def test_any_bytes_are_read_counted_or_refused(tmp_path, seed, edits, step, fiel
             found = [d for unit in units(source) for d in read_pieces(source.files, unit, field)]
             assert all((document.text is None) == bool(document.reason) for document in found)
             assert all(document.text.encode() for document in found if document.text is not None)
-            records = list(read_records(str(path), None, "data.examples")) if name != "x.txt" else []
+            records = list(Records(str(path), None, "data.examples").read()) if name != "x.txt" else []
             assert all((record.values is None) == bool(record.reason) for record in records)
         except UserError as error:
             assert "\n" not in error.line() and (not content or name in error.line())

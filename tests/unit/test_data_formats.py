@@ -22,7 +22,7 @@ from hlat.data import sources as sources_module
 from hlat.data.formats import kind_of
 from hlat.data.json_values import lookup, values_of
 from hlat.data.readers import read_pieces
-from hlat.data.records import read_records
+from hlat.data.records import Records
 from hlat.data.sources import resolve_source, units
 from hlat.errors import UserError
 
@@ -103,7 +103,7 @@ def test_json_is_read_under_all_its_names(tmp_path, packing, layout, content, mo
         assert pandas.read_json(io.BytesIO(packed), **how)["text"].tolist() == TEXTS
     assert texts(path) == TEXTS
     assert texts(path, "meta.url") == [record["meta"]["url"] for record in RECORDS]
-    found = list(read_records(str(path), None, "data.examples"))
+    found = list(Records(str(path), None, "data.examples").read())
     assert [record.values for record in found] == RECORDS
     assert found[0].fields == ("id", "text", "meta")
 
@@ -139,7 +139,7 @@ def test_compressed_files_in_several_parts_under_wrong_names_and_cut_off(tmp_pat
         with pytest.raises(UserError, match=rf"cut-{cut}\.jsonl\.{packing}: cannot be read \("):
             documents(path)
         with pytest.raises(UserError, match="cannot be read"):
-            list(read_records(str(path), None, "data.examples"))
+            list(Records(str(path), None, "data.examples").read())
     damaged = bytearray(pack(LINES))
     damaged[len(damaged) // 2] ^= 0xFF
     with pytest.raises(UserError, match="cannot be read"):

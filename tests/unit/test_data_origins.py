@@ -18,7 +18,7 @@ from hlat.data.build import build
 from hlat.data.origins import FILE, FilePlaces, Origins, Place, Writer, shown
 from hlat.data.packed import TokenFolder
 from hlat.data.presence import missing_paths
-from hlat.data.records import read_records
+from hlat.data.records import Records
 from hlat.data.sources import resolve_source
 from hlat.data.tokenizer import load_tokenizer
 from hlat.recipe import load
@@ -294,5 +294,5 @@ def test_places_that_do_not_exist_are_named(place: Path, capsys: pytest.CaptureF
 def test_records_of_a_json_file_have_lines_where_there_is_one_a_line(tmp_path, content, place):
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(content.encode()))
     places = FilePlaces(resolve_source(path=tmp_path / "c.json.gz"), 0)
-    name = [record.name for record in read_records(str(tmp_path / "c.json.gz"), None, "x")][1]
+    name = [record.name for record in Records(str(tmp_path / "c.json.gz"), None, "x").read()][1]
     assert places.of(name)[1:] == place

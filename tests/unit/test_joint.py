@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hlat.data.joint import Joint
 from hlat.data.quoted import Quoted
-from hlat.data.special import TextEncoder
+from hlat.data.text_encoder import TextEncoder
 from hlat.data.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = re.findall(

@@ -15,7 +15,7 @@ from hlat.checkpoint.store import open_checkpoint
 from hlat.cli import main
 from hlat.data import chat_renderer, open_data
 from hlat.data.chat_layout import Layout, Unclear, read_marks
-from hlat.data.special import TextEncoder
+from hlat.data.text_encoder import TextEncoder
 from hlat.data.tokenizer import load_tokenizer
 from hlat.errors import UserError
 from hlat.evaluate.chat import ChatTemplates
