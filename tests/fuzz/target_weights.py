@@ -192,7 +192,7 @@ class GGUFTarget(Target):
             fields = dict(self.fields)
             for _ in range(draw(st.integers(1, 2))):
                 key = draw(st.sampled_from(sorted(fields)))
-                if isinstance(fields[key], list) and draw(st.booleans()):
+                if isinstance(fields[key], list) and fields[key] and draw(st.booleans()):
                     items = list(fields[key])
                     items[draw(st.integers(0, len(items) - 1))] = draw(
                         st.sampled_from(["", "ab", -1, 2, 9, "x y z"])
