@@ -22,7 +22,7 @@ class PrecisionSection(Section):
     """Which number format each part of a step uses."""
 
     compute: Dtype = "bf16"
-    """Forward and backward matrix products."""
+    """Forward and backward matrix products. A CPU without bf16 instructions makes them in fp32 and rounds."""
     master: Literal["fp32", "none"] = "fp32"
     """Master copy of the weights; none: the compute weights are updated themselves."""
     states: Dtype = "fp32"

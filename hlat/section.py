@@ -94,7 +94,14 @@ def problem(what: str, key: str, fix: str, **values: Any) -> PydanticCustomError
         key: dotted key below the section that raises it; "" for the section itself.
         fix: what to write instead.
     """
-    return PydanticCustomError("recipe", what, {**values, "key": key, "fix": fix})  # type: ignore[arg-type]
+    context = {**values, "key": key, "fix": fix}
+    context = {name: _encodable(value) if isinstance(value, str) else value for name, value in context.items()}
+    return PydanticCustomError("recipe", _encodable(what), context)  # type: ignore[arg-type]
+
+
+def _encodable(text: str) -> str:
+    r"""The text with halves of surrogate pairs, which YAML's "\ud800" spells and UTF-8 cannot, spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def near_multiple(value: int, factor: int) -> int:

@@ -143,23 +143,3 @@ def keep_freed_memory() -> None:
             libc.madvise(first, length, _MADV_HUGEPAGE)
         for address in blocks:
             libc.free(address)
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 ones here, rather than emulated."""
-    if device.type != "cpu":
-        return True
-    flags = _cpu_flags()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}) or not flags
-
-
-def _cpu_flags() -> set[str]:
-    """CPU features by the kernel's names; empty where /proc/cpuinfo does not exist."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.lower().startswith(("flags", "features")):
-                    return set(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return set()

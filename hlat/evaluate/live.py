@@ -20,6 +20,7 @@ from hlat.evaluate.batches import Batch, shape_bucket
 from hlat.evaluate.sampling import NOT_FINITE, Sampling, draw, only
 from hlat.model.attention import KVCache, branch_mask
 from hlat.model.dtype import at_least_fp32
+from hlat.model.products import linear
 from hlat.parallel.pipeline import StagePart, stage_view
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class LiveModel:
     def _logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> this rank's columns of the logits, fp32 or wider (T, v)."""
         assert self.model.head is not None
-        return at_least_fp32(F.linear(x_TD, self.model.head.weight))
+        return at_least_fp32(linear(x_TD, self.model.head.weight))
 
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = shape_bucket(max(1, CHUNK_ELEMENTS // self.config.vocab))

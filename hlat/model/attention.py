@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlat.model.blocked_attention import MAX_POSITIONS, blocked_attention
 from hlat.model.dtype import at_least_fp32
 from hlat.model.joint import project
+from hlat.model.products import Linear, attention, matmul
 from hlat.model.rope import rotate
 
 
@@ -132,13 +132,13 @@ def plain_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask |
     # Query heads that share a key head become one longer query, so that keys are never copied.
     q = q_BSHK.transpose(1, 2).reshape(B, G, H // G * S, K)
     k, v = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
-    scores = at_least_fp32((q @ k.transpose(-1, -2)).view(B, G, H // G, S, T)) / math.sqrt(K)
+    scores = at_least_fp32(matmul(q, k.transpose(-1, -2)).view(B, G, H // G, S, T)) / math.sqrt(K)
     if mask is None:
         allowed = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
     else:
         allowed = mask.allowed[:, :, None]
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(v.dtype)
-    out = weights.view(B, G, H // G * S, T) @ v
+    out = matmul(weights.view(B, G, H // G * S, T), v)
     return out.view(B, H, S, K).transpose(1, 2)
 
 
@@ -147,9 +147,9 @@ def flash_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask |
     q, k, v = q_BSHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     if mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out = attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, enable_gqa=grouped)
+        out = attention(q, k, v, attn_mask=mask.allowed, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -183,10 +183,10 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, kind: str) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(hidden, heads * head_dim, bias=False)
-        self.k = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q = Linear(hidden, heads * head_dim)
+        self.k = Linear(hidden, kv_heads * head_dim)
+        self.v = Linear(hidden, kv_heads * head_dim)
+        self.o = Linear(heads * head_dim, hidden)
         self.core = CoreAttention(kind)
         self.joint = False  # one product for q, k and v: see `hlat.model.joint`
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlat.model.products import matmul
+
 MIN_BLOCK = 128  # smaller blocks save more products but feed the matrix units worse
 MAX_BLOCKS = 16  # each block is unrolled in the graph
 MAX_POSITIONS = 2048  # beyond it the stored probabilities cost more than they save
@@ -66,7 +68,7 @@ class _Blocked(torch.autograd.Function):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         outs, probabilities = [], []
         for start, end in _blocks(S):
-            scores = _fold(q[:, start:end], G) @ k[:, :, :end].transpose(-1, -2)
+            scores = matmul(_fold(q[:, start:end], G), k[:, :, :end].transpose(-1, -2))
             scores = scores.view(B, G, H // G, end - start, end).to(wide) / math.sqrt(K)
             if allowed is None:
                 rows = torch.arange(start, end, device=q.device)[:, None]
@@ -76,7 +78,7 @@ class _Blocked(torch.autograd.Function):
             p = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype)
             p = p.view(B, G, -1, end)
             probabilities.append(p)
-            outs.append(_unfold(p @ v[:, :, :end], end - start))
+            outs.append(_unfold(matmul(p, v[:, :, :end]), end - start))
         out = torch.cat(outs, 1)
         ctx.save_for_backward(q, k, v, out, *probabilities)
         return out
@@ -90,12 +92,12 @@ class _Blocked(torch.autograd.Function):
         dq, dk, dv = [], [], []
         for (start, end), p in zip(_blocks(S), probabilities, strict=True):
             d_block = _fold(d_out[:, start:end], G)
-            dv.append(p.transpose(-1, -2) @ d_block)
-            dp = d_block @ v[:, :, :end].transpose(-1, -2)
+            dv.append(matmul(p.transpose(-1, -2), d_block))
+            dp = matmul(d_block, v[:, :, :end].transpose(-1, -2))
             ds = p.to(wide) * (dp.to(wide) - _fold(dot[:, start:end], G)) / math.sqrt(K)
             ds = ds.to(q.dtype)
-            dq.append(_unfold(ds @ k[:, :, :end], end - start))
-            dk.append(ds.transpose(-1, -2) @ _fold(q[:, start:end], G))
+            dq.append(_unfold(matmul(ds, k[:, :, :end]), end - start))
+            dk.append(matmul(ds.transpose(-1, -2), _fold(q[:, start:end], G)))
         return torch.cat(dq, 1), _sum_of_prefixes(dk, S, wide), _sum_of_prefixes(dv, S, wide), None
 
 

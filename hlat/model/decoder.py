@@ -24,6 +24,7 @@ from hlat.model.attention import Attention, KVCache, LayerCache, Mask, document_
 from hlat.model.init import init_tensor
 from hlat.model.mlp import MLP
 from hlat.model.norm import RMSNorm
+from hlat.model.products import Linear
 from hlat.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Decoder(nn.Module):
         self.rope = Rope(config.head_dim, config.max_seq_len, config.rope_theta)
         self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.layers)})
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
-        self.classifier = nn.Linear(config.hidden, config.classes, bias=False) if config.classes else None
+        self.head = Linear(config.hidden, config.vocab)
+        self.classifier = Linear(config.hidden, config.classes) if config.classes else None
         self.tie()
 
     def tie(self) -> None:

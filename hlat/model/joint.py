@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hlat.model.products import linear
 
 
 def project(
@@ -29,4 +30,4 @@ def project(
     if not joint:
         return tuple(layer(x_BSD) for layer in layers)
     weights = [layer.weight for layer in layers]
-    return F.linear(x_BSD, torch.cat(weights)).split([len(w) for w in weights], -1)
+    return linear(x_BSD, torch.cat(weights)).split([len(w) for w in weights], -1)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlat.model.joint import project
+from hlat.model.products import Linear
 
 
 class GatedProduct(nn.Module):
@@ -21,9 +22,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden, ffn, bias=False)
-        self.up = nn.Linear(hidden, ffn, bias=False)
-        self.down = nn.Linear(ffn, hidden, bias=False)
+        self.gate = Linear(hidden, ffn)
+        self.up = Linear(hidden, ffn)
+        self.down = Linear(ffn, hidden)
         self.product = GatedProduct()
         self.joint = False  # one product for gate and up: see `hlat.model.joint`
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hlat.backend.collectives import VocabShard, all_reduce
+from hlat.model.products import matmul
 from hlat.registry import register
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw: Tensor | None = None
         for start in range(0, tokens, size):
             x = x_TD[start : start + size]
-            part, dlogits = kernel(x @ weight_VD.T, targets_T[start : start + size], scale)
+            part, dlogits = kernel(matmul(x, weight_VD.T), targets_T[start : start + size], scale)
             loss = loss + part
             if dx is not None:
-                torch.mm(dlogits, weight_VD, out=dx[start : start + size])
-                dw = _add(dw, dlogits.T @ x, chunks)
+                matmul(dlogits, weight_VD, out=dx[start : start + size])
+                dw = _add(dw, matmul(dlogits.T, x), chunks)
         if dx is not None:
             ctx.save_for_backward(dx, dw)
         return loss

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hlat.backend.collectives import VocabShard, all_reduce
 from hlat.data.batch import IGNORE, LabelledBatch
+from hlat.model.products import linear, matmul
 from hlat.objective.causal_lm import CausalLM, Decoder, chunk_size
 from hlat.registry import register
 
@@ -67,7 +68,7 @@ class Classification:
         scale = 1.0 / denominator.to(torch.float32)
         x_ND, head = self._states(model, batch)
         if self.by == "head":
-            scores_BC = F.linear(x_ND, head).float()
+            scores_BC = linear(x_ND, head).float()
             loss = F.cross_entropy(scores_BC, batch.labels, ignore_index=IGNORE, reduction="sum")
         else:
             assert batch.tokens is not None
@@ -144,7 +145,7 @@ class TokenLogProbability(torch.autograd.Function):
         """
         log_p, totals = [], []
         for first in range(0, x_TD.shape[0], size):
-            z = (x_TD[first : first + size] @ weight_VD.T).float()
+            z = matmul(x_TD[first : first + size], weight_VD.T).float()
             held, index, counted = _columns(tokens_T[first : first + size], start, z.shape[-1])
             top = z.amax(-1)
             top = top if group is None else all_reduce(top, group, "max")
@@ -165,13 +166,13 @@ class TokenLogProbability(torch.autograd.Function):
         dx, dw = torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
         for first in range(0, x_TD.shape[0], ctx.size):
             part = slice(first, first + ctx.size)
-            z = (x_TD[part] @ weight_VD.T).float()
+            z = matmul(x_TD[part], weight_VD.T).float()
             held, index, counted = _columns(tokens_T[part], ctx.start, z.shape[-1])
             one_hot = (torch.arange(z.shape[-1], device=z.device)[None, :] == index[:, None]) & held[:, None]
             dz = one_hot.float() - (z - totals_T[part, None]).exp()
             dz = (dz * (grad_T[part] * counted)[:, None]).to(x_TD.dtype)
-            dx[part] = dz @ weight_VD
-            dw += dz.T @ x_TD[part]
+            dx[part] = matmul(dz, weight_VD)
+            dw += matmul(dz.T, x_TD[part])
         return dx, dw.to(weight_VD.dtype), None, None, None, None
 
 

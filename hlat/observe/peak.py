@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hlat.host.cpu import product_dtype
+
 # Dense bf16 TFLOP/s; the first name that occurs in the device's name wins ("H100 PCIe" before "H100").
 # Vendors print the figure with 2:4 sparsity for some of these; the dense one is half of it.
 _BF16_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -53,8 +55,9 @@ def stated_peak(name: str, dtype: torch.dtype) -> Peak | None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
     """Peak of one device for matrix products: stated for a known GPU, else measured once a process.
 
-    Measuring takes under a second. None on devices whose eager matmul rate says nothing (XLA: every shape is
-    compiled); their backend knows the name for `stated_peak`.
+    Measuring takes under a second, of products as `hlat.model.products` makes them. None on devices whose
+    eager matmul rate says nothing (XLA: every shape is compiled); their backend knows the name for
+    `stated_peak`.
     """
     if device.type in ("xla", "neuron", "meta"):
         return None
@@ -62,7 +65,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
         stated = stated_peak(torch.cuda.get_device_name(device), dtype)
         if stated is not None:
             return stated
-    return Peak(measure(device, dtype), measured=True)
+    return Peak(measure(device, product_dtype(device, dtype)), measured=True)
 
 
 def measure(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] | None = None) -> float:

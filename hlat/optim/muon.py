@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hlat.backend.precision import round_to
 from hlat.model.dtype import at_least_fp32
+from hlat.model.products import matmul
 from hlat.optim.adamw import AdamW
 from hlat.optim.base import Decay, Elementwise
 from hlat.optim.rounding import Average
@@ -135,8 +136,8 @@ def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
     y = y.T if tall else y
     y = y / y.norm().clamp(min=_TINY)
     for _ in range(iterations):
-        gram = y @ y.T
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        gram = matmul(y, y.T)
+        y = a * y + matmul(b * gram + matmul(c * gram, gram), y)
     return y.T if tall else y
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hlat.backend.native import has_native_bf16
 from hlat.evaluate.generate import Diverged
+from hlat.host.cpu import product_dtype
 from hlat.mesh import Layout
 from hlat.model.init import parameter_shapes
 from hlat.optim.groups import idle_overrides
@@ -45,8 +45,8 @@ def banner(
     recipe, precision = run.recipe, run.recipe.precision
     data, parts, layout = recipe.data, recipe.accumulate(run.backend.world), run.backend.layout
     note = ""
-    if precision.compute == "bf16" and not has_native_bf16(run.backend.device):
-        note = "; this CPU has no bf16 arithmetic, precision.compute=fp32 will be faster"
+    if precision.compute == "bf16" and product_dtype(run.backend.device, torch.bfloat16) == torch.float32:
+        note = " (this CPU multiplies no bf16: products are made in fp32, then rounded)"
     device = run.backend.device.type
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' * (count > 1)}" if device == "cpu" else ""

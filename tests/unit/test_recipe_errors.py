@@ -212,3 +212,9 @@ def test_options_of_a_plug_in_name_their_choices(file) -> None:
     )
     wanted = f'optim.hyper_lr: expected a number or a mapping of {six} to a number, got {{"bta1": 1}}'
     assert wanted in line(file, "optim.name=mada", "optim.hyper_lr={bta1: 1}")
+
+
+def test_half_of_a_surrogate_pair_is_shown_spelt_out(file) -> None:
+    """YAML spells with "\ud800" what UTF-8 cannot hold; a message that quotes it is a message still."""
+    file.write_text(SHORT.replace("tiny", r'"\ud800"'))
+    assert r"model.preset: unknown preset '\ud800'; known: " in line(file)
