@@ -95,7 +95,9 @@ def problem(what: str, key: str, fix: str, **values: Any) -> PydanticCustomError
         fix: what to write instead.
     """
     context = {**values, "key": key, "fix": fix}
-    context = {name: _encodable(value) if isinstance(value, str) else value for name, value in context.items()}
+    context = {
+        name: _encodable(value) if isinstance(value, str) else value for name, value in context.items()
+    }
     return PydanticCustomError("recipe", _encodable(what), context)  # type: ignore[arg-type]
 
 

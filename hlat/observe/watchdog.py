@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +266,7 @@ class Watchdog:
             with open(path, "a", encoding="utf-8") as file:  # after those of an earlier start
                 seconds, now = time.monotonic() - since, time.strftime("%Y-%m-%d %H:%M:%S %z")
                 file.write(f"rank {self.rank}, step {step} ({phase}) for {seconds:.1f} s, {now}\n\n")
+                file.write(_main_stack())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
@@ -311,6 +313,18 @@ def who_is_late(members: Sequence[Peer], before: dict[int, Sign], after: dict[in
     if len(few) < len(many):
         return _list(few, lambda m: f"{_where(after[m.rank])}, others {_where(after[many[0].rank])}")
     return -1, f"all ranks wait in step {furthest}: {'; '.join(places)}"
+
+
+def _main_stack() -> str:
+    """The main thread's stack as faulthandler writes one. It ends after a hundred threads, and the main
+    thread, which tells where a rank hangs, would be its last.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    lines = [
+        f'  File "{at.f_code.co_filename}", line {number} in {at.f_code.co_name}\n'
+        for at, number in traceback.walk_stack(frame)
+    ]
+    return f"Main thread (most recent call first):\n{''.join(lines)}\n"
 
 
 def _list(late: Sequence[Peer], about: Callable[[Peer], str]) -> tuple[int, str]:

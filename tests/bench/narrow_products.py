@@ -5,8 +5,8 @@
 For each limit of oneDNN's and PyTorch's instructions a process of its own times both, in turns, at the shapes
 of recipes/tiny.yaml: a layer with its gradients, core attention with its gradients, and a model's loss with
 all gradients (nothing compiled). Printed is the median time of each and the median of the rounds' ratios
-(PyTorch's own / by way of fp32; above 1 the way of fp32 is faster). A limit on a CPU that has the instructions
-stands for a CPU that lacks them.
+(PyTorch's own / by way of fp32; above 1 the way of fp32 is faster). A limit on a CPU that has the
+instructions stands for a CPU that lacks them.
 """
 
 from __future__ import annotations

@@ -301,9 +301,14 @@ def test_a_held_up_main_thread_is_reported_with_stacks(
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "stacks-rank-00000.txt").write_text("of an earlier job\n")
     watchdog.beat(5, "evaluation")
+    threads = [threading.Thread(target=ended.wait, args=(30,)) for _ in range(110)]  # faulthandler shows 100
+    for thread in threads:
+        thread.start()
     watchdog.start(board, "this test")
     assert ended.wait(30)
     watchdog.stop()
+    for thread in threads:
+        thread.join()
     cause = board.cause()
     assert cause is not None and cause.kind == "late" and "step 5" in cause.text
     stacks = (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
