@@ -71,6 +71,13 @@ class Records:
             raise UserError(f"'{self._source.label}' holds no records", where=self._where, fix=fix)
 
 
+def read_records(
+    path: str | None, dataset: str | None, where: str, fields: Collection[str] | None = None
+) -> Iterator[Record]:
+    """The records of a source that is read once: the arguments of `Records` and of its `read`."""
+    return Records(path, dataset, where).read(fields)
+
+
 def _values(file: InputFile, form: Form) -> Iterator[Record]:
     for name, (_, value, reason, _) in json_records(file, form):
         if reason or not isinstance(value, dict):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hlat.data import sources as sources_module
 from hlat.data.hub import parts_of
 from hlat.data.readers import read_pieces
-from hlat.data.records import Records
+from hlat.data.records import read_records
 from hlat.data.sources import identity, resolve_source, units
 from hlat.errors import UserError
 
@@ -97,7 +97,7 @@ def same_rows(place: Path, split: str, unit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources_module, "UNIT_BYTES_MIN", unit)
         assert documents(resolve_source(dataset=f"{place}@{split}")) == expected
-    records = [record.values for record in Records(None, f"{place}@{split}", "here").read()]
+    records = [record.values for record in read_records(None, f"{place}@{split}", "here")]
     assert [values and values["text"] for values in records] == expected
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_table_of_rows_in_files_is_one_line(
     }[kind]()
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: made)
     if kind == "mapped":  # written to a file of its own
-        assert [r.values and r.values["n"] for r in Records(None, "x", "here").read()][:3] == ["0", "1", "2"]
+        assert [r.values and r.values["n"] for r in read_records(None, "x", "here")][:3] == ["0", "1", "2"]
         return
     with pytest.raises(UserError, match=f"is a {kind}|do not lie in files as they are"):
         resolve_source(dataset="some/name")
@@ -197,7 +197,7 @@ def test_a_saved_folder_is_what_the_library_loads(tmp_path: Path, change: Any) -
     change(folder)
     expected = list(datasets.load_from_disk(str(folder))["text"])
     assert documents(resolve_source(path=folder)) == expected
-    assert [r.values and r.values["text"] for r in Records(str(folder), None, "here").read()] == expected
+    assert [r.values and r.values["text"] for r in read_records(str(folder), None, "here")] == expected
     (tmp_path / "a.txt").write_text("before")
     (tmp_path / "z.txt").write_text("after")
     assert documents(resolve_source(path=tmp_path)) == ["before", *expected, "after"]
