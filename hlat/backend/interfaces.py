@@ -55,6 +55,13 @@ def listen(host: str, port: int, names: Sequence[str] = (), machines: int = 1) -
     raise UserError(f"{host} ({found[0][0]}) is no address of this machine", where="MASTER_ADDR", fix=fix)
 
 
+def port_error(error: OSError | OverflowError, port: int) -> UserError:
+    """Says that `listen` could not have the port, and why."""
+    reason = getattr(error, "strerror", None) or str(error)
+    fix = "another job may use the port: choose another MASTER_PORT"
+    return UserError(f"rank 0 cannot listen: {reason}", where=f"MASTER_PORT {port}", fix=fix)
+
+
 def addresses_of(name: str) -> list[tuple[Any, ...]]:
     """Socket addresses (without a port) of a network interface, IPv4 first, link-local ones last."""
     found: list[tuple[Any, ...]] = []

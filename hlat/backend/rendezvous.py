@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hlat.backend.interfaces import INTERFACES, listen
+from hlat.backend.interfaces import INTERFACES, listen, port_error
 from hlat.errors import UserError
 
 STORE_SECONDS = 20.0  # an answer from the store
@@ -90,10 +90,7 @@ def serve(address: Address) -> tuple[Any, Address]:
     try:
         listener, bound = listen(address.host, address.port, address.interfaces, address.machines)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fix = "another job may use the port: choose another MASTER_PORT"
-        where = f"MASTER_PORT {address.port}"
-        raise UserError(f"rank 0 cannot listen: {reason}", where=where, fix=fix) from error
+        raise port_error(error, address.port) from error
     store = dist.TCPStore(
         bound,
         address.port,

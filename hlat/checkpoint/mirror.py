@@ -173,8 +173,8 @@ class Mirror:
         self._good.add(copy.name)
         return final
 
-    def meta(self, copy: Copy) -> bytes:
-        """The content of a copy's `meta.json`, compared with its checksum. Raises Broken, StoreError."""
+    def meta(self, copy: Copy) -> dict[str, Any]:
+        """A copy's `meta.json`, compared with its checksum. Raises Broken, StoreError."""
         try:
             text = self.remote.read(f"{copy.name}/{folders.META}")
             digest = copy.marker["files"][folders.META]["sha256"]
@@ -184,7 +184,13 @@ class Mirror:
             raise Broken(f"{folders.MARKER} cannot be understood: {error!r}") from error
         if hashlib.sha256(text).hexdigest() != digest:
             raise Broken(f"{folders.META} is damaged: its bytes do not match their checksum")
-        return text
+        try:
+            found = json_text.loads(text)
+        except ValueError as error:
+            raise Broken(f"{folders.META} is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise Broken(f"{folders.META} is {type(found).__name__}, not a mapping")
+        return found
 
     def tidy(self) -> list[Copy]:
         """Delete the copies that retention does not keep, older ones of a step that was saved anew, and what
@@ -223,7 +229,7 @@ class Mirror:
     def _owns(self, copy: Copy) -> bool:
         if copy.name not in self._owned:
             try:
-                self._owned[copy.name] = self._owner.owns(json.loads(self.meta(copy)))
+                self._owned[copy.name] = self._owner.owns(self.meta(copy))
             except Broken as error:
                 self.unusable[copy.name] = str(error)
                 return False

@@ -8,7 +8,6 @@ builder waiting, who then finds the finished folder. Disk trouble removes the pa
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from hlat.data.sources import (
 from hlat.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from hlat.data.tokenizer_files import copy_files
 from hlat.errors import UserError
+from hlat.host import json_text
 from hlat.storage.blocks import Reading, watching
 from hlat.storage.fingerprint import digest_of
 
@@ -173,7 +173,7 @@ class _Job:
     def prepare(self) -> None:
         """Write job.json and the tokenizer, after removing what another job left in the folder."""
         path = self.folder / "job.json"
-        if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == self.key):
+        if _values(path).get("key") != self.key:
             clear(self.folder)
         copies = self.folder / "tokenizer"
         copies.mkdir(exist_ok=True)
@@ -200,15 +200,24 @@ class _Job:
         """The units an earlier, interrupted run completed, with their statistics."""
         done = {}
         for number in range(len(self.units)):
-            path = self.folder / f"unit-{number:05d}.json"
-            if path.is_file():
-                done[number] = json.loads(path.read_text(encoding="utf-8"))
+            done[number] = _values(self.folder / f"unit-{number:05d}.json")
         return {number: unit for number, unit in done.items() if "read" in unit}
 
     def check(self, finished: dict[int, dict[str, Any]]) -> None:
         """Raise UserError where what a unit was made of is not what others have read."""
         for unit in finished.values():
             self.reading.merge(unit["read"])
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What this program wrote into a file of JSON, empty where there is none or it is damaged: that part of
+    the work is then done again.
+    """
+    try:
+        found = json_text.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _build_locked(job: _Job, out: Path, workers: int | None, progress: Callable[[int, int], None]) -> Built:

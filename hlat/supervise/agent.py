@@ -3,7 +3,7 @@
     python -m hlat.supervise.agent RESULT [torchrun's arguments]
 
 torchrun's own exit status only says that some rank failed. RESULT gets {"codes": {rank: status}}, a negative
-status for a signal, as `subprocess` has it.
+status for a signal, as `subprocess` has it; with "refused", the error line, where no rank could be started.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from hlat.errors import UserError
 from hlat.observe.heartbeat import die_with_parent
 from hlat.supervise.scratch import write_result
 
@@ -32,12 +33,16 @@ def main() -> int:
     config, command, command_args = config_from_args(parse_args(arguments))
     config.rdzv_backend = rendezvous.NAME
     codes: dict[int, int] = {}
+    refused = ""
     try:
         elastic_launch(config=config, entrypoint=command)(*command_args)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    write_result(result, {"codes": codes})
-    return 1 if codes else 0
+    except UserError as error:
+        refused = f"hlat: error: {error}"
+        print(refused, file=sys.stderr, flush=True)
+    write_result(result, {"codes": codes, "refused": refused})
+    return 1 if codes or refused else 0
 
 
 if __name__ == "__main__":

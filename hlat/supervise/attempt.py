@@ -135,6 +135,7 @@ class Attempt:
             outcome.code = self._process.poll() if self._process.poll() is not None else 1  # type: ignore[assignment]
             result = self._disk.read_result()
             outcome.codes = {int(rank): int(code) for rank, code in (result or {}).get("codes", {}).items()}
+            outcome.text = str((result or {}).get("refused", ""))
             outcome.unfinished = unfinished(self.scratch)
             outcome.trouble = self._disk.trouble(silent=outcome.code != 0)
             if outcome.code == 0 and result is None:
@@ -143,7 +144,7 @@ class Attempt:
             outcome.left = len(processes.end_all(self._process.pid))
             self._process.wait()
             self.mirror.finish(_COPY_SECONDS)
-            outcome.text = self.mirror.tail()
+            outcome.text = "\n".join(filter(None, (self.mirror.tail(), outcome.text)))
             self.shown.finish(_SHOW_SECONDS)
             self._keep_stacks()
             self._disk.remove()

@@ -16,7 +16,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import (
     create_rdzv_handler,
 )
 
-from hlat.backend.interfaces import INTERFACES, listen
+from hlat.backend.interfaces import INTERFACES, listen, port_error
 
 NAME = "hlat"
 
@@ -34,7 +34,10 @@ class BoundRendezvous(StaticTCPRendezvous):
             self._host, descriptor = self.master_addr, None
             if self.rank == 0:
                 names = [name.strip() for name in os.environ.get(INTERFACES, "").split(",") if name.strip()]
-                listener, self._host = listen(self.master_addr, self.master_port, names)
+                try:
+                    listener, self._host = listen(self.master_addr, self.master_port, names)
+                except (OSError, OverflowError) as error:
+                    raise port_error(error, self.master_port) from error
                 descriptor = listener.detach()
             place, serves = (self._host, self.master_port, self.world_size), self.rank == 0
             self._store = TCPStore(*place, serves, self.timeout, master_listen_fd=descriptor)

@@ -4,7 +4,6 @@ uploaded in the background.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def look(recipe: Recipe, root: Path, warn: Callable[[str], None]) -> Stored:
         damaged = dict(found.damaged)
         for copy in newer(found.whole, 0, ()):
             try:
-                return Stored(dict(json.loads(mirror.meta(copy))), damaged)
+                return Stored(mirror.meta(copy), damaged)
             except Broken as error:
                 damaged[copy.name] = str(error)
         return Stored(None, damaged)

@@ -190,6 +190,28 @@ def test_units_that_an_interrupted_build_left_are_compared_too(
     assert b"document" in bytes(i for i in ids if i < 256)
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"key": ', b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["job.json", "unit-00000.json"])
+def test_what_an_interrupted_build_left_damaged_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: bytes
+) -> None:
+    path = tmp_path / "x.jsonl"
+    write(path, [f"document number {n}" for n in range(100)])
+
+    def killed(*arguments: Any) -> Any:
+        run(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        run = pool.run
+        patch.setattr(pool, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(path, tmp_path / "out")
+    (tmp_path / "out.partial" / name).write_bytes(damage)
+    found = make(path, tmp_path / "out").shards["train"][0].tokens[:].tolist()
+    assert found == make(path, tmp_path / "other").shards["train"][0].tokens[:].tolist()
+
+
 def test_a_remembered_digest_that_is_wrong_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

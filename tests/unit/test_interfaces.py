@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from hlat.backend.cluster import join
 from hlat.backend.interfaces import addresses_of, listen
 from hlat.backend.rendezvous import Address, connect_store, read_address, serve
 from hlat.errors import UserError
+from hlat.supervise.classify import Evidence, classify
 from hlat.supervise.rendezvous import create
 
 NAMES = {
@@ -169,3 +174,22 @@ def test_the_supervisors_rendezvous_is_not_open_elsewhere() -> None:
     assert handler.next_rendezvous().store.get("key") == b"value"
     assert reachable("127.0.0.1", port)
     assert not any(reachable(other, port) for other in others() if other != "127.0.0.1")
+
+
+def test_a_port_that_the_supervisor_cannot_have_is_named(tmp_path: Path) -> None:
+    """The agent of node 0 ends with one line, which the supervisor learns: a port may be free again later."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        config = {"rank": 0, "timeout": 30}
+        handler = create(RendezvousParameters("hlat", f"127.0.0.1:{port}", "run", 1, 2, **config))
+        with pytest.raises(UserError, match=f"MASTER_PORT {port}: rank 0 cannot listen.*choose another"):
+            handler.next_rendezvous()
+        words = f"--nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}"
+        command = [sys.executable, "-m", "hlat.supervise.agent", str(tmp_path / "result.json")]
+        command += [*words.split(), "--no-python", "true"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    line = json.loads((tmp_path / "result.json").read_text())["refused"]
+    assert done.stderr.splitlines() == [line] and "cannot listen: Address already in use" in line
+    verdict = classify(Evidence(text=line))
+    assert (verdict.rule, verdict.action) == ("late-start", "restart")

@@ -4,6 +4,7 @@ needed, and no start takes damaged copies for none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -58,9 +59,29 @@ def swap(copy: Path) -> None:
     (copy / "complete.json").write_bytes(seal({**marker, "step": marker["step"] + 1}))
 
 
+def strange(copy: Path) -> None:
+    """Meta data of another kind, whose checksum is right."""
+    from hlat.checkpoint.codec import seal, unseal
+
+    marker = unseal((copy / "complete.json").read_bytes())
+    (copy / "meta.json").write_bytes(b"[]")
+    marker["files"]["meta.json"] = {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}
+    (copy / "complete.json").write_bytes(seal(marker))
+
+
 DAMAGES: list[Callable[[Path], None]] = [unmark, empty, cut, flip, lose, swap]
-DAMAGES += [lambda copy: flip(copy, "meta.json"), lambda copy: flip(copy, "complete.json")]
-NAMES = ["unmarked", "emptied", "cut", "flipped", "file lost", "marker of another", "meta", "marker"]
+DAMAGES += [lambda copy: flip(copy, "meta.json"), lambda copy: flip(copy, "complete.json"), strange]
+NAMES = [
+    "unmarked",
+    "emptied",
+    "cut",
+    "flipped",
+    "file lost",
+    "marker of another",
+    "meta",
+    "marker",
+    "a list",
+]
 
 
 def content(folder: Path) -> dict[str, bytes]:
