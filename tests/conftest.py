@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ optim: {name: adamw, lr: 1e-3}
 schedule: {name: constant}
 compile: false
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups() -> None:
+    """Under nohup, which a run respects, SIGHUP would be ignored by the tests and all they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class RaggedData:
