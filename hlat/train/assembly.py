@@ -19,7 +19,6 @@ from hlat.model.decoder import Decoder
 from hlat.optim.groups import Group
 from hlat.parallel.buckets import Bucket, round_masters
 from hlat.parallel.pipeline import StagePart, prune
-from hlat.parallel.plan import Part
 from hlat.parallel.recompute import apply_recompute
 from hlat.parallel.tensor import shard_model
 from hlat.reduce.base import Reducer
@@ -32,6 +31,7 @@ from hlat.train.weights import Initial, build_weights, flat_buckets
 if TYPE_CHECKING:
     from hlat.backend.base import Backend
     from hlat.recipe import Recipe
+    from hlat.train.frozen import Frozen
     from hlat.train.nxd_pipeline import NxdPipelineEngine
     from hlat.train.run import Run
 
@@ -58,7 +58,7 @@ class Assembly:
 
     def model(
         self, parts: Sequence[StagePart], trained: dict[str, Group]
-    ) -> tuple[Decoder, list[Bucket], dict[str, tuple[Tensor, Part]]]:
+    ) -> tuple[Decoder, list[Bucket], dict[str, Frozen]]:
         """This rank's layers with their weights, the buckets of what is trained, and what is frozen.
 
         Args:

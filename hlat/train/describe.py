@@ -152,7 +152,7 @@ def _groups_text(run: Run) -> str:
 
 def _held_text(run: Run) -> str:
     """What this rank holds in memory for good, padding included."""
-    frozen = [value for value, _ in run.frozen.values()]
+    frozen = [held.value for held in run.frozen.values()]
     parameters = sum(spec.numel for bucket in run.buckets for spec in bucket.specs)
     weights: list[Tensor] = [*frozen]
     masters: list[Tensor] = []
@@ -167,6 +167,9 @@ def _held_text(run: Run) -> str:
         "gradients": [bucket.grad for bucket in run.buckets if bucket.grad.device.type != "meta"],
         "masters": masters,
         "optimizer state": states,
+        "frozen weights as they came (host memory)": [
+            held.exact for held in run.frozen.values() if held.exact is not None
+        ],
     }
     sizes = ", ".join(f"{what} {sum(t.nbytes for t in ts) / 1e6:,.1f} MB" for what, ts in held.items() if ts)
     count = parameters + sum(value.numel() for value in frozen)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _EXACT = 1 << 24  # from here on adding 1 to an fp32 changes nothing
 _NOISE = 1e-6  # the least standard deviation, beside the mean: what rounding makes of values that are equal
+# How many times above the geometric mean of the first steps, and the least a step counts as there; loss and
+# norm. A loss in nats is below 100 and a norm below 1e6 in a healthy run, however small batches and losses so
+# far are; one in another unit is judged by its own first steps. A geometric mean hardly follows an outlier.
+_ABSURD = ((10.0, 10.0), (1000.0, 1000.0))
 GO_ON = (
     "leave the data out (data.skip), or start a new run with a lower optim.lr from a checkpoint of this one "
     "(init.from)"
@@ -32,6 +36,10 @@ class SkipGuard:
     "Far" is `sigma` standard deviations above the mean of the last `window` steps that were finite, once half
     a window of them has been seen. A standard deviation is at least 1e-6, and 1e-6 of the mean. Finite
     outliers enter the window too, so a lasting change of level is accepted after a while.
+
+    Until then "far" is what no healthy run shows: a loss above 10 times the geometric mean of all so far,
+    each taken as at least 10, or a norm above 1000 times that of the norms, each taken as at least 1000. The
+    first finite step has nothing to be compared with.
 
     Args:
         window: steps remembered.
@@ -112,8 +120,11 @@ class SkipGuard:
         # In units of the largest: a square must not overflow where the value does not.
         largest = away.abs().amax(1).clamp(min=1e-30)
         deviation = largest * ((away / largest[:, None]).square().sum(1) / count).sqrt()
-        far = now > mean + self.sigma * torch.maximum(deviation, _NOISE * mean.abs().clamp(min=1.0))
-        return far.any() & (seen >= self.window // 2)
+        usual = mean + self.sigma * torch.maximum(deviation, _NOISE * mean.abs().clamp(min=1.0))
+        logs = [row.clamp(min=least).log() * filled for row, (_, least) in zip(history, _ABSURD, strict=True)]
+        first = [factor * (log.sum() / count).exp() for log, (factor, _) in zip(logs, _ABSURD, strict=True)]
+        far = now > torch.where(seen >= self.window // 2, usual, torch.stack(first))
+        return far.any() & (seen > 0)
 
     def _remember(self, now: Tensor, seen: Tensor, finite: Tensor, keep: Tensor) -> None:
         state, window = self._state, self.window

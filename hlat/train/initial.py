@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hlat.checkpoint.hf_tokenizer import tokenizer_texts
@@ -105,7 +106,8 @@ def initial_from(recipe: Recipe) -> tuple[Initial, str]:
     def initial(name: str, part: Part) -> Tensor:
         if PREFIX + name not in names:
             return fresh(name, part)
-        return source.read(PREFIX + name)[part.box].float()
+        value = source.read(PREFIX + name)[part.box]
+        return value if value.dtype == torch.bfloat16 else value.float()
 
     step = source.meta.get("step") or getattr(source, "step", 0)
     text = f"weights of {source.path}" + (f", step {step:,}" if step else "")

@@ -18,8 +18,9 @@ _STATUS = Path("/proc/self/status")
 
 
 def persistent_bytes(run: Run) -> int:
-    """Bytes that this rank holds between steps: weights, masters, gradients, and the state of optimizer,
-    reducer, guard and method. What lies in the same memory counts once.
+    """Bytes that this rank holds between steps: weights, masters, gradients, the state of optimizer,
+    reducer, guard and method, and in the host's memory frozen weights as they came. What lies in the same
+    memory counts once.
     """
     return _distinct(_held(run))
 
@@ -47,6 +48,7 @@ def _held(run: Run) -> Iterator[Tensor]:
         yield from (bucket.weights, bucket.grad, bucket.master, *bucket.parameters)
     for state in run.optimizer.state.values():
         yield from (value for value in state.values() if torch.is_tensor(value))
+    yield from (held.exact for held in run.frozen.values() if held.exact is not None)
     yield from getattr(run.optimizer, "kept", None) or ()
     for part in (run.reducer, run.guard, run.method):
         yield from part.state().values() if hasattr(part, "state") else ()

@@ -78,7 +78,12 @@ def restore(run: Run, folder: Path, tag: str | None = None) -> None:
     files.load(folder, found.path.name, loaded)
     if any(bucket["state"] for bucket in loaded["buckets"].values()):
         create_state(run.optimizer)
+    for name, held in run.frozen.items():
+        if name in loaded["frozen"]:
+            held.make_room(loaded["frozen"][name]["value"].dtype)
     _put(_contents(run), loaded, str(folder))
+    for held in run.frozen.values():
+        held.take_up()
     state.note_position(run, meta)
     run.publish()
     run.backend.mark_step("checkpoint")
@@ -91,7 +96,7 @@ def _apart(contents: dict[str, Any]) -> bool:
 
 def _weights(run: Run) -> dict[str, Tensor]:
     """What the model computes with, by global name."""
-    out = {name: value for name, (value, _) in run.frozen.items()}
+    out = {name: held.value for name, held in run.frozen.items()}
     for bucket in run.buckets:
         held = zip(bucket.specs, bucket.computed_with(), strict=True)
         out |= {spec.path: weights.detach() for spec, weights in held}
@@ -103,7 +108,7 @@ def _contents(run: Run) -> dict[str, Any]:
     owners: dict[str, dict[str, Tensor]] = {
         kind: getattr(getattr(run, kind), "state", dict)() for kind in _OWNERS
     }
-    frozen = {name: {"value": value, "part": _table(part)} for name, (value, part) in run.frozen.items()}
+    frozen = {name: {"value": held.kept, "part": _table(held.part)} for name, held in run.frozen.items()}
     return {
         "buckets": {str(i): _bucket(run, bucket) for i, bucket in enumerate(run.buckets)},
         "owners": owners,

@@ -175,15 +175,12 @@ def _share_remarks(recipe: Recipe, origin: Provenance) -> list[str]:
 
 def _rounding_remarks(recipe: Recipe, source: WeightSource) -> list[str]:
     compute, stored = DTYPES[recipe.precision.compute], _widest(source)
-    if torch.promote_types(stored, compute) == compute:
+    if recipe.precision.master != "none" or torch.promote_types(stored, compute) == compute:
         return []
     names = [str(dtype).removeprefix("torch.") for dtype in (stored, compute)]
-    text = f"the weights of init.from are {names[0]} and are rounded to {names[1]} at the start"
-    if recipe.precision.master == "none":
-        return [f"{text}, as precision.master is none; precision.master=fp32 keeps them exact"]
-    if recipe.train_only:
-        return [f"{text} where train_only freezes them; precision.compute=fp32 keeps them exact"]
-    return []
+    which = "trained weights" if recipe.train_only else "weights"  # frozen ones stay as they are
+    text = f"the {which} of init.from are {names[0]} and are rounded to {names[1]} at the start"
+    return [f"{text}, as precision.master is none; precision.master=fp32 keeps them exact"]
 
 
 def _widest(source: WeightSource) -> torch.dtype:

@@ -60,7 +60,7 @@ def verify(run: Run, names: Sequence[str], gather: Callable[[Any], list[Any]]) -
         TrainingStopped: on every rank alike, naming the ranks that differ: the fewer of three and more, both
             of two.
     """
-    frozen = {_key([name], [part]): value for name, (value, part) in run.frozen.items()}
+    frozen = {_key([name], [held.part]): held.value for name, held in run.frozen.items()}
     tables = gather(_table({what: flat for b in run.buckets for what, flat in _whole(b)} | frozen))
     if not any(_split(tables)):
         return

@@ -22,7 +22,7 @@ from hlat.optim.groups import Group, Override, assign_groups, examples
 from hlat.optim.schedule import Schedule
 from hlat.parallel.buckets import Bucket, squared_norm
 from hlat.parallel.pipeline import rank_parts
-from hlat.parallel.plan import Part, role_of
+from hlat.parallel.plan import role_of
 from hlat.recipe import Recipe
 from hlat.reduce.base import Reducer
 from hlat.registry import lookup
@@ -38,6 +38,7 @@ from hlat.train.weights import Initial, initial_values
 
 if TYPE_CHECKING:
     from hlat.data.batch import Batch
+    from hlat.train.frozen import Frozen
 
 _ASSEMBLIES = {"native": Assembly, "nxd": NxdAssembly}
 
@@ -67,7 +68,7 @@ class Run:
     guard: Any
     method: Any
     updates: Tensor
-    frozen: dict[str, tuple[Tensor, Part]]
+    frozen: dict[str, Frozen]
     assembly: Assembly
     skips: Skips
     provenance: Provenance = field(default_factory=Provenance)

@@ -69,8 +69,8 @@ def tensors(run: Run, memory: Direct | None = None) -> dict[str, Tensor]:
                 named.setdefault(f"optim/{slot}", memory(value))
             else:
                 named.update(_named_parts(f"optim/{slot}", bucket, memory(value), turns))
-    for name, (value, part) in run.frozen.items():
-        flat = memory(value).view(-1)
+    for name, held in run.frozen.items():
+        flat, part = memory(held.kept).view(-1), held.part
         write = part.primary and turns.mine(flat.nbytes)
         named[f"model/{name}"] = piece(flat, part.shape, part.offset, part.size, 0, flat.numel(), write)
     for kind, owner in (("guard", run.guard), ("reduce", run.reducer), ("method", run.method)):
@@ -183,6 +183,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     """
     if any(name.startswith("optim/") for name in checkpoint.names()):
         create_state(run.optimizer)
+    for name, held in run.frozen.items():
+        if f"model/{name}" in checkpoint.names():
+            held.make_room(checkpoint.dtype(f"model/{name}"))
     memory = run.backend.memory()
     wanted = tensors(run, memory)
     change = _layout_change(run, checkpoint, wanted)
@@ -191,6 +194,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.reducer.forget(change)
     checkpoint.load_into(wanted, ignore=_LOCAL if change else "")
     memory.put_back()
+    for held in run.frozen.values():
+        held.take_up()
     states = [run.optimizer.state[bucket.master] for bucket in run.buckets]
     for state in states[1:]:
         for slot, value in state.items():

@@ -16,6 +16,7 @@ from hlat.model.init import init_tensor, parameter_shapes
 from hlat.parallel.buckets import MAX_ELEMENTS, Bucket, BucketDtypes, Share, build_buckets, set_parameter
 from hlat.parallel.plan import Part, part_of
 from hlat.registry import lookup
+from hlat.train.frozen import Frozen
 from hlat.train.update import needs_backward
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
 Initial = Callable[[str, Part], Tensor]
-"""The fp32 value, on the CPU, of a part of a parameter, by its global name."""
+"""The value, on the CPU, of a part of a parameter, by its global name: fp32, or bf16 if it is stored so."""
 _OVERLAP_ELEMENTS = 1 << 23  # 32 MiB of fp32: small enough that most reductions start during backward
 
 
@@ -35,7 +36,7 @@ def build_weights(
     backend: Backend,
     lay_out: Callable[..., list[Bucket]] | None = None,
     initial: Initial | None = None,
-) -> tuple[list[Bucket], dict[str, tuple[Tensor, Part]]]:
+) -> tuple[list[Bucket], dict[str, Frozen]]:
     """Replace a meta model's parameters by this rank's parts.
 
     The values do not depend on the layout: each tensor is made or read whole, and cut.
@@ -66,10 +67,9 @@ def build_weights(
     frozen = {}
     for path, (name, part) in parts.items():
         if name not in groups:
-            value = initial(name, part).to(backend.device, DTYPES[recipe.precision.compute])
-            value = value.clone(memory_format=torch.contiguous_format)  # not a view of the whole tensor
-            set_parameter(model, path, nn.Parameter(value, requires_grad=False))
-            frozen[name] = value, part
+            held = Frozen.of(initial(name, part), part, DTYPES[recipe.precision.compute], backend.device)
+            set_parameter(model, path, nn.Parameter(held.value, requires_grad=False))
+            frozen[name] = held
     model.tie()
     model.rope.to_empty(device=backend.device)
     return buckets, frozen

@@ -244,6 +244,20 @@ def test_stop(place: Path, capsys) -> None:
     assert open_checkpoint("spike").step == 8
 
 
+@pytest.mark.parametrize(("policy", "code"), [("skip", 0), ("rewind", 0), ("stop", 3)])
+def test_an_absurd_step_before_half_a_window_is_known(place: Path, policy: str, code: int) -> None:
+    """Its update is not applied under any policy; without a guard the same one is."""
+    bad, last = poison(6), ("objective.factor=1e6", "log.every=1", "eval.every=0")
+    assert train(bad, *last, f"guard={{name: {policy}}}") == code
+    (row,) = rows("runs/small", "anomaly")
+    assert (row["policy"], row["bad_step"]) == (policy, 6) and row["loss"] > 1e4
+    done = {"skip": 11, "rewind": 12, "stop": 4}[policy]
+    assert int(open_checkpoint("runs/small").read("run/updates")) == done
+    if policy == "skip":
+        assert train(bad, *last, "guard={name: none}", "run.dir=none") == 0
+        assert int(open_checkpoint("none").read("run/updates")) == 12
+
+
 def test_a_stop_and_a_resume_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by hand right before and right after going back, and continued each time. TensorBoard shows
     each step once.

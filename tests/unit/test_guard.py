@@ -1,5 +1,7 @@
 """The guard: what it skips, and that it decides without the host."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,68 @@ def test_a_spike_is_skipped_once_half_a_window_is_known() -> None:
     assert feed(SkipGuard(window=32), [*quiet, (3.0, 50.0)])[-1] is False
     assert feed(SkipGuard(window=32, sigma=0), [*quiet, (30.0, 1.0)])[-1] is True
     assert feed(SkipGuard(window=32), [*quiet, (0.1, 0.01)])[-1] is True, "a drop is no spike"
+
+
+EVEN = [(3.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(20)]
+ABSURD = {"loss": (1.6e6, 1.0), "norm": (3.0, 1e9), "both": (1e38, 1e38)}
+
+
+@pytest.mark.parametrize("kind", [SkipGuard, StopGuard, RewindGuard])
+@pytest.mark.parametrize("what", ABSURD)
+@pytest.mark.parametrize("before", [1, 2, 20])
+def test_absurd_first_steps_are_skipped(kind: type[SkipGuard], what: str, before: int) -> None:
+    """With the window that a recipe has by default, and again when they come one after the other."""
+    course = [*EVEN[:before], *[ABSURD[what]] * max(1, before // 4), *EVEN]
+    wanted = [True] * before + [False] * max(1, before // 4) + [True] * 20
+    assert feed(kind(), course) == wanted
+    assert all(feed(kind(sigma=0), course)), "only what is not finite"
+
+
+def test_an_absurd_first_step_does_not_hide_what_is_normal() -> None:
+    assert all(feed(SkipGuard(), [(1e30, 1e30), *EVEN])) and all(feed(SkipGuard(), [(0.0, 0.0), *EVEN]))
+
+
+@pytest.mark.parametrize("window", [2, 4, 16, 128, 1000])
+def test_an_early_state_of_an_earlier_version_goes_on(window: int) -> None:
+    """The same tensors mean the same: nothing was added."""
+    guard = SkipGuard(window=window)
+    assert {name: tuple(t.shape) for name, t in guard.state().items()} == {
+        "history": (2, window),
+        "seen": (),
+        "skips_in_a_row": (),
+    }
+
+
+def courses() -> dict[str, list[tuple[float, float]]]:
+    """Losses and norms of healthy beginnings, 64 steps each."""
+    make = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 2, generator=make).tolist()
+    steps = list(enumerate(noise))
+    return {
+        "falling evenly": [(11.0 - 0.1 * i, 3.0 * 0.95**i) for i, _ in steps],
+        "falling by orders": [(11.0 * 0.8**i, 1e3 * 0.8**i) for i, _ in steps],
+        "warm-up that overshoots": [
+            (10.8 + 20 * math.exp(-((i - 30) ** 2) / 50), 1 + 200 * (25 < i < 35)) for i, _ in steps
+        ],
+        "too large at the beginning": [(700.0 / (1 + i), 1e5 / (1 + i) ** 2) for i, _ in steps],
+        "from weights that know all": [
+            (1e-7, 1e-8) if i % 9 else (15 * abs(a), 400 * abs(b)) for i, (a, b) in steps
+        ],
+        "a batch of one": [(3 * math.exp(a), math.exp(2 * b)) for _, (a, b) in steps],
+        "slopes along random directions": [
+            (3 + 0.1 * a, 100 * abs(b) if i % 3 else 0.0) for i, (a, b) in steps
+        ],
+        "batches with nothing to learn": [
+            (0.0, 0.0) if i % 2 == 0 else (9.0 + a, 40.0) for i, (a, _) in steps
+        ],
+        "sums over tokens": [(1e5 * math.exp(0.5 * a), 1e5 * math.exp(b)) for _, (a, b) in steps],
+        "a loss below zero": [(-5.0 - 0.1 * i + a, 2.0) for i, (a, _) in steps],
+    }
+
+
+@pytest.mark.parametrize("name", courses())
+def test_healthy_beginnings_are_left_alone(name: str) -> None:
+    assert all(feed(SkipGuard(), courses()[name]))
 
 
 def test_a_lasting_change_of_level_is_accepted() -> None:

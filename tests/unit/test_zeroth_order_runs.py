@@ -135,10 +135,10 @@ def test_the_schedule_multiplies_the_rates(tiny_run) -> None:
 
 def test_train_only_moves_nothing_else(tiny_run) -> None:
     run = tiny_run(MEZO, "train_only=['layers.1.*']")
-    frozen = {name: value.clone() for name, (value, _) in run.frozen.items()}
+    frozen = {name: held.value.clone() for name, held in run.frozen.items()}
     start = masters(run)
     train_step(run)
-    assert frozen and all(torch.equal(run.frozen[name][0], value) for name, value in frozen.items())
+    assert frozen and all(torch.equal(run.frozen[name].value, value) for name, value in frozen.items())
     assert all(not torch.equal(value, start[name]) for name, value in masters(run).items())
 
 
