@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hlat.errors import UserError
 from hlat.recipe import Recipe
-from hlat.recipe_errors import Where, annotation, expected, is_section, nearest, user_error
+from hlat.recipe_errors import Where, annotation, expected, in_brackets, is_section, nearest, user_error
 from hlat.registry import lookup, options_of
 from hlat.section import PluginSection
 
@@ -38,38 +38,42 @@ def build(values: dict[str, Any], where: Where) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise user_error(error, where) from None
-    update = {}
-    for kind, section in recipe:
-        if isinstance(section, PluginSection):
-            options = check_options(kind, section, where)
-            shared = {key: getattr(section, key) for key in type(section).model_fields}
-            update[kind] = type(section).model_validate({**shared, **options})
+    plugins = {kind: section for kind, section in recipe if isinstance(section, PluginSection)}
+    update: dict[str, Any] = {kind: _completed(kind, own, where, kind) for kind, own in plugins.items()}
+    sinks = [_completed("sink", own, where, f"log.sinks.{n}") for n, own in enumerate(recipe.log.sinks)]
+    update["log"] = recipe.log.model_copy(update={"sinks": tuple(sinks)})
     return recipe.model_copy(update=update)
 
 
-def check_options(kind: str, section: PluginSection, where: Where) -> dict[str, Any]:
-    """The options of a section's plug-in, defaults included.
+def _completed(kind: str, section: PluginSection, where: Where, key: str) -> PluginSection:
+    """A section with the options of its plug-in, defaults included; see `check_options`."""
+    shared = {name: getattr(section, name) for name in type(section).model_fields}
+    return type(section).model_validate({**shared, **check_options(kind, section, where, key)})
+
+
+def check_options(kind: str, section: PluginSection, where: Where, key: str) -> dict[str, Any]:
+    """The options of the plug-in of a section at `key`, defaults included.
 
     Raises UserError for an unknown plug-in, an unknown or missing option, or an option of the wrong type.
     """
-    plugin = lookup(kind, section.name, where(f"{kind}.name"))
+    plugin = lookup(kind, section.name, where(f"{key}.name"))
     known = own_options(kind, plugin, type(section))
     for name in section.options:
         if name not in known:
             setter = _ELSEWHERE.get(kind, {}).get(name)
-            shared = [key for key in type(section).model_fields if key != "name"]
+            shared = [field for field in type(section).model_fields if field != "name"]
             keys = [*shared, *known]
             fix = f"set {setter} instead" if setter else nearest(name, keys) if keys else "it has no options"
             what = f"unknown key {name!r} for {section.name!r}"
-            raise UserError(what, where=where(f"{kind}.{name}"), fix=fix)
+            raise UserError(what, where=where(f"{key}.{name}"), fix=fix)
     hints = _hints(plugin)
     result: dict[str, Any] = {}
     for name, parameter in known.items():
         if name in section.options:
-            result[name] = _typed(section.options[name], hints.get(name), where(f"{kind}.{name}"))
+            result[name] = _typed(section.options[name], hints.get(name), where(f"{key}.{name}"))
         elif parameter.default is Parameter.empty:
             what = f"{kind} {section.name!r} needs the option {name!r}"
-            raise UserError(what, where=where(kind), fix=f"set {kind}.{name}")
+            raise UserError(what, where=where(key), fix=f"set {in_brackets(key)}.{name}")
         elif _is_plain(parameter.default):
             result[name] = parameter.default
     return result

@@ -335,6 +335,21 @@ class EvalSection(Section):
     """Questions of each task at most; null: all."""
 
 
+class SinkSection(PluginSection):
+    """A receiver of metrics: its name, or a mapping of its name and its options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        mapping = handler.resolve_ref_schema(handler(core))
+        text = {"type": "string", "minLength": 1}
+        return {"anyOf": [text, mapping], "description": mapping.pop("description")}
+
+
 class LogSection(Section):
     """Metrics and console."""
 
@@ -342,3 +357,17 @@ class LogSection(Section):
     """Fetch metrics from the device every so many steps; metrics.jsonl still has a row for each step."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra track)."""
+    sinks: tuple[SinkSection, ...] = ()
+    """Also give every row of metrics.jsonl to these plug-ins of the kind sink, each a name or a mapping of a
+    name and its options: [my-tracker, {name: other, project: x}].
+    """
+
+    @model_validator(mode="after")
+    def _each_once(self) -> LogSection:
+        for number, sink in enumerate(self.sinks):
+            key, fix = f"sinks.{number}", "leave it out"
+            if sink.name == "jsonl":
+                raise problem("metrics.jsonl is always written", key, fix)
+            if sink in self.sinks[:number] or (sink.name == "tensorboard" and self.tensorboard):
+                raise problem("{a} is asked for twice", key, fix, a=sink.name)
+        return self

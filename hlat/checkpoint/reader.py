@@ -36,7 +36,8 @@ class Checkpoint:
         tokens: training tokens seen.
         meta: what was given to `save`, and `step`, `tokens` and `tokenizer` (name of the folder in `path`
             with the tokenizer's files, or None).
-        verified: every byte was compared with its checksum, so reads need not check again.
+        verified: names of tensors begin like this whose bytes, and the files beside them, were compared with
+            their checksums, so reads need not check again ("" = every tensor); None = of no tensor.
     """
 
     def __init__(self, path: Path, peers: Peers | None = None) -> None:
@@ -63,7 +64,8 @@ class Checkpoint:
                 size = self._marker["files"].get(chunk.record.file, {"bytes": 0})["bytes"]
                 if chunk.record.start + _size(chunk, entry.dtype) > size:
                     raise Broken(f"{folders.INDEX} does not fit {chunk.record.file}")
-        self.verified, self._tokenizer_checked = False, False
+        self.verified: str | None = None
+        self._tokenizer_checked = False
 
     @property
     def tokenizer(self) -> Path | None:
@@ -162,12 +164,13 @@ class Checkpoint:
         except CheckpointException as error:
             raise first_failure(error) from error
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
+    def verify(self, part: int = 0, parts: int = 1, only: str = "") -> None:
         """Compare every byte with its checksum.
 
         Args:
             part, parts: look only at chunks number `part`, `part + parts`, ...: the share of one of several
                 processes.
+            only: of the tensors, look at those whose names begin like this; the other files are all compared.
 
         Raises:
             Broken: what is damaged.
@@ -179,6 +182,7 @@ class Checkpoint:
             if hash_header(self.path / name) != digest:
                 raise Broken(f"{name} is damaged: its header does not match its checksum")
         chunks = [(name, entry.dtype, c) for name, entry in self._index.tensors.items() for c in entry.chunks]
+        chunks = [item for item in chunks if item[0].startswith(only)]
         chunks.sort(key=lambda item: (item[2].record.file, item[2].record.start))
         for name, dtype, chunk in chunks[part::parts]:
             with (self.path / chunk.record.file).open("rb", buffering=0) as file:
@@ -186,15 +190,16 @@ class Checkpoint:
                     raise Broken(
                         f"{chunk.record.file} is damaged: the bytes of '{name}' do not match their checksum"
                     )
-        self.verified = parts == 1
+        self.verified = only if parts == 1 else None
 
     def _rows(self, name: str, chunk: Chunk, first: int, count: int) -> Tensor:
         """Rows of a chunk. Reads only these once all is verified, before that the whole chunk to check it."""
         dtype, shape = self._index.tensors[name].dtype, chunk.shape
-        whole = not shape or not self.verified
+        known = self.verified is not None and name.startswith(self.verified)
+        whole = not shape or not known
         piece = torch.empty(shape if whole else (count, *shape[1:]), dtype=dtype)
         start = chunk.record.start + (0 if whole else first * _size(chunk, dtype) // max(shape[0], 1))
-        digest = None if self.verified else sha256()
+        digest = None if known else sha256()
         try:
             with (self.path / chunk.record.file).open("rb") as file:
                 complete = read_into(file, start, raw_bytes(piece), digest)
@@ -248,7 +253,7 @@ def first_failure(error: CheckpointException) -> BaseException:
 
 
 def newest_in(
-    root: Path, verify: bool, peers: Peers, before: int | None = None
+    root: Path, verify: bool, peers: Peers, before: int | None = None, only: str = ""
 ) -> tuple[Checkpoint | None, dict[int, str]]:
     """The newest usable checkpoint of a checkpoints folder, and the reason for each newer step that is not.
 
@@ -258,6 +263,7 @@ def newest_in(
             meta data.
         peers: the processes that call this together.
         before: look only at steps below this one.
+        only: to `verify`, compare of the tensors those whose names begin like this.
     """
     order = sorted(folders.entries(root), key=lambda entry: entry.sequence, reverse=True)
     known = {entry.step for entry in order}
@@ -266,21 +272,28 @@ def newest_in(
     steps, reasons = peers.from_first(([entry.step for entry in order], unreadable))
     skipped: dict[int, str] = {}
     for step in steps:
-        checkpoint, problem = None, None
-        try:
-            checkpoint = Checkpoint(
-                folders.step_folders(root).get(step, folders.step_folder(root, step)), peers
-            )
-            if verify:
-                checkpoint.verify(peers.rank, peers.world)
-        except (Broken, OSError) as error:
-            problem = str(error)
-        problem = next((p for p in peers.gather(problem) if p), None)
-        if problem is None and checkpoint is not None:
-            checkpoint.verified = verify
+        path = folders.step_folders(root).get(step, folders.step_folder(root, step))
+        checkpoint, problem = usable(path, verify, peers, only)
+        if checkpoint is not None:
             return checkpoint, skipped | {s: reason for s, reason in reasons.items() if s > step}
-        skipped[step] = str(problem)
+        skipped[step] = problem
     return None, skipped | reasons
+
+
+def usable(path: Path, verify: bool, peers: Peers, only: str = "") -> tuple[Checkpoint | None, str]:
+    """A checkpoint of a run, or None and the reason why it cannot be used; see `newest_in`."""
+    checkpoint, problem = None, ""
+    try:
+        checkpoint = Checkpoint(path, peers)
+        if verify:
+            checkpoint.verify(peers.rank, peers.world, only)
+    except (Broken, OSError) as error:
+        problem = str(error)
+    problem = next((p for p in peers.gather(problem) if p), "")
+    if problem or checkpoint is None:
+        return None, problem
+    checkpoint.verified = only if verify else None
+    return checkpoint, ""
 
 
 def _marker_problem(folder: Path) -> str:
@@ -324,17 +337,26 @@ def lost(root: Path, skipped: Mapping[int, str], nxd: Path, unfinished: Sequence
     )
 
 
-def open_checkpoint(path: Path | str, warn: Callable[[str], None] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str,
+    warn: Callable[[str], None] | None = None,
+    only: str | None = None,
+    peers: Peers | None = None,
+) -> Checkpoint:
     """Open a step folder, or the newest complete checkpoint of a checkpoints folder or a run folder.
 
     Args:
         path: the folder.
-        warn: called with one line about each newer checkpoint that was skipped; the log by default.
+        warn: called on the first process with one line about each newer checkpoint that was skipped; the log
+            by default.
+        only: of a run, skip checkpoints in which the bytes of a tensor whose name begins like this, or of a
+            file that is no tensor, are damaged; None = those tensors are compared when they are read.
+        peers: the processes that call this together.
 
     Raises:
         UserError: nothing there, or what is there is incomplete or damaged.
     """
-    path = Path(path)
+    path, peers = Path(path), peers or Peers()
     if not path.is_dir():
         raise UserError(
             "no such folder",
@@ -343,19 +365,24 @@ def open_checkpoint(path: Path | str, warn: Callable[[str], None] | None = None)
         )
     if (path / folders.MARKER).exists() or (path / folders.INDEX).exists() or path.name.startswith("step-"):
         try:
-            return Checkpoint(path)
+            return Checkpoint(path, peers)
         except Broken as broken:
             raise UserError(str(broken), where=f"checkpoint {path}", fix=EARLIER) from broken
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    checkpoint, skipped = newest_in(root, verify=False, peers=Peers())
-    if checkpoint is not None:
-        for line in skipped_lines(root, skipped, checkpoint):
-            (warn or logging.getLogger(__name__).warning)(line)
-    else:
-        reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(skipped.items()))
-        what = f"no complete checkpoint here{f' ({reasons})' if reasons else ''}"
-        fix = "give a run folder or one of its checkpoints/step-* folders"
-        if any((path / "nxd-checkpoints").glob("step-*/done")):
-            fix = f"turn NxD's files into one: hlat convert from-nxd {path} {path}"
-        raise UserError(what, where=str(path), fix=fix)
+    checkpoint, skipped = newest_in(root, only is not None, peers, only=only or "")
+    if checkpoint is None:
+        raise _none_usable(path, skipped)
+    for line in skipped_lines(root, skipped, checkpoint) if peers.rank == 0 else []:
+        (warn or logging.getLogger(__name__).warning)(line)
     return checkpoint
+
+
+def _none_usable(path: Path, skipped: Mapping[int, str]) -> UserError:
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(skipped.items()))
+    what = f"no checkpoint here can be used ({reasons})" if reasons else "no complete checkpoint here"
+    fix = "give a run folder or one of its checkpoints/step-* folders"
+    if reasons:
+        fix = "copy one of them again"
+    if any((path / "nxd-checkpoints").glob("step-*/done")):
+        fix = f"turn NxD's files into one: hlat convert from-nxd {path} {path}"
+    return UserError(what, where=str(path), fix=fix)

@@ -19,6 +19,7 @@ from hlat.model.init import parameter_shapes
 from hlat.paths import expand, kind_of
 
 if TYPE_CHECKING:
+    from hlat.checkpoint.peers import Peers
     from hlat.data.tokenizer import Tokenizer
 
 PREFIX = "model/"
@@ -54,10 +55,22 @@ class WeightSource(Protocol):
         ...
 
 
-def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) -> WeightSource:
-    """Opens a run folder (its newest complete checkpoint), a step folder, or a folder in Hugging Face's
-    layout. `warn` (the log by default) gets a line about each newer checkpoint that cannot be used, and about
-    files that disagree.
+def open_weights(
+    path: str | Path,
+    warn: Callable[[str], None] | None = None,
+    compare: bool = True,
+    peers: Peers | None = None,
+) -> WeightSource:
+    """Opens a run folder (its newest complete checkpoint whose weights are undamaged), a step folder, or a
+    folder in Hugging Face's layout.
+
+    Args:
+        path: the folder.
+        warn: gets a line about each newer checkpoint that cannot be used, and about files that disagree; the
+            log by default.
+        compare: read the weights of a run now, to compare them with their checksums; otherwise, and of a
+            step folder, a damaged tensor shows when it is read. Optimizer state is not read.
+        peers: the processes that call this together and share that reading.
 
     Raises UserError for a path that is none of these.
     """
@@ -86,7 +99,7 @@ def open_weights(path: str | Path, warn: Callable[[str], None] | None = None) ->
         refuse_adapter(path)
     from hlat.checkpoint.store import open_checkpoint
 
-    return open_checkpoint(path, warn)
+    return open_checkpoint(path, warn, PREFIX if compare else None, peers)
 
 
 def source_name(source: WeightSource) -> str:

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
     text = argument_text(args.prompt, "--prompt")
     device = parse_device(args.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_weights(args.checkpoint)
+    source = open_weights(args.checkpoint, lambda line: print(f"hlat: warning: {line}", file=sys.stderr))
     if source_tokenizer(source) is None:
         raise UserError(
             "has no tokenizer", where=str(args.checkpoint), fix="convert it from a folder that holds one"

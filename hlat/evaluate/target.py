@@ -15,7 +15,9 @@ from torch import nn
 
 from hlat.checkpoint.hf_config import DTYPES
 from hlat.checkpoint.hf_generation import generation_defaults
+from hlat.checkpoint.peers import Peers
 from hlat.checkpoint.provenance import offline_share
+from hlat.checkpoint.reader import usable
 from hlat.checkpoint.weights import PREFIX, WeightSource, model_config, open_weights, source_name
 from hlat.errors import UserError
 from hlat.evaluate.chat import ChatTemplates
@@ -65,26 +67,36 @@ class Target:
 
 
 def open_target(path: str | Path) -> Target:
-    """The newest checkpoint of a run (it may still be training), a step folder, or a Hugging Face folder.
+    """The newest usable checkpoint of a run (it may still be training), a step folder, or a Hugging Face
+    folder. Every rank calls it; all get the same.
 
     Raises UserError for anything else.
     """
-    source = open_weights(path)
+    peers = Peers.meet()
+    source = open_weights(path, _warn if peers.rank == 0 else lambda line: None, peers=peers)
     return Target(source_name(source), source)
 
 
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
-    """Every complete checkpoint of a run, oldest first. Raises UserError when there is none."""
+    """Every complete checkpoint of a run, oldest first, but those whose weights are damaged: of these a line
+    is said. Every rank calls it; all get the same. Raises UserError when there is none.
+    """
     from hlat.checkpoint import folder as folders
 
-    root = Path(path) / "checkpoints"
+    root, peers = Path(path) / "checkpoints", Peers.meet()
     steps = folders.step_folders(root) if root.is_dir() else {}
-    found = [steps[step] for step in sorted(steps) if (steps[step] / folders.MARKER).is_file()]
-    if not found:
-        fix = "give the run.dir of a training run"
-        raise UserError("no complete checkpoint here", where=str(path), fix=fix)
-    for step in found:
-        yield open_target(step)
+    complete = [steps[step] for step in sorted(steps) if (steps[step] / folders.MARKER).is_file()]
+    used = False
+    for folder in peers.from_first(complete):
+        source, problem = usable(folder, True, peers, only=PREFIX)
+        if source is not None:
+            used = True
+            yield Target(source_name(source), source)
+        elif peers.rank == 0:
+            _warn(f"skipped checkpoint {folder}: {problem}")
+    if not used:
+        what = "no checkpoint here can be used" if complete else "no complete checkpoint here"
+        raise UserError(what, where=str(path), fix="give the run.dir of a training run")
 
 
 def choose_layout(source: WeightSource, world: int, tp: int, pp: int) -> Layout:

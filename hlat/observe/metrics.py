@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hlat.errors import TrainingStopped, UserError
 from hlat.observe.jsonl import Row, finite
-from hlat.observe.sinks import Sink
+from hlat.observe.sinks import Sink, is_own
 
 _TRAIN_FIELDS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "skipped")
 
@@ -157,7 +157,8 @@ class MetricBuffer:
         """Why rows handed out so far are not on the disk, after another attempt; None when they are. A sink
         that writes files has a method `sync` that sees to it.
         """
-        return next((error for sink in self._sinks if (error := getattr(sink, "sync", _nothing)())), None)
+        found = [self._ask(sink, "sync") for sink in list(self._sinks)]
+        return next((error for error in found if error), None)
 
     def eval(self, step: int, values: Mapping[str, Any], kind: str = "eval") -> Row:
         """Write a row of kind `eval` (held-out `loss`, `bits_per_byte`, …) or `tasks` (`<task>/<metric>`)
@@ -178,8 +179,8 @@ class MetricBuffer:
         """The run goes back to the end of `step`: sinks that have a method `rewind` drop what came after."""
         self._pending.clear()
         self.evaluated = None
-        for sink in self._sinks:
-            getattr(sink, "rewind", lambda step: None)(step)
+        for sink in list(self._sinks):
+            self._ask(sink, "rewind", step)
         self.start()
 
     @contextlib.contextmanager
@@ -196,7 +197,7 @@ class MetricBuffer:
         """Flush, then close every sink, also when one of them fails. A guard's word would come too late."""
         with contextlib.ExitStack() as stack:
             for sink in self._sinks:
-                stack.callback(sink.close)
+                stack.callback(self._close, sink)
             with contextlib.suppress(Interruption, TrainingStopped):
                 self.flush()
 
@@ -254,13 +255,44 @@ class MetricBuffer:
                 getattr(sink, "flush", lambda: None)()
             except (UserError, Interruption):
                 raise
-            except Exception as error:  # a broken tracker must not end a training run
-                self._sinks.remove(sink)
-                what = f"metric sink {type(sink).__name__} failed ({error}); it gets no more rows"
-                warnings.warn(what, stacklevel=2)
+            except Exception as error:
+                self._drop(sink, error)
+
+    def _ask(self, sink: Sink, method: str, *arguments: Any) -> Any:
+        """What a method says that a sink need not have; a sink of another package that raises is dropped."""
+        try:
+            return getattr(sink, method, _nothing)(*arguments)
+        except (UserError, Interruption):
+            raise
+        except Exception as error:
+            if is_own(type(sink)):
+                raise
+            self._drop(sink, error)
+            return None
+
+    def _drop(self, sink: Sink, error: Exception) -> None:
+        """Go on without a sink: a broken tracker must not end a training run."""
+        self._sinks.remove(sink)
+        what = f"metric sink {type(sink).__name__} failed ({error}); it gets no more rows"
+        warnings.warn(what, stacklevel=3)
+        if not is_own(type(sink)):
+            with contextlib.suppress(Exception):
+                sink.close()
+
+    def _close(self, sink: Sink) -> None:
+        if sink not in self._sinks:
+            return  # dropped by the last flush
+        try:
+            sink.close()
+        except UserError:
+            raise
+        except Exception as error:
+            if is_own(type(sink)):
+                raise
+            warnings.warn(f"metric sink {type(sink).__name__} failed to close ({error})", stacklevel=2)
 
 
-def _nothing() -> None:
+def _nothing(*arguments: Any) -> None:
     """What a sink without a method does."""
 
 

@@ -1,19 +1,21 @@
 """Where metric rows go. `jsonl` is always there; `tensorboard` on request; other packages register their own.
 
-A sink is made as `Sink(folder, after_step)`: the run folder and the step from which the run continues (0 for
-a fresh one), so that it can drop what an earlier attempt wrote beyond that step. It has `row(dict)` and
-`close()`. A method `flush()`, if there is one, is called after each window, `rewind(step)` when the run goes
-back to the end of an earlier step, and `sync()` before a checkpoint: it returns once all rows are on the
-disk, or an OSError that forbids the checkpoint.
+A sink is made as `Sink(folder, after_step, **options)`: the run folder, the step from which the run continues
+(0 for a fresh one), so that it can drop what an earlier attempt wrote beyond that step, and what the recipe
+says in `log.sinks`. It has `row(dict)` and `close()`. A method `flush()`, if there is one, is called after
+each window, `rewind(step)` when the run goes back to the end of an earlier step, and `sync()` before a
+checkpoint: it returns once all rows are on the disk, or an OSError that forbids the checkpoint.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from hlat.errors import UserError
 from hlat.observe.claim import UNCLAIMED, Claim
 from hlat.observe.jsonl import MetricsFile, truncate_after
 from hlat.observe.tensorboard import EventFiles
@@ -84,32 +86,54 @@ class TensorBoardSink:
 
 
 def open_sinks(
-    names: Sequence[str],
+    wanted: Sequence[tuple[str, Mapping[str, Any]]],
     folder: Path,
     after_step: int = 0,
     claim: Claim = UNCLAIMED,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> list[Sink]:
     """The sinks of a run: `jsonl`, then the named ones.
 
     Args:
-        names: of those beside `jsonl`.
+        wanted: name and options of those beside `jsonl`.
         folder, after_step: see the module text.
         claim: whether this process still holds the folder; HLAT's own sinks ask it before they write.
-        warn: for metrics.jsonl, see `MetricsFile`.
+        warn: gets a line about a sink of another package that cannot be made, which is left out; for
+            metrics.jsonl, see `MetricsFile`.
 
-    Raises UserError for an unknown name (with the nearest one) or a sink whose package is missing.
+    Raises UserError for an unknown name (with the nearest one), or a sink whose package is missing.
     """
-    wanted = [*(name for name in names if name != "jsonl"), "jsonl"]
-    makers = [lookup("sink", name, where="log") for name in wanted]
-    makers = [partial(make, claim=claim) if make is TensorBoardSink else make for make in makers]
-    makers[-1] = partial(makers[-1], claim=claim, **({} if warn is None else {"warn": warn}))
+    makers = [(name, partial(lookup("sink", name, where="log.sinks"), **more)) for name, more in wanted]
     opened: list[Sink] = []
     try:
-        for make in makers:  # jsonl last: it drops rows, which must not happen when another one fails
-            opened.append(make(folder, after_step))
+        for name, make in makers:
+            if make.func is TensorBoardSink:
+                make = partial(make, claim=claim)
+            if (sink := _made(name, make, folder, after_step, warn)) is not None:
+                opened.append(sink)
+        # Last, as it drops rows, which must not happen when another one fails.
+        return [JsonlSink(folder, after_step, claim, warn=warn), *opened[::-1]]
     except BaseException:
         for sink in opened:
             sink.close()
         raise
-    return opened[::-1]
+
+
+def _made(
+    name: str, make: partial[Sink], folder: Path, after_step: int, warn: Callable[[str], None]
+) -> Sink | None:
+    """A sink; None where that of another package cannot be made, as a tracker that is away ends no run."""
+    try:
+        return make(folder, after_step)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_own(make.func):
+            raise
+        warn(f"metric sink {name} cannot be opened ({type(error).__name__}: {error}); it gets no rows")
+        return None
+
+
+def is_own(kind: Any) -> bool:
+    """Whether a class of sinks is HLAT's, so that its failures are the run's."""
+    return str(kind.__module__).startswith("hlat.")

@@ -53,7 +53,8 @@ def one_checkpoint(recipe: Recipe, cluster: Cluster, seconds: float) -> Iterator
         return
     if cluster.rank == 0:
         with suppress(UserError):  # said where it is needed: a run that continues needs nothing of it
-            found = str(open_source(path)[0].path)
+            fresh = not _has_checkpoints(Path(recipe.run.dir))
+            found = str(open_source(path, compare=fresh)[0].path)
     if chosen := cluster.from_first("init-from", found, seconds):
         _chosen[path] = chosen
     try:
@@ -62,10 +63,17 @@ def one_checkpoint(recipe: Recipe, cluster: Cluster, seconds: float) -> Iterator
         _chosen.pop(path, None)
 
 
-def open_source(path: str) -> tuple[WeightSource, ModelConfig]:
-    """The weights at `init.from` and their model. Raises UserError when there are none, or not whole ones."""
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether a run folder holds state to continue from: then what it began with is not read again."""
+    return any(next((folder / name).glob("step-*"), None) for name in ("checkpoints", "nxd-checkpoints"))
+
+
+def open_source(path: str, compare: bool = False) -> tuple[WeightSource, ModelConfig]:
+    """The weights at `init.from` and their model; with `compare`, of a run those of the newest checkpoint
+    whose weights match their checksums. Raises UserError when there are none, or not whole ones.
+    """
     try:
-        source = open_weights(_chosen.get(path, path))
+        source = open_weights(_chosen.get(path, path), compare=compare)
         return source, model_config(source)
     except UserError as error:
         raise UserError(error.what, where=f"{WHERE}: {error.where}", fix=error.fix) from error

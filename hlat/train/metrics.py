@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hlat.model.flops import flops_per_token
 from hlat.observe.jsonl import read_rows
@@ -46,8 +46,9 @@ def open_metrics(
     console.banner(banner(run, folder.path, saved, compiled, peak, began))
     if saved is not None and (line := wrong_skips_text(run, folder.path, saved)):
         console.warn(line)  # now: the rows after this checkpoint are removed below
-    more = ["tensorboard"] if recipe.log.tensorboard else []
-    sinks = open_sinks(more, folder.path, run.step, folder.claim, console.warn)
+    wanted: list[tuple[str, dict[str, Any]]] = [("tensorboard", {})] if recipe.log.tensorboard else []
+    wanted += [(sink.name, sink.options) for sink in recipe.log.sinks]
+    sinks = open_sinks(wanted, folder.path, run.step, folder.claim, console.warn)
     work = run.method.work(recipe) if hasattr(run.method, "work") else 1.0
     every_token = getattr(run.objective, "every_token", True)
     buffer = MetricBuffer(

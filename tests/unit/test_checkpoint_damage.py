@@ -100,7 +100,7 @@ def test_several_bad_ones_are_each_reported(root: Path) -> None:
         "step-00000010" in warnings[2],
     ] == [True] * 3
     assert "complete.json is missing" in warnings[0] and "index.json" in warnings[1]
-    with pytest.raises(UserError, match="no complete checkpoint here .*step 10: .*step 20: .*step 30: "):
+    with pytest.raises(UserError, match="no checkpoint here can be used .*step 10: .*step 20: .*step 30: "):
         open_checkpoint(root)
 
 

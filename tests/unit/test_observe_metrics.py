@@ -310,7 +310,7 @@ def test_open_sinks_drops_rows_after_the_restored_step(tmp_path):
 def test_an_unknown_sink_is_refused_and_drops_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"step": 9}))
     with pytest.raises(UserError, match="did you mean 'tensorboard'"):
-        sinks.open_sinks(["tensorbord"], tmp_path)
+        sinks.open_sinks([("tensorbord", {})], tmp_path)
     assert list(read_rows(tmp_path / "metrics.jsonl")) == [{"step": 9}]
 
 
@@ -323,7 +323,7 @@ def test_another_package_can_add_a_sink(tmp_path):
             super().__init__()
             made.append((folder, after_step))
 
-    opened = sinks.open_sinks(["test-observe-memory"], tmp_path, 5)
+    opened = sinks.open_sinks([("test-observe-memory", {})], tmp_path, 5)
     MetricBuffer(opened).add(6, {"loss": 1.0})
     assert made == [(tmp_path, 5)]
     assert opened[1].rows[0]["step"] == 6
@@ -334,7 +334,7 @@ def test_tensorboard_writes_scalars(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    opened = sinks.open_sinks(["tensorboard"], tmp_path)
+    opened = sinks.open_sinks([("tensorboard", {})], tmp_path)
     buffer = MetricBuffer(opened)
     buffer.add(1, {"loss": torch.tensor(2.5), "bad": torch.tensor(math.nan)})
     buffer.close()
@@ -346,4 +346,4 @@ def test_tensorboard_writes_scalars(tmp_path):
 def test_missing_tensorboard_names_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboard.compat.proto", None)
     with pytest.raises(UserError, match=r"pip install 'hlat\[track\]'"):
-        sinks.open_sinks(["tensorboard"], tmp_path)
+        sinks.open_sinks([("tensorboard", {})], tmp_path)
