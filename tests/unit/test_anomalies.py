@@ -248,7 +248,7 @@ def test_stop(place: Path, capsys) -> None:
 def test_an_absurd_step_before_half_a_window_is_known(place: Path, policy: str, code: int) -> None:
     """Its update is not applied under any policy; without a guard the same one is."""
     bad, last = poison(6), ("objective.factor=1e6", "log.every=1", "eval.every=0")
-    assert train(bad, *last, f"guard={{name: {policy}}}") == code
+    assert train(bad, *last, f"guard={{name: {policy}, window: 128, sigma: 6}}") == code
     (row,) = rows("runs/small", "anomaly")
     assert (row["policy"], row["bad_step"]) == (policy, 6) and row["loss"] > 1e4
     done = {"skip": 11, "rewind": 12, "stop": 4}[policy]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from hlat.checkpoint.weights import open_weights
 from hlat.cli import main
 from hlat.model.config import ModelConfig
 from hlat.model.init import init_tensor, parameter_shapes
-from hlat.train import state
+from hlat.train import nxd_checkpoint, state
 from hlat.train.describe import _held_text
 from hlat.train.memory import persistent_bytes
 from hlat.train.step import train_step
@@ -83,6 +86,31 @@ def test_a_checkpoint_with_rounded_weights_continues_as_it_was(tiny_run, tmp_pat
     assert first.keys() == second.keys()
     assert all(first[name].dtype == second[name].dtype for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_same_in_the_files_of_nxd(tiny_run, monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
+    """What is restored is what was saved, also by a version that saved what it had rounded."""
+    old, new = tiny_run(ONLY, LOW), tiny_run(ONLY, LOW)
+    train_step(old)
+    for held in old.frozen.values():
+        held.exact = None if rounded else held.exact
+    contents = copy.deepcopy(nxd_checkpoint._contents(old))
+    files = ModuleType("files")
+    files.load = lambda folder, tag, loaded: loaded.update(contents)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hlat.backend.nxd.files", files)
+    monkeypatch.setattr("hlat.backend.nxd.files", files, raising=False)
+    found = SimpleNamespace(path=Path("step-1"), meta=state.meta(old))
+    monkeypatch.setattr(nxd_checkpoint, "newest_nxd", lambda folder: found)
+    for held in new.frozen.values():
+        held.value.fill_(torch.nan)
+        held.exact = None if not rounded else held.exact
+    nxd_checkpoint.restore(new, Path("."))
+    for name, held in old.frozen.items():
+        assert (
+            torch.equal(new.frozen[name].kept, held.kept) and new.frozen[name].kept.dtype == held.kept.dtype
+        )
+        assert torch.equal(new.frozen[name].value, held.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
