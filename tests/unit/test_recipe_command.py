@@ -163,3 +163,10 @@ def test_check_has_no_note_for_what_ships_or_for_defaults(capsys, tmp_path):
     file.write_text(load("tiny", ["method.name=mezo"]).to_yaml())
     assert notes(capsys, str(file.parent)) == []
     assert notes(capsys, str(file.parent), "eval.limit=3") == ["eval.limit"]
+
+
+def test_check_refuses_a_beta_of_1(capsys):
+    for name in ("beta1", "beta2", "beta3"):
+        with pytest.raises(UserError, match="below 1|less than 1"):
+            run("check", "tiny", "optim.name=mada", "optim.learn=[c]", f"optim.{name}=1.0")
+    assert run("check", "tiny", "optim.name=mada", "optim.learn=[c]", "optim.rho=1.0") == 0
