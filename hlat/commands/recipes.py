@@ -115,6 +115,7 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     from hlat.data.presence import missing_paths
     from hlat.recipe_io import shipped_recipes
     from hlat.train.runnable import check_runnable
+    from hlat.train.unused import unused
 
     overrides = [word for word in args.recipes if "=" in word and not Path(word).exists()]
     for name in [word for word in args.recipes if word not in overrides] or shipped_recipes():
@@ -128,6 +129,8 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         _print(console, Text.assemble(("ok", "bold green"), one_line(f"  {name}: {what}")))
         for line in missing_paths(recipe):
             _print(console, Text.assemble(("    not here", "yellow"), one_line(f"  {line}")))
+        for line in unused(recipe, _written(name, overrides)):
+            _print(console, Text.assemble(("    note:", "yellow"), one_line(f" {line}")))
     return 0
 
 
@@ -149,8 +152,26 @@ def _load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by its file or name, or that of a run by its folder."""
     from hlat.commands.recipe_file import load
 
-    resolved = expand(name, "recipe") / "resolved.yaml"
-    return load(resolved if resolved.is_file() else name, overrides)
+    return load(_resolved(name) or name, overrides)
+
+
+def _resolved(name: str) -> Path | None:
+    """Of a run folder the recipe with every value."""
+    file = expand(name, "recipe") / "resolved.yaml"
+    return file if file.is_file() else None
+
+
+def _written(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What somebody has written. The recipe of a run folder has every value: of that, the overrides."""
+    from hlat.recipe_io import read_recipe
+
+    if _resolved(name) is None:
+        return read_recipe(name, overrides)[0]
+    written: dict[str, Any] = {}
+    for word in overrides:
+        section, _, key = word.partition("=")[0].strip().partition(".")
+        written.setdefault(section, {})[key] = None
+    return written
 
 
 def _without_defaults(recipe: Any) -> dict[str, Any]:

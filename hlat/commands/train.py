@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; returns 0 once all steps are done, or 128 + the signal that stopped the run early (its state is
-    saved).
+    """Train; returns 0 once the last step is done, or 128 + the signal that stopped the run early (its state
+    is saved, if this start has done a step).
 
     In a job of several processes a failure ends the process here: others may hang in a thread of it.
     """
@@ -214,8 +215,9 @@ def _work(text: bytes, recipe: Recipe, job: Job, folder: RunFolder, console: Con
             return _train(recipe, data, folder, console, job)
         except BaseException as error:
             job.note(error)
-            if isinstance(error, Terminated):
-                folder.note_stop(by=name_of(error.number), step=None)
+            if isinstance(error, Terminated | KeyboardInterrupt):
+                by = error.number if isinstance(error, Terminated) else signal.SIGINT
+                folder.note_stop(by=name_of(by), step=None)
             folder.abandon()
             raise
 

@@ -49,7 +49,7 @@ class Terminated(BaseException):
     def line(self) -> str:
         """What is said of it."""
         name = signal.Signals(self.number).name
-        return f"stopped by {name} before a first step was done; the newest checkpoint stands"
+        return f"stopped by {name} before a first step was done; there is nothing new to save"
 
 
 class PeerFailed(Exception):

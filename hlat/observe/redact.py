@@ -23,16 +23,43 @@ from hlat.observe.secrets import HIDDEN, LEAST, known, names_secret
 __all__ = ["HIDDEN", "line_with_secret", "names_secret", "redact", "redact_all", "without_login"]
 
 # "tokens", "tokenizer", "keys" and "author" are no secrets, though their names hold one of these words. What
-# stands before the word does not matter, hence no expression for it.
+# stands before the word does not matter, hence no expression for it. In capitals, as the names of variables
+# are, KEY, AUTH and the like say secret by themselves; "sort_key" and "forward_pass" do not.
+_KEYS = "access|account|api|auth|deploy|encryption|master|private|secret|service|shared|signing|ssh|storage"
+_SIGN = r"""["']?\s*+[=:]"""
+_PASSWORDS = r"(?:passw(?:or)?d|passphrase|passcode|(?-i:(?<=_)(?:PASS|PWD))|(?<=;)pwd)"
 _WORDS = (
-    r"(?:(?<![A-Za-z])(?:(?:api|access|private|secret)[_-]?key(?:[_-]?id)?|token|secret|passw(?:or)?d|passwd"
-    r"|passphrase|credentials?)|(?<=access)token|(?<=refresh)token|(?<=auth)token)"
+    rf"(?:(?<![A-Za-z])(?:(?:{_KEYS})[_-]?key(?:[_-]?id)?|token|secret|{_PASSWORDS}|credentials?|jwt"
+    rf"""|auth(?==|["']\s?:\s?["'])|(?-i:(?:KEY|AUTH)(?={_SIGN})))|(?-i:(?<=_)PAT(?={_SIGN}))"""
+    r"|(?<=access)(?:token|key)|(?<=refresh)token|(?<=auth)token)"
 )
 _ASSIGNED = re.compile(
     rf"""(?P<name>{_WORDS}["']?(?:\s*+(?P<sign>[=:])\s*+(?:[|>][-+]?\s++)?|\s++(?=\S*\d)))(?P<quote>["']?)"""
     rf"""(?P<value>(?<=[=: ]["'])[^"'\n]{{{LEAST},1024}}+(?=["'])|[^\s"',;&]{{{LEAST},}}+)""",
     re.IGNORECASE,
 )
+# A password may be shorter: what stands after it and `=`, in quotes, or has a digit.
+_SHORT = re.compile(
+    rf"""((?<![A-Za-z])(?:{_PASSWORDS}|secret)(?:["']?[=:] ?|(?<=-password) )["']?)"""
+    rf"""(?!\*|(?:none|null|true|false)\b)((?<==)[^\s"',;&]{{1,{LEAST - 1}}}+(?![^\s"',;&])"""
+    rf"""|(?<=["'])[^"'\n]{{1,{LEAST - 1}}}+(?=["'])"""
+    rf"""|(?=[^\s"',;&\d]{{0,{LEAST - 1}}}\d)[^\s"',;&]{{1,{LEAST - 1}}}+(?![^\s"',;&]))""",
+    re.IGNORECASE,
+)
+# Headers of HTTP: of a scheme with one value this, of one with several the line, without one the word.
+_HEADER = r"""((?:authorization["']?\s?[=:]\s?["']?)"""
+_ONE, _MANY = "(?:bearer|basic|token|api-?key|negotiate|ntlm)", "(?:digest|oauth|hawk)"
+_HEADERS = tuple(
+    re.compile(text, re.IGNORECASE)
+    for text in (
+        rf"""{_HEADER}{_ONE} )(?!\*)[^\s"',;]++""",
+        rf"{_HEADER}{_MANY} )(?!\*)[^\n]++",
+        rf"""{_HEADER})(?!\*|{_ONE}\s|{_MANY}\s)[^\s"',;]{{{LEAST},}}+""",
+        r"""(\bcookie["']?: ["']?)(?!\*)[^"'\n]++""",
+    )
+)
+# <|endoftext|>, <pad>, <your token>: text of a model or of instructions.
+_MARK = re.compile(r"<[^<>\s]{1,64}>[\])}.:]{0,4}")
 # Such a name at the end of a text: its value follows.
 HANGING = re.compile(rf"""{_WORDS}["']?\s*+(?:[=:]\s*+(?:[|>][-+]?\s*+)?)?["']?\Z""", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
@@ -83,15 +110,24 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
             text = form.sub(HIDDEN, text)
     if "=" in text:
         text = _SIGNED.sub(rf"\1{HIDDEN}", text)
-    return _ASSIGNED.sub(_hide, text)
+    for header in _HEADERS:
+        text = header.sub(rf"\1{HIDDEN}", text)
+    return _SHORT.sub(rf"\1{HIDDEN}", _ASSIGNED.sub(_hide, text))
 
 
 def redact_all(data: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """JSON-ready data with `redact` applied to every text in it, the keys too."""
+    """JSON-ready data with `redact` applied to every text and number in it, the keys too. A text whose key
+    says secret is one.
+    """
     if isinstance(data, str):
         return redact(data, environ)
+    if isinstance(data, int | float) and HIDDEN in (text := redact(str(data), environ)):
+        return text
     if isinstance(data, Mapping):
-        return {redact_all(key, environ): redact_all(value, environ) for key, value in data.items()}
+        hidden = {key: HIDDEN for key, value in data.items() if _is_secret_entry(key, value)}
+        return {
+            redact_all(key, environ): redact_all(value, environ) for key, value in {**data, **hidden}.items()
+        }
     return [redact_all(item, environ) for item in data] if isinstance(data, list | tuple) else data
 
 
@@ -117,8 +153,17 @@ def print_exception(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(escaped(redact("".join(traceback.format_exception(kind, error, trace)))))
 
 
+def _is_secret_entry(key: Any, value: Any) -> bool:
+    if not isinstance(key, str) or not isinstance(value, str) or _MARK.fullmatch(value):
+        return False
+    word = f"{key}={'x' * min(len(value), LEAST)}"
+    return redact(word, {}) != word
+
+
 def _hide(match: re.Match[str]) -> str:
     value = match["value"]
-    if value.startswith(HIDDEN) or (_NUMBER.fullmatch(value) and not (match["sign"] and value.isdecimal())):
+    if value.startswith(HIDDEN) or _MARK.fullmatch(value):
+        return match[0]
+    if _NUMBER.fullmatch(value) and not (match["sign"] and value.isdecimal()):
         return match[0]
     return f"{match['name']}{match['quote']}{HIDDEN}"

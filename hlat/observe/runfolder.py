@@ -141,12 +141,13 @@ class RunFolder:
         replace_file(self.environment, json.dumps(content, indent=2).encode() + b"\n")
 
     def note_stop(self, **facts: Any) -> None:
-        """Add `stopped`, with these facts, to this start's entry of environment.json. A file that cannot be
+        """Add `stopped`, with these facts, to this start's entry of environment.json, once: what stopped it
+        first stands. A file that cannot be
         written is no reason to fail: the state is saved.
         """
         starts = self.starts()
         if starts and self._lock is not None and self._lock.holds():
-            starts[-1]["stopped"] = facts
+            starts[-1].setdefault("stopped", facts)
             with contextlib.suppress(OSError):
                 self._write_starts(starts, self._lock.token)
 

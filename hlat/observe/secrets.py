@@ -16,14 +16,16 @@ from urllib.parse import quote, quote_plus
 HIDDEN = "***"
 LEAST = 8  # characters: a shorter value would be found in innocent text
 _LEAST_CODED = 12  # characters of a value whose base64 is looked for
-_SECRET_NAME = re.compile(
-    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTH|JWT|(?:^|_)PASS(?:$|_)", re.IGNORECASE
+_LEAST_SHORT = 4  # characters of a password that cannot be an innocent word
+# PWD and OLDPWD are the working directory, GIT_ASKPASS is a program.
+_PASSWORD = (
+    r"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|SECRET|(?:^|_)PASS(?:$|_)|(?<!BY|OM)(?<!ASK)PASS$|_PWD(?:$|_)|_PAT$"
 )
+_OTHERS = "CREDENTIAL|JWT|COOKIE"
+_SECRET_NAME = re.compile(rf"KEY|TOKEN|AUTH|{_OTHERS}|{_PASSWORD}", re.IGNORECASE)
 # MAX_TOKENS, KEYS_PER_SHARD, TOKENIZER_VOCAB, AUTHOR_ID: their numbers are no secrets.
-_STRICT_NAME = re.compile(
-    r"(?:KEY|TOKEN)(?!S|IZE)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|JWT|(?:^|_)PASS(?:$|_)",
-    re.IGNORECASE,
-)
+_STRICT_NAME = re.compile(rf"(?:KEY|TOKEN)(?!S|IZE)|AUTH(?!OR)|{_OTHERS}|{_PASSWORD}", re.IGNORECASE)
+_PASSWORD_NAME = re.compile(_PASSWORD, re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\d.,e%]+", re.IGNORECASE)
 _TELLING = re.compile(r"\d|.{20}", re.DOTALL)
 # Where a text was wrapped: an end of line, indentation, what a launcher or torch puts before each line.
@@ -37,8 +39,8 @@ def names_secret(name: str) -> bool:
 
 def known(environ: Mapping[str, str]) -> Secrets:
     """The secrets of these variables."""
-    found = ((name, value) for name, value in environ.items() if len(value) >= LEAST and names_secret(name))
-    return _known(tuple(sorted(found)))
+    found = ((name, value) for name, value in environ.items() if names_secret(name))
+    return _known(tuple(sorted((n, v) for n, v in found if len(v) >= LEAST or _is_short_secret(n, v))))
 
 
 class Secrets:
@@ -51,9 +53,13 @@ class Secrets:
     def __init__(self, values: Iterable[tuple[str, str]]) -> None:
         texts: set[str] = set()
         numbers: set[str] = set()
+        shorts: set[str] = set()
         telling: set[str] = set()
         for name, value in values:
             strict = bool(_STRICT_NAME.search(name))
+            if len(value) < LEAST:
+                shorts.add(value)
+                continue
             if _NUMBER.fullmatch(value):
                 numbers |= {value} if strict else set()
             else:
@@ -62,6 +68,7 @@ class Secrets:
                 telling.update(_parts(value))
         self.texts = sorted(texts, key=lambda text: (-len(text), text))
         self._numbers = {number: _whole(number) for number in sorted(numbers, key=len, reverse=True)}
+        self._shorts = [_word(value) for value in sorted(shorts, key=len, reverse=True)]
         self._longest = max(map(len, (*texts, *numbers)), default=0)
         self._telling = sorted(telling)
 
@@ -73,6 +80,8 @@ class Secrets:
             text = number.sub(HIDDEN, text)
         if self._longest and ("\n" in text or "\r" in text):
             text = self._hide_wrapped(text)
+        for short in self._shorts:
+            text = short.sub(HIDDEN, text)
         return text
 
     def find(self, text: str) -> int | None:
@@ -80,6 +89,7 @@ class Secrets:
         wholes = (_whole(value).search(text) if _NUMBER.fullmatch(value) else None for value in self._telling)
         starts = [match.start() for match in wholes if match]
         starts += [text.find(value) for value in self._telling if not _NUMBER.fullmatch(value)]
+        starts += [match.start() for short in self._shorts if (match := short.search(text))]
         return min((start for start in starts if start >= 0), default=None)
 
     def begun(self, text: str) -> int:
@@ -120,6 +130,19 @@ def _known(values: tuple[tuple[str, str], ...]) -> Secrets:
 def _whole(number: str) -> re.Pattern[str]:
     """A number that is no part of a longer one."""
     return re.compile(rf"(?<!\d)(?<!\d[.,]){re.escape(number)}(?!\d)(?![.,]\d)")
+
+
+def _is_short_secret(name: str, value: str) -> bool:
+    """Whether a value of less than `LEAST` characters is a password that no innocent word can be: of letters
+    and digits, or with other characters. Words and numbers so short stand in innocent text.
+    """
+    telling = any(c.isalpha() for c in value) and not value.isalpha()
+    return len(value) >= _LEAST_SHORT and telling and bool(_PASSWORD_NAME.search(name))
+
+
+def _word(value: str) -> re.Pattern[str]:
+    """A value that is no part of a longer word."""
+    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
 
 
 def _parts(value: str) -> Iterator[str]:

@@ -47,6 +47,8 @@ class Elementwise(torch.optim.Optimizer):
 
     needs: ClassVar[str] = "elementwise"
     slots: ClassVar[tuple[str, ...]] = ()
+    #: options of other optimizers whose slots have the same names: a state with one is not this optimizer's
+    foreign: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         check_options(defaults)
@@ -111,7 +113,8 @@ class Elementwise(torch.optim.Optimizer):
         the dtype of a bf16 parameter.
 
         Raises:
-            ValueError: a parameter's state is not what this optimizer keeps; nothing has been loaded then.
+            ValueError: a parameter's state, or a group's options, are not what this optimizer keeps; nothing
+                has been loaded then.
         """
         for number, saved_state in state_dict["state"].items():
             if saved_state and set(saved_state) not in self._kinds_of_state():
@@ -120,6 +123,11 @@ class Elementwise(torch.optim.Optimizer):
                     f"the state of parameter {number} is that of another optimizer or of other options: it "
                     f"has {', '.join(sorted(map(str, saved_state)))}; {type(self).__name__} keeps {own}"
                 )
+        for number, group in enumerate(state_dict["param_groups"]):
+            lacking = sorted({*self.defaults} - {*group})
+            if lacking or (foreign := sorted(self.foreign & {*group})):
+                what = f"lacks {lacking[0]!r}" if lacking else f"has {foreign[0]!r}"
+                raise ValueError(f"parameter group {number} of the state is another optimizer's: it {what}")
         super().load_state_dict(state_dict)
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hlat.model.dtype import at_least_fp32
-from hlat.optim.base import CHUNK, COMPILE_FROM, Elementwise
+from hlat.optim.base import CHUNK, COMPILE_FROM, Decay, Elementwise
 from hlat.optim.mada_options import LIMITS, Name, PerName, Share, check_coefficients, hyper_options
 from hlat.optim.mada_step import (
     COEFFICIENTS,
@@ -81,9 +81,9 @@ class MADA(Elementwise):
         lr: float | Tensor = 1e-3,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         *,
-        beta1: Share = 0.9,
-        beta2: Share = 0.95,
-        beta3: Share = 0.0,
+        beta1: Decay = 0.9,
+        beta2: Decay = 0.95,
+        beta3: Decay = 0.0,
         rho: Share = 1.0,
         c: Share = 1.0,
         gamma: Share = 1.0,
@@ -115,6 +115,7 @@ class MADA(Elementwise):
 
     #: state tensors () that belong to a parameter group rather than to all parameters
     own_scalars = ("lr",)
+    foreign = frozenset({"betas"})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError for a coefficient: a group has none of its own."""
@@ -340,8 +341,8 @@ class HyperAdam(MADA):
         lr: float | Tensor = 1e-3,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         *,
-        beta1: Share = 0.9,
-        beta2: Share = 0.95,
+        beta1: Decay = 0.9,
+        beta2: Decay = 0.95,
         eps: Annotated[float, Field(gt=0)] = 1e-6,
         weight_decay: float = 0.1,
         hyper_lr: float | PerName = 2.5e-3,

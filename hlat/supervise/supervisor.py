@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
 _CODES = {"recipe": 2, "anomaly": 3, "software": FAILED, "lost": FolderLost.exit_code}
+_SAVED = re.compile(r"\bstopped by .{1,80} after step \d+; state saved")  # rank 0's last line
 _WARNING = re.compile(r"Warning: |\bwarning: ")  # told, and survived: not why a rank ended
 SPOT_NOTICE = text_of(SPOT)
 _LONGEST_PAUSE = 300.0
@@ -112,8 +113,9 @@ class Supervisor:
                 self._pause(decision["pause"])
                 if self.received is not None and self.team.count == 1:
                     why = "stopped by a signal between two attempts; the newest checkpoint stands"
-                    self._finish({"exit": REQUEUE, "why": why})
-                    return REQUEUE
+                    status = _after_signal(self.received)
+                    self._finish({"exit": status, "why": why})
+                    return status
 
     def _refuse_start(self, number: int) -> int | None:
         """Check this machine, wait for the others. Returns the exit status when not all are fit to start."""
@@ -205,7 +207,7 @@ class Supervisor:
         self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
         stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
         if stopped is not None and verdict.kind != "lost":
-            return {"exit": 130 if stopped == signal.SIGINT else REQUEUE}
+            return {"exit": _after_signal(stopped)}
         if verdict.kind == "preempted":
             if any(_is_over(report) for report in shared.values()):
                 return {"exit": REQUEUE}
@@ -237,10 +239,7 @@ class Supervisor:
         if early == "":
             return Verdict("done", "stop", "", "", None), ""
         if any(r["stopped"] is not None for r in shared.values()):
-            codes = {code for r in shared.values() for code in r["codes"].values()}
-            late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
-            saved = early is None and codes <= {128 + signal.SIGTERM, 128 + signal.SIGHUP} and not late
-            how = "state saved" if saved else f"{late or 'not all ranks saved'}: the newest checkpoint stands"
+            how = self._what_was_saved(shared, early)
             return Verdict("preempted", "stop", f"stopped by a signal; {how}", "signal", None), ""
         hung = any(r["hang"] for r in shared.values())
         if hung:
@@ -255,6 +254,19 @@ class Supervisor:
         rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
         verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
         return (self._again_bad(verdict, host) if verdict.kind == "node" else verdict), host
+
+    def _what_was_saved(self, shared: dict[int, dict[str, Any]], early: str | None) -> str:
+        """By an attempt that a signal to the supervisor ended. That ranks ended as they do after a save says
+        little: before their first step they end so, too.
+        """
+        codes = {code for report in shared.values() for code in report["codes"].values()}
+        late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
+        if early is None and codes <= {128 + signal.SIGTERM, 128 + signal.SIGHUP} and not late:
+            if any(_SAVED.search(report["text"]) for report in shared.values()):
+                return "state saved"
+            if not self._steps:
+                return "no step was done, and nothing is saved that was not before"
+        return f"{late or 'not all ranks saved'}: the newest checkpoint stands"
 
     def _early_end(self, shared: dict[int, dict[str, Any]]) -> str:
         """What is missing although all ranks ended with status 0; empty when the run is done. A library, or a
@@ -359,6 +371,11 @@ def _evidence(report: Mapping[str, Any]) -> Evidence:
         kernel=report["kernel"],
         hang=report["hang"],
     )
+
+
+def _after_signal(number: int) -> int:
+    """The exit status after a signal to the supervisor that stopped the run."""
+    return 130 if number == signal.SIGINT else REQUEUE
 
 
 def _accuses(verdict: Verdict) -> bool:

@@ -137,7 +137,6 @@ class Loop:
             vote.begin(self._asked(2))  # the step that begins, and the next one if this stops nothing
             if self._attempt(self.one_step):
                 self._note_time(time.monotonic() - began)
-            self.signals.hold()  # from here on there is something to save
             collector()
             stop = vote.result() if self.cluster.world > 1 else self._asked(1)
             if stop == REBALANCE:
@@ -190,6 +189,7 @@ class Loop:
         self.metrics.add(run.step, {"lr": rate, **values}, self._figures())
         if self._timeouts_are_long:
             self._shorten_timeouts()
+        self.signals.hold()  # from here on, in this step's evaluation too, there is something to save
         self.held_out = None
         if recipe.parallel.verify_every and run.step % recipe.parallel.verify_every == 0:
             self.verify()

@@ -136,7 +136,7 @@ def test_a_killed_worker_and_the_time_limit(slurm, place: Path, undisturbed) -> 
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "1"), said(
         folder
     )
-    assert starts(folder) == 3 and "state saved; requeue 1 of 50" in said(folder)
+    assert starts(folder) == 3 and "stopped by a signal; requeue 1 of 50" in said(folder)
     codes = [(folder / f"logs/slurm/job-{job}/attempt-0/exit-code-{node}").read_text() for node in range(2)]
     assert codes == ["75\n", "75\n"] and losses(folder) == undisturbed
 

@@ -344,7 +344,7 @@ def test_parameters_of_any_layout_and_dtype() -> None:
     [
         ({"beta2": 0.999}, r"beta2 must lie in \[0.501, 0.99\] when learned, not 0.999"),
         ({"rho": 1.5, "learn": ()}, "rho must lie in"),
-        ({"beta1": 1.0, "learn": ()}, "beta1 must lie in"),
+        *(({name: 1.0, "learn": ()}, f"{name} must lie in .* a beta below 1") for name in COEFFICIENTS[:3]),
         ({"learn": ("beta4",)}, "learn names 'beta4'"),
         ({"gamma": 0.0, "learn": ("beta1",)}, "Lion"),
         ({"eps": 0.0}, "eps"),

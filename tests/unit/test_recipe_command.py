@@ -126,3 +126,47 @@ def test_overrides_may_stand_behind_options(capsys) -> None:
     for words in (["recipes", "show", "tiny", "--unknown", "optim.lr=1"], ["recipes", "list", "optim.lr=1"]):
         assert cli.main(words) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def notes(capsys, *words):
+    capsys.readouterr()
+    assert run("check", *words) == 0
+    found = [line.strip() for line in capsys.readouterr().out.splitlines() if "note:" in line]
+    return [line.removeprefix("note: ").partition(": ")[0] for line in found]
+
+
+@pytest.mark.parametrize(
+    ("words", "noted"),
+    [
+        (["method.name=mezo"], ["optim.lr", "optim.betas"]),
+        (["method.name=mezo", "optim.clip_norm=3"], ["optim.lr", "optim.betas", "optim.clip_norm"]),
+        (["method.name=mezo_svrg", "optim.lr=3e-4"], ["optim.lr", "optim.betas"]),
+        (["schedule.name=constant"], ["schedule.floor"]),
+        (["eval.limit=5"], ["eval.limit"]),
+        (["eval.limit=5", "eval.tasks=[piqa]"], []),
+        (["data.holdout=0", "eval.rows=9"], ["eval.every", "eval.rows"]),
+        (["parallel.sequence=true", "parallel.verify_every=9"], ["parallel.sequence"]),
+        (["parallel.dp=1", "parallel.zero1=true", "parallel.verify_every=9", "parallel.timeout=9"],
+         ["parallel.zero1", "parallel.verify_every", "parallel.timeout"]),
+        (["parallel.schedule=gpipe"], ["parallel.schedule"]),
+        (["parallel.dp=1", "parallel.tp=1", "parallel.zero1=false"], []),
+    ],
+)  # fmt: skip
+def test_check_notes_each_key_that_does_nothing(capsys, words, noted):
+    assert sorted(notes(capsys, "tiny", *words)) == sorted(noted)
+
+
+def test_check_has_no_note_for_what_ships_or_for_defaults(capsys, tmp_path):
+    assert notes(capsys) == []
+    file = tmp_path / "run" / "resolved.yaml"
+    file.parent.mkdir()
+    file.write_text(load("tiny", ["method.name=mezo"]).to_yaml())
+    assert notes(capsys, str(file.parent)) == []
+    assert notes(capsys, str(file.parent), "eval.limit=3") == ["eval.limit"]
+
+
+def test_check_refuses_a_beta_of_1(capsys):
+    for name in ("beta1", "beta2", "beta3"):
+        with pytest.raises(UserError, match="below 1|less than 1"):
+            run("check", "tiny", "optim.name=mada", "optim.learn=[c]", f"optim.{name}=1.0")
+    assert run("check", "tiny", "optim.name=mada", "optim.learn=[c]", "optim.rho=1.0") == 0

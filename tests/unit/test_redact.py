@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from hlat.errors import UserError
 from hlat.observe import failures
-from hlat.observe.redact import line_with_secret, redact, redact_all
+from hlat.observe.environment import variables
+from hlat.observe.redact import line_with_secret, names_secret, redact, redact_all
 from hlat.recipe import load
 from hlat.supervise.events import Events
 from hlat.supervise.logs import LogMirror
@@ -58,6 +59,21 @@ def holds(text: str) -> list[str]:
         ("token: planted1abc", "token: ***"),
         ("aws_secret_access_key = planted1/abc", "aws_secret_access_key = ***"),
         ("Authorization: Bearer planted1planted1", "Authorization: Bearer ***"),
+        ("AUTH=planted1planted1", "AUTH=***"),
+        ("MY_JWT=planted1planted1 next", "MY_JWT=*** next"),
+        ("export ENCRYPTION_KEY='planted1x'", "export ENCRYPTION_KEY='***'"),
+        ("SSH_KEY: planted1planted1", "SSH_KEY: ***"),
+        ("MY_KEY=planted1x DB_PASS=planted1x DB_PWD=planted1x", "MY_KEY=*** DB_PASS=*** DB_PWD=***"),
+        ("GITHUB_PAT=planted1x", "GITHUB_PAT=***"),
+        ("signing-key: planted1x, Name=a;AccountKey=planted1x==", "signing-key: ***, Name=a;AccountKey=***"),
+        ('{"auth": "planted1planted1", "b": 1}', '{"auth": "***", "b": 1}'),
+        ("Authorization: planted1planted1", "Authorization: ***"),
+        ("-H 'authorization: Token planted1' -v", "-H 'authorization: Token ***' -v"),
+        ("Authorization: Bearer planted1 failed", "Authorization: Bearer *** failed"),
+        ('Authorization: Digest username="a", response="planted1"\nb', "Authorization: Digest ***\nb"),
+        ("{'Authorization': 'planted1planted1', 'b': 1}", "{'Authorization': '***', 'b': 1}"),
+        ("Proxy-Authorization: Basic planted1=", "Proxy-Authorization: Basic ***"),
+        ("Set-Cookie: session=planted1; Path=/", "Set-Cookie: ***"),
         ("AKIAIOSFODNN7EXAMPLE and ghp_planted1planted1planted1", "*** and ***"),
         ("-----BEGIN RSA PRIVATE KEY-----\nplanted1\n-----END RSA PRIVATE KEY-----\nafter", "***\nafter"),
     ],
@@ -77,6 +93,12 @@ def test_secrets_are_taken_out(text: str, kept: str) -> None:
         "s3://bucket/checkpoints/step-20 and file:///data/x@y",
         "NEURON_CC_FLAGS=--model-type=transformer -O1",
         "sha256 0123456789abcdef0123456789abcdef",
+        "PATH=/usr/local/bin:/usr/bin PWD=/home/me/a-folder OLDPWD=/home/me/another",
+        "PYTHONHASHSEED=12345678 MASTER_PORT=29500000 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=0,1,2,3,4",
+        "eos_token=<|endoftext|> pad_token: <|pad|>, 'bos_token': '<s>', token: 50256",
+        "KeyError: 'model.layers.0.weight' sort_key=length_ab forward_pass=12345678 auth: denied by server",
+        "password: null, secret=None, passphrase: none, password=true",
+        "authority=something-long authorization is missing, cookies: 12345678",
     ],
 )
 def test_the_rest_stays(text: str) -> None:
@@ -113,6 +135,70 @@ def test_numbers_can_be_secrets_and_a_part_of_another_number_is_none(text: str, 
     assert redact(text, NUMERIC) == kept
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["PASSWORD", "PASSWD", "PASSPHRASE", "PASSCODE", "SECRET", "PASS", "MY_PASS", "SSHPASS", "DB_PWD", "KEY",
+     "TOKEN", "CREDENTIAL", "AUTH", "MY_JWT", "COOKIE", "ENCRYPTION_KEY", "SSH_KEY", "GITHUB_PAT"],
+)  # fmt: skip
+def test_the_value_of_every_such_name_is_hidden(name: str) -> None:
+    for value in ("12345678", "4929123412341234", "1234.56789", "abcdefghijk"):
+        assert redact(f"x {value} y", {name: value}) == "x *** y"
+    assert redact_all({"a": 4929123412341234, "b": 49}, {name: "4929123412341234"}) == {"a": "***", "b": 49}
+    assert variables({f"NCCL_{name}": "1"}) == {}
+
+
+def test_names_that_say_no_secret() -> None:
+    for name in (
+        "PATH",
+        "PWD",
+        "OLDPWD",
+        "PYTHONHASHSEED",
+        "MASTER_PORT",
+        "COMPASS",
+        "BYPASS",
+        "SPATIAL",
+        "PATH_PAT_X",
+    ):
+        assert not names_secret(name), name
+        assert redact("x 12345678 y", {name: "12345678"}) == "x 12345678 y"
+
+
+def test_the_names_in_the_documentation() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/operations/security.md").read_text()
+    listed = page.partition("whose name says secret (")[2].partition(")")[0]
+    names = re.findall(r"`(\w+)`", listed)
+    assert len(names) >= 13 and all(names_secret(f"A_{name.strip('_')}") for name in names)
+
+
+def test_short_passwords_are_hidden_as_whole_words_and_short_words_and_numbers_are_not() -> None:
+    for value in ("hunter2", "a-b-c", "x1y2"):
+        text = f"login {value}, {value}x and x{value}."
+        assert redact(text, {"DB_PASSWORD": value}) == f"login ***, {value}x and x{value}."
+        assert line_with_secret(f"a: 1\nb: {value}", {"DB_PASSWORD": value}) == 2
+        assert redact(text, {"SORT_KEY": value}) == text
+        for form in (
+            f"password={value}",
+            f"--password={value}",
+            f"'password': '{value}'",
+            f"secret: '{value}'",
+        ):
+            assert value not in redact(form, {}), form
+    assert redact("password: hunter2, --db-password hunter2", {}) == "password: ***, --db-password ***"
+    for value in ("1234567", "1234", "train", "a1"):
+        assert redact(f"x {value} y", {"DB_PASSWORD": value}) == f"x {value} y"
+
+
+def test_what_a_key_of_data_names() -> None:
+    data = {
+        "api_key": "planted1x",
+        "password": "hunter2",
+        "tokens": "12345678",
+        "eos_token": "<|end|>",
+        "key": "a.b",
+    }
+    assert redact_all(data, {}) == {**data, "api_key": "***", "password": "***"}
+
+
 def test_a_secret_is_found_in_the_forms_that_libraries_print(tmp_path: Path) -> None:
     value = 'pl4nted/word+with="quotes" and a\nsecond-line-of-it\n--'
     environ = {"MY_SECRET": value, "OTHER_KEY": "pl4nted5-p@ss/word"}
@@ -135,7 +221,9 @@ def test_a_secret_is_found_in_the_forms_that_libraries_print(tmp_path: Path) -> 
 
 HARD = ("QUJD", "_", "://", "a://", "token ", "token=", 'a_token"  ', "eyJ-", "eyJaaaaaaaaaa.", "hf_", "1",
         "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----", "Bearer ", "http://a@:",
-        "xoxb-", "github_pat_", "\n[rank0]: ", " ", "\t\n", "aaaaaaab", "password   ", "sk-")  # fmt: skip
+        "xoxb-", "github_pat_", "\n[rank0]: ", " ", "\t\n", "aaaaaaab", "password   ", "sk-",
+        "Authorization: ", "authorization: Digest ",
+        "cookie: ", "secret=", "_KEY=", "-password ")  # fmt: skip
 
 
 def test_the_work_grows_with_the_length_and_no_faster() -> None:

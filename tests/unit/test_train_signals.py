@@ -141,7 +141,7 @@ def test_a_signal_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyP
         assert train() == 138
         err = capsys.readouterr().err
         assert (
-            "hlat: stopped by SIGUSR1 before a first step was done; the newest checkpoint stands" in err
+            "hlat: stopped by SIGUSR1 before a first step was done; there is nothing new to save" in err
             and "Trace" not in err
         )
     monkeypatch.setattr(data, "open_data", opened)
@@ -152,6 +152,34 @@ def test_a_signal_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyP
     os.chdir(place)
     assert open_checkpoint("runs/small").step == 2
     assert ends_like_an_undisturbed_run()
+
+
+def test_ctrl_c_before_a_resumes_first_step_is_recorded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train("run.stop_at_step=2") == 0
+    at_step(monkeypatch, 2, lambda: (send(signal.SIGINT), pytest.fail("went on")))
+    assert train() == 130
+    assert stopped() == {"by": "SIGINT", "step": None} and open_checkpoint("runs/small").step == 2
+
+
+def test_a_second_ctrl_c_is_recorded_as_one_that_saved_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 3, lambda: (send(signal.SIGINT, signal.SIGINT), pytest.fail("went on")))
+    assert train("checkpoint.every=2") == 130
+    assert stopped() == {"by": "SIGINT", "step": None} and open_checkpoint("runs/small").step == 2
+
+
+@pytest.mark.parametrize(("last", "status"), [(1, 0), (6, 143)])
+def test_a_signal_in_the_evaluation_after_the_first_step_comes_after_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys, last: int, status: int
+) -> None:
+    """Of a start whose only step that is, too: then nothing is left to do."""
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda run: (send(TERM), evaluate(run))[1])
+    assert train(f"run.stop_at_step={last}", "eval.every=1") == status
+    assert "before a first step" not in capsys.readouterr().err
+    assert open_checkpoint("runs/small").step == 1
+    assert stopped() == (None if last == 1 else {"by": "SIGTERM", "step": 1})
 
 
 def test_a_compilation_is_not_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
