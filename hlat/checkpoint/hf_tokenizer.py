@@ -144,7 +144,9 @@ def _bytes_backend() -> Any:
 
 class PromptEncoder:
     """Encodes text as `AutoTokenizer` does for an imported model: special tokens in the text are recognised,
-    and BOS is added if the tokenizer's files say so.
+    and BOS and EOS are put around it if the tokenizer's files say so: the post-processor of a tokenizer.json,
+    whatever else is said, and `add_bos_token` and `add_eos_token` of tokenizer_config.json beside a
+    tokenizer.model alone.
 
     Args:
         folder: holds tokenizer.json or tokenizer.model, and perhaps tokenizer_config.json; or one of the
@@ -161,28 +163,28 @@ class PromptEncoder:
         tokenizer = load_tokenizer(folder)
         folder = expand(folder)
         folder = folder.parent if folder.is_file() else folder
-        said = read_object(folder / CONFIG).get("add_bos_token")
-        self._add_bos: bool | None = said if isinstance(said, bool) else None
         self.bos_id, self._backend, self._tokenizer = tokenizer.bos_id, None, tokenizer
+        self._before: list[int] = []
+        self._after: list[int] = []
         if (folder / "tokenizer.json").is_file():
             self._backend, _ = open_tokenizers(folder / "tokenizer.json")
         else:
-            self._add_bos = True if self._add_bos is None else self._add_bos  # LlamaTokenizer's default
+            said = read_object(folder / CONFIG)
+            # True is what LlamaTokenizer documents; transformers 5 adds no BOS where the files say nothing.
+            if said.get("add_bos_token") is not False and tokenizer.bos_id is not None:
+                self._before = [tokenizer.bos_id]
+            if said.get("add_eos_token") is True and tokenizer.eos_id is not None:
+                self._after = [tokenizer.eos_id]
         first, plain = self.encode("a")[:1], self.encode("a", special=False)[:1]
         self.added: int | None = first[0] if first and first != plain else None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; without `special` nothing is added to what the text itself holds."""
         if self._backend is not None:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
-        else:
-            [ids] = self._tokenizer.encode_special([text])
-        if self.bos_id is None or self._add_bos is None or not special:
-            return ids
-        has_bos = ids[:1] == [self.bos_id]
-        if self._add_bos and not has_bos:
-            return [self.bos_id, *ids]
-        return ids[1:] if has_bos and not self._add_bos else ids
+            found: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+            return found
+        [ids] = self._tokenizer.encode_special([text])
+        return [*self._before, *ids, *self._after] if special else ids
 
 
 def prompt_ids(folder: Path, text: str) -> list[int]:
