@@ -31,6 +31,7 @@ BATCH_SIZE = 16
 NOTES = {
     "truncated": "requests longer than the model's context lost tokens on the left",
     "dropped_tokens": "tokens were dropped by that",
+    "windowed": "texts longer than the model's context were cut into windows, each token predicted once",
     "shortened": "tasks wanted more new tokens than fit; half of the context was generated at most",
     "without_system": "prompts are without their system message, which the chat template refuses",
 }
@@ -199,6 +200,8 @@ class HarnessModel:
         owners: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
+            if len(tokens) > self.max_length:
+                self.notes.update(windowed=1)
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 context, rest = make_disjoint_window(pair)
                 windows.append(Request(tuple(context), tuple(rest)))
