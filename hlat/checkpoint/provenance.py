@@ -148,9 +148,14 @@ def _record(source: WeightSource) -> Provenance:
     found = recorded(source.meta, str(source.path))
     if found is not None:
         return found
-    # A run of an earlier version: what its own recipe held out.
-    share = source.meta.get("recipe", {}).get("data", {}).get("holdout")
-    return Provenance(held_out={DOCUMENTS: float(share)} if share else {})
+    # A run of an earlier version: what its own recipe held out, unless other weights lie behind it.
+    recipe = source.meta.get("recipe", {})
+    data = recipe.get("data", {})
+    share, sources = data.get("holdout"), data.get("sources") or ()
+    if share is None or data.get("examples") or (recipe.get("init") or {}).get("from"):
+        return Provenance()
+    library = any(isinstance(entry, dict) and entry.get("dataset") == STDLIB for entry in sources)
+    return Provenance(held_out=dict.fromkeys((DOCUMENTS, STDLIB) if library else (DOCUMENTS,), float(share)))
 
 
 def _convention(folder: Path, record: Provenance) -> Convention:

@@ -37,12 +37,13 @@ def main(args: argparse.Namespace) -> int:
     for option in ("markdown", "html", "json"):
         check_output(getattr(args, option), f"--{option}")
     with evaluation(args) as job:
+        from hlat.evaluate.offline import HOLDOUT
         from hlat.evaluate.target import open_target
 
         targets = [open_target(path) for path in args.targets]
         # What the one with the smallest share has held out, the others have held out too.
-        shares = [target.holdout for target in targets if target.holdout is not None]
-        wanted = selection(args, min(shares) if shares else None)
+        known = [target.holdout for target in targets]
+        wanted = selection(args, min(HOLDOUT if share is None else share for share in known))
         results = [found for target in targets if (found := job.run(target, wanted)) is not None]
         if job.first:
             names = distinct([target.name for target in targets])

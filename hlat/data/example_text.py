@@ -43,13 +43,14 @@ class Example:
 @dataclass
 class Texts:
     """Examples of both sides of the held-out split; what was dropped, by reason; how many training examples
-    `limit` left out.
+    `limit` left out; and the files of their folders that hold none, by reason.
     """
 
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     beyond_limit: int = 0
+    other_files: Counter[str] = field(default_factory=Counter)
 
 
 def read_examples(
@@ -83,6 +84,7 @@ def read_examples(
             found = _filled(section, records.read(_fields(section)), source, where, dropped)
         refuse_most(source, len(found), dropped, section.allow_dropped, where)
         texts.dropped.update(dropped)
+        texts.other_files.update(records.other_files)
         return found
 
     everything = read(section.path, section.dataset, WHERE)

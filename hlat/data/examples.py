@@ -307,6 +307,10 @@ def _encoded(
 def _notes(texts: Texts) -> list[str]:
     """What is said of the examples as they were read."""
     notes = [f"  dropped: {count:,} records: {reason}" for reason, count in texts.dropped.items()]
+    notes += [
+        f"  not read: {count:,} file{'s' * (count > 1)}: {reason}"
+        for reason, count in texts.other_files.items()
+    ]
     if texts.beyond_limit:
         notes.append(f"  limit: {texts.beyond_limit:,} more examples are not used")
     trained = {example.mark for example in texts.train}

@@ -4,6 +4,7 @@ two that need no download.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -37,12 +38,17 @@ class Records:
         dataset: a built-in name (see `hlat.data.stdlib`), or a Hugging Face data set NAME[:CONFIG][@SPLIT].
         where: the key to name in errors.
 
+    Attributes:
+        other_files: reason -> how many files of the folder hold no records or were not taken, as far as it
+            was read.
+
     Raises UserError when the source is missing or cannot be read.
     """
 
     def __init__(self, path: str | None, dataset: str | None, where: str) -> None:
         self._dataset, self._where = dataset, where
         self._source = None if dataset in BUILTIN else resolve_source(path=path, dataset=dataset, where=where)
+        self.other_files = Counter[str]()
 
     def read(self, fields: Collection[str] | None = None) -> Iterator[Record]:
         """The records, in order.
@@ -57,10 +63,11 @@ class Records:
             for number, values in enumerate(BUILTIN[str(self._dataset)](), 1):
                 yield Record(f"{self._dataset}:{number}", values, fields=tuple(values))
             return
-        found = False
+        found, self.other_files = False, Counter(self._source.skipped)
         for number, file in enumerate(self._source.files):
             form = form_of(file.path, file.kind)
             if form.layout == "text":
+                self.other_files[f"not a {RECORDS}"] += 1
                 continue
             found, places = True, FilePlaces(self._source, number)
             columns = form.layout in ("parquet", "arrow")

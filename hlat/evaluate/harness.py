@@ -20,6 +20,7 @@ from hlat.data.joint import after
 from hlat.data.quoted import Quoted
 from hlat.errors import UserError, missing_extra
 from hlat.evaluate.batches import Request, cut_left
+from hlat.evaluate.offline import shares_asked
 from hlat.evaluate.options import NEW_TOKENS, read_generation
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ BATCH_SIZE = 16
 NOTES = {
     "truncated": "requests longer than the model's context lost tokens on the left",
     "dropped_tokens": "tokens were dropped by that",
+    "windowed": "texts longer than the model's context were cut into windows, each token predicted once",
     "shortened": "tasks wanted more new tokens than fit; half of the context was generated at most",
     "without_system": "prompts are without their system message, which the chat template refuses",
 }
@@ -62,6 +64,8 @@ class HarnessModel:
         broken: task -> numbers of its questions of which an answer is not finite.
         context_ended: task -> how many generations the end of the context ended.
         ignored: settings of the model's generation_config.json that ask for what is not done here.
+        unsure: task -> share of the standard library's documents that it asks about, where it is not known
+            whether the model was trained on them.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class HarnessModel:
         self.broken: dict[str, set[int]] = defaultdict(set)
         self.context_ended: Counter[str] = Counter()
         self.ignored: list[str] = []
+        self.unsure: dict[str, float] = {}
         self._collect = collect
         self._encode_chat: Callable[[str], list[int]] | None = None
         if isinstance(pretrained, str):
@@ -175,6 +180,7 @@ class HarnessModel:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Score]:
         """Scores of (context, continuation), both texts."""
+        self._check_documents(requests)
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
         self._check(requests, [math.isfinite(nats) for nats, _ in scores])
         return scores
@@ -189,10 +195,13 @@ class HarnessModel:
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+        self._check_documents(requests)
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
+            if len(tokens) > self.max_length:
+                self.notes.update(windowed=1)
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 context, rest = make_disjoint_window(pair)
                 windows.append(Request(tuple(context), tuple(rest)))
@@ -209,6 +218,7 @@ class HarnessModel:
 
         from hlat.evaluate.team import BROKEN, LIMIT
 
+        self._check_documents(requests)
         texts, sound = [""] * len(requests), [True] * len(requests)
         seed = int(torch.randint(1 << 31, ()))  # follows the seed that the harness sets
         groups: dict[str, list[int]] = defaultdict(list)
@@ -240,11 +250,25 @@ class HarnessModel:
 
     def said(self) -> dict[str, Any]:
         """What was cut, left out or ended, as `note_lines` takes it: `notes`, `broken`, `context_ended`, and
-        `ignored` where there is any.
+        `ignored` and `unsure` where there is any.
         """
         broken = {task: len(questions) for task, questions in self.broken.items()}
         said = {"notes": dict(self.notes), "broken": broken, "context_ended": dict(self.context_ended)}
-        return {**said, "ignored": self.ignored} if self.ignored else said
+        rare = {"ignored": self.ignored, "unsure": self.unsure}
+        return said | {key: value for key, value in rare.items() if value}
+
+    def _check_documents(self, requests: Sequence[Any]) -> None:
+        """Note questions from documents that the model may have been trained on. Raises UserError where it
+        was.
+        """
+        known = self.team.held_out
+        for task, share in shares_asked(requests).items():
+            if known is None:
+                self.unsure[task] = share
+            elif share > known:
+                told = f"the model held out {known:g} of Python's standard library"
+                fix = f"give the tasks the metadata holdout {known:g}" if known else "leave the task out"
+                raise UserError(f"{told}, and task '{task}' asks about {share:g} of it", fix=fix)
 
     def _check(self, requests: Sequence[Any], sound: Sequence[bool]) -> None:
         """Note the requests whose answers are not finite, or raise Diverged."""
@@ -277,6 +301,11 @@ def note_lines(said: Mapping[str, Any]) -> list[str]:
     ]
     if said.get("ignored"):
         lines.append(left_out_line(said["ignored"]))
+    if unsure := said.get("unsure"):
+        lines.append(
+            f"it is not known which documents the model was trained on: {', '.join(unsure)} ask about "
+            f"{max(unsure.values()):g} of Python's standard library, which may be among them"
+        )
     lines += [
         f"{task}: no figure: the model's logits are not finite for {count} question{'s' * (count > 1)}"
         for task, count in said.get("broken", {}).items()

@@ -4,6 +4,10 @@ Only documents that a run holds out are asked about. A document is held out by t
 (`hlat.data.packed.document_hash`), so the same fraction names the same documents here and in training, and a
 smaller fraction names some of those of a larger one. The lowest hashes come first.
 
+The fraction is the one that is asked for (`holdout`), else what the weights at `pretrained` know of
+themselves (the harness's own commands hand the model's arguments to every task), else HOLDOUT. Each question
+says which it was, so that whoever knows the model better can refuse it.
+
 Nothing is random: the same Python gives the same questions.
 """
 
@@ -12,10 +16,11 @@ from __future__ import annotations
 import ast
 import io
 import keyword
+import logging
 import random
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +28,11 @@ from hlat.data.packed import document_hash, holdout_threshold
 from hlat.data.readers import read_pieces
 from hlat.data.sources import STDLIB, resolve_source, units
 from hlat.errors import UserError
+from hlat.paths import expand, kind_of
 
 HOLDOUT = 0.05
+SHARE = "held_out_share"
+"""Field of a question: the fraction of the documents that it was made from."""
 CHOICES = 4
 MOST_ITEMS = 400  # of a task
 ITEMS_A_FILE = 16  # cloze
@@ -56,63 +64,106 @@ def held_out_documents(fraction: float = HOLDOUT) -> list[tuple[int, str]]:
     return sorted(found.items())
 
 
-def cloze(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def shares_asked(requests: Sequence[Any]) -> dict[str, float]:
+    """Task -> fraction of the documents that its questions are from, for the harness's requests that ask any
+    of them, whatever their task is called.
+    """
+    found: dict[str, float] = {}
+    for request in requests:
+        document = getattr(request, "doc", None)
+        share = document.get(SHARE) if isinstance(document, dict) else None
+        if share is not None:
+            found[request.task_name] = max(share, found.get(request.task_name, 0.0))
+    return found
+
+
+def _share(holdout: float | None, pretrained: Any) -> float:
+    if holdout is not None:
+        return float(holdout)
+    known = _known_share(pretrained) if isinstance(pretrained, str) else None
+    if known is not None:
+        return known
+    logging.getLogger(__name__).warning(
+        "it is not known which documents the model was trained on: the questions are from %g of Python's "
+        "standard library, which may be among them",
+        HOLDOUT,
+    )
+    return HOLDOUT
+
+
+def _known_share(pretrained: str) -> float | None:
+    """What the weights at a path say; None: nothing, or the name is that of a model on a hub."""
+    from hlat.checkpoint.provenance import offline_share
+    from hlat.checkpoint.weights import open_weights
+
+    try:
+        if kind_of(expand(pretrained)) != "folder":
+            return None
+        return offline_share(open_weights(pretrained))
+    except UserError:  # weights of a kind that HLAT does not read have no record of it
+        return None
+
+
+def cloze(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Fill in a name: the code before it, and four lines that differ in the name alone. The wrong names stand
     in the same context.
     """
-    items = (item for mark, text in held_out_documents(holdout) for item in _cloze_items(mark, text))
-    return _dataset(items)
+    share = _share(holdout, pretrained)
+    items = (item for mark, text in held_out_documents(share) for item in _cloze_items(mark, text))
+    return _dataset(items, share)
 
 
-def docstring(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def docstring(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Which of four docstrings belongs to a function, given its signature. The wrong ones are those of other
     held-out functions.
     """
-    known = _documented(holdout)
+    share = _share(holdout, pretrained)
+    known = _documented(share)
     lines = sorted({line for _, line in known})
-    return _dataset(_docstring_item(signature, line, lines) for signature, line in known)
+    return _dataset((_docstring_item(signature, line, lines) for signature, line in known), share)
 
 
-def function(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def function(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Which of four functions a docstring belongs to: the same docstring after each signature."""
-    known = _documented(holdout)
+    share = _share(holdout, pretrained)
+    known = _documented(share)
     signatures = [signature for signature, _ in known]
-    return _dataset(_function_item(signature, line, signatures) for signature, line in known)
+    return _dataset((_function_item(signature, line, signatures) for signature, line in known), share)
 
 
-def _documented(holdout: float) -> list[tuple[str, str]]:
+def _documented(share: float) -> list[tuple[str, str]]:
     """(signature, first line of the docstring) of the held-out functions, each docstring once."""
-    pairs = [pair for _, text in held_out_documents(holdout) for pair in _functions(text)]
+    pairs = [pair for _, text in held_out_documents(share) for pair in _functions(text)]
     fitting = {line: signature for signature, line in reversed(pairs) if 15 <= len(line) <= LONGEST_CHOICE}
     return [(signature, line) for line, signature in reversed(fitting.items())]
 
 
-def code_bits(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def code_bits(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Bits per byte of code: functions and classes as they are written."""
-    return _texts(holdout, _code)
+    return _texts(_share(holdout, pretrained), _code)
 
 
-def docstring_bits(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def docstring_bits(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Bits per byte of docstrings."""
-    return _texts(holdout, _docstrings)
+    return _texts(_share(holdout, pretrained), _docstrings)
 
 
-def comment_bits(holdout: float = HOLDOUT, **_: Any) -> dict[str, Any]:
+def comment_bits(holdout: float | None = None, pretrained: Any = None, **_: Any) -> dict[str, Any]:
     """Bits per byte of comments: blocks of lines that begin with #."""
-    return _texts(holdout, _comments)
+    return _texts(_share(holdout, pretrained), _comments)
 
 
-def _texts(holdout: float, extract: Callable[[str], Iterator[str]]) -> dict[str, Any]:
+def _texts(share: float, extract: Callable[[str], Iterator[str]]) -> dict[str, Any]:
     texts = dict.fromkeys(
-        text for _, document in held_out_documents(holdout) for text in extract(document) if len(text) >= 80
+        text for _, document in held_out_documents(share) for text in extract(document) if len(text) >= 80
     )
-    return _dataset({"text": text} for text in texts)
+    return _dataset(({"text": text} for text in texts), share)
 
 
-def _dataset(items: Iterator[dict[str, Any]]) -> dict[str, Any]:
+def _dataset(items: Iterator[dict[str, Any]], share: float) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [item for item, _ in zip(items, range(MOST_ITEMS), strict=False)]
+    rows = [{**item, SHARE: share} for item, _ in zip(items, range(MOST_ITEMS), strict=False)]
     return {"test": Dataset.from_list(rows)}
 
 

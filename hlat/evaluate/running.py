@@ -39,7 +39,7 @@ class Selection:
     limit: questions of each task at most.
     include: folder of more task files.
     allow_code: whether tasks may run code that the model wrote.
-    holdout: fraction of the documents that HLAT's own tasks ask about.
+    holdout: fraction of the documents that HLAT's own tasks ask about; None = what they take by themselves.
     where: the option or recipe key that names the tasks, for error messages.
     chat: name of the model's chat template that questions are put into, "" for its default one; None = none.
     multiturn: with a chat template, whether each example is a turn of the conversation.
@@ -285,8 +285,8 @@ def _folders(include: str | None) -> list[str]:
 
 
 def _metadata(selection: Selection) -> dict[str, Any]:
-    own = any(name.startswith(OWN) for name in selection.tasks)
-    return {"holdout": selection.holdout} if selection.holdout is not None and own else {}
+    """What every task is told: one of another name, or in a file of the user's, may ask HLAT's questions."""
+    return {} if selection.holdout is None else {"holdout": selection.holdout}
 
 
 def _known(manager: Any, name: str, where: str) -> bool:

@@ -146,7 +146,7 @@ def load_team(
     shard_model(model, backend.groups.tp, backend.layout.sequence)
     chat = ChatTemplates.read(tokenizer or source.tokenizer)
     live = LiveModel(model.eval(), parts, backend)
-    return Team(live, codec, beat, chat, generation_defaults(source.meta))
+    return Team(live, codec, beat, chat, generation_defaults(source.meta), target.holdout)
 
 
 def _parts(model: Decoder, config: ModelConfig, backend: Backend) -> dict[str, tuple[str, Part]]:

@@ -49,6 +49,8 @@ class Team:
         beat: called now and then while work goes on.
         chat: the chat templates of the model's tokenizer.
         generation: the model's generation_config.json.
+        held_out: share of the standard library's documents that the model was not trained on; None: it is
+            not known.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class Team:
         beat: Callable[[], None] = lambda: None,
         chat: ChatTemplates | None = None,
         generation: Mapping[str, Any] | None = None,
+        held_out: float | None = None,
     ) -> None:
-        self.live, self.codec, self.beat = live, codec, beat
+        self.live, self.codec, self.beat, self.held_out = live, codec, beat, held_out
         self.chat, self.generation = chat, generation or {}
         backend = live.backend
         self._world, self._device = backend.groups.world, backend.device

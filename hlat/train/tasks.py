@@ -70,13 +70,14 @@ class TaskEvaluation:
         live = LiveModel(run.model, parts, backend)  # type: ignore[arg-type]
         codec = codec_of_run(run.data.tokenizer, run.provenance)
         defaults = generation_defaults({"huggingface": dict(run.provenance.files)})
-        self.team = Team(live, codec, beat, generation=defaults)
+        share = run.provenance.offline_share
+        self.team = Team(live, codec, beat, generation=defaults, held_out=share)
         self._loaded: Loaded | None = None
         if self.team.first:
             selection = Selection(
                 recipe.eval.tasks,
                 limit=recipe.eval.limit,
-                holdout=run.provenance.offline_share,
+                holdout=share,
                 where="eval.tasks",
             )
             self._loaded = load_tasks(selection)

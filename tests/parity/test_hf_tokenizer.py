@@ -1,5 +1,6 @@
 """Tokenizers, chat templates and BOS on their way through a conversion, read back by AutoTokenizer."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -102,14 +103,55 @@ def test_prompts_of_imported_models_are_encoded_as_autotokenizer_does(tmp_path: 
             assert prompt_ids(path, text) == theirs(text).input_ids
 
 
-def test_an_explicit_add_bos_token_decides(tmp_path: Path) -> None:
-    for bos in (False, True):
-        folder = byte_level(tmp_path / f"t{bos}", bos=bos)
-        for wanted in (False, True):
-            (folder / "tokenizer_config.json").write_text(
-                json.dumps({"bos_token": "<s>", "add_bos_token": wanted})
-            )
-            assert (prompt_ids(folder, "hello")[0] == 0) is wanted
+SAID = (None, True, False)
+
+
+def say(folder: Path, **wanted: object) -> None:
+    """Write tokenizer_config.json with what is not None."""
+    known = {key: value for key, value in wanted.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", **known})
+    )
+
+
+@pytest.mark.parametrize("kind", [None, "PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_what_is_put_around_a_prompt_is_what_autotokenizer_puts(tmp_path: Path, kind: str | None) -> None:
+    """The post-processor of tokenizer.json decides, not `add_bos_token` and `add_eos_token` beside it."""
+    folder = byte_level(tmp_path / "tokenizer")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = set()
+    for single in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
+        tokens = [("<s>", 0), ("</s>", 1)]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        backend.save(str(folder / "tokenizer.json"))
+        for bos, eos in itertools.product(SAID, SAID):
+            say(folder, add_bos_token=bos, add_eos_token=eos, tokenizer_class=kind)
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            for text in ("hello", "<s>hello"):
+                assert prompt_ids(folder, text) == theirs(text).input_ids, (single, bos, eos, text)
+            found.add(tuple(theirs("hello").input_ids))
+    assert len(found) == 4
+
+
+def test_what_is_put_around_a_prompt_without_a_tokenizer_json(tmp_path: Path) -> None:
+    """There tokenizer_config.json decides; without `add_bos_token` BOS is added, as LlamaTokenizer says."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    for bos, eos in itertools.product(SAID, SAID):
+        say(tmp_path, add_bos_token=bos, add_eos_token=eos, tokenizer_class="LlamaTokenizer")
+        ours = prompt_ids(tmp_path, "hello")
+        assert (ours[0] == 1, ours[-1] == 2) == (bos is not False, eos is True)
+        if bos is not None:  # versions of transformers differ there
+            theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+            assert ours == theirs("hello").input_ids, (bos, eos)
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -7,9 +7,11 @@ import pytest
 from hlat.cli import main
 from hlat.data.build import build
 from hlat.data.cache import tokenized
-from hlat.data.example_text import read_examples
+from hlat.data.example_text import Example, read_examples
+from hlat.data.examples import _notes
 from hlat.data.losses import Tally
 from hlat.data.packed import TokenFolder
+from hlat.data.quoted import Quoted
 from hlat.data.sources import resolve_source
 from hlat.data.tokenizer import load_tokenizer
 from hlat.data.train_tokenizer import training_texts
@@ -136,3 +138,31 @@ def test_examples_of_which_most_are_dropped(tmp_path):
     with pytest.raises(UserError, match=r"examples\.eval_path: 4 of 6 records .* were dropped") as caught:
         read_examples(ExamplesSection(path=whole, eval_path=path), 0.1)
     assert "set data.examples.allow_dropped to" in caught.value.fix
+
+
+@pytest.mark.parametrize("fields", ["templates", "messages"])
+def test_files_of_a_folder_that_hold_no_examples_are_counted(tmp_path, fields):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    made = [{"q": f"q{i}", "a": "a", "messages": turns} for i in range(4)]
+    for name in ("a.jsonl", "b.ndjson", "c.jsonlines", "sub/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        lines(tmp_path / name, *made)
+    for name in ("notes.txt", "table.csv", "sub/README"):
+        (tmp_path / name).write_text("some text\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / ".hidden.jsonl").write_text("{}\n")
+    section = ExamplesSection(path=str(tmp_path), prompt="{q}", completion="{a}")
+
+    def conversations(first):
+        def reader(records, source, where, dropped):
+            return [Example(Quoted("q"), Quoted("a"), -1, i, i) for i, _ in enumerate(records)]
+
+        return reader if fields == "messages" else None
+
+    texts = read_examples(section, 0.0, conversations)
+    assert len(texts.train) == 16 and not texts.dropped
+    assert _notes(texts) == [
+        "  not read: 1 file: empty file",
+        "  not read: 1 file: hidden file",
+        "  not read: 3 files: not a .jsonl, .json, .parquet or .arrow file",
+    ]

@@ -256,3 +256,24 @@ def test_every_rank_of_a_spread_vocabulary_chooses_alike(
     if not temperature:
         rows[:, banned] = -math.inf
         assert sound.tolist() == rows[[0, 1, 2, 6], :7].argmax(-1).tolist()
+
+
+def asked(kind: str, text: str, **options: Any) -> SimpleNamespace:
+    """A request as the harness makes it."""
+    arguments = (text, options) if options else (text,)
+    return SimpleNamespace(args=arguments, doc={}, doc_id=0, task_name=kind)
+
+
+def test_texts_in_windows_and_prompts_beside_long_generations_are_counted(team: Team) -> None:
+    """The context is 96 tokens: two of the texts need windows; a prompt keeps what new tokens leave of it."""
+    pytest.importorskip("lm_eval")
+    from hlat.evaluate.harness import lm_class, note_lines
+
+    model = lm_class()(pretrained=team, collect=True)
+    model.loglikelihood_rolling([asked("bits", "x" * size) for size in (96, 97, 300)])
+    assert dict(model.notes) == {"windowed": 2}
+    assert note_lines(model.said())[0].startswith("2 texts longer than the model's context were cut into win")
+    for wanted, kept in ((95, 1), (96, 48), (10, 86)):
+        model = lm_class()(pretrained=team, collect=True)
+        model.generate_until([asked("text", "x" * 200, until=["\n"], max_gen_toks=wanted)])
+        assert model.notes["dropped_tokens"] == 200 - kept and model.notes["truncated"] == 1

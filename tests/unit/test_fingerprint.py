@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from hlat import cli
 from hlat.backend.cluster import Cluster
 from hlat.checkpoint.hf import to_hf
+from hlat.checkpoint.hf_tokenizer import add_bos
 from hlat.observe.report import render
 from hlat.observe.runs import load_runs
 from hlat.observe.standing import standing_notes
@@ -177,9 +179,10 @@ def test_weights_in_another_format(here) -> None:
     then = made("init.from=hf-a", *common)
     assert differences(then, made("init.from=hf-again", *common), 4) == []
     assert differences(then, made("init.from=hf-b", *common), 4) == ["init.from: the weights differ"]
-    config = Path("hf-a/tokenizer_config.json")
-    texts = json.loads(config.read_text())
-    config.write_text(json.dumps({**texts, "bos_token": texts["eos_token"], "add_bos_token": True}))
+    file = Path("hf-a/tokenizer.json")
+    backend = Tokenizer.from_file(str(file))
+    add_bos(backend, 256)
+    backend.save(str(file))
     (line,) = differences(then, made("init.from=hf-a", *common), 4)
     assert line == "init.from: what its files say of BOS and special tokens differs"
     other_bytes("hf-a/config.json")  # whatever else lies beside the weights
