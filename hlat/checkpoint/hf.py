@@ -6,9 +6,11 @@ behind.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hlat.checkpoint.hf_config import DTYPES, config_to_hf, hf_name
-from hlat.checkpoint.hf_folder import GENERATION, HFFolder
+from hlat.checkpoint.hf_folder import GENERATION, GENERATION_TEXT, HFFolder
 from hlat.checkpoint.hf_schema import write_json
 from hlat.checkpoint.hf_tensors import INDEX, SINGLE, refuse_adapter
 from hlat.checkpoint.hf_tokenizer import copy_tokenizer, export_tokenizer, special_ids, tokenizer_texts
@@ -106,10 +108,10 @@ def to_hf(
         if record.ancestors or record.held_out:  # else there is nothing that Hugging Face's files do not say
             extra[CONFIG] = {**record.to_json(), "files": {}}
         write_json(partial / "config.json", config_to_hf(config, dtypes[names[0]], extra))
-        if kept.get("generation_config"):
-            write_json(partial / GENERATION, kept["generation_config"])
+        _write_generation(kept, partial / GENERATION)
     if warnings == [_NO_TOKENIZER]:
         warnings = [f"{source.path} has no tokenizer, so {out} has none either"]
+    warnings += _oversized(source, dtypes, shard_size)
     if config.classes:
         warnings.append(f"the linear classifier has no place in LlamaForCausalLM and is not in {out}")
     return warnings
@@ -133,6 +135,29 @@ def _export_texts(
         "config": ids,
         "generation_config": {**ids, **record.files.get("generation_config", {})},
     }, warnings
+
+
+def _write_generation(kept: dict[str, Any], path: Path) -> None:
+    """Writes generation_config.json, unchanged where training on has not given it other settings."""
+    value, text = kept.get("generation_config"), kept.get(GENERATION_TEXT)
+    with suppress(ValueError, RecursionError):  # of a record that was changed by hand
+        if isinstance(text, str) and json.dumps(json.loads(text)) == json.dumps(value):
+            path.write_bytes(text.encode())
+            return
+    if value:
+        write_json(path, value)
+
+
+def _oversized(source: WeightSource, dtypes: dict[str, torch.dtype], shard_size: int) -> list[str]:
+    """A line about tensors that are larger than a file was to be."""
+    sizes = {name: math.prod(source.shape(name)) * dtype.itemsize for name, dtype in dtypes.items()}
+    names = [name for name in dtypes if sizes[name] > shard_size]
+    if not names:
+        return []
+    largest = max(names, key=lambda name: sizes[name])
+    what = "1 tensor exceeds" if len(names) == 1 else f"{len(names)} tensors exceed"
+    first = f"{hf_name(largest.removeprefix(PREFIX))} has {sizes[largest]:,} bytes"
+    return [f"{what} --shard-size, {shard_size:,} bytes, in a file to itself: {first}"]
 
 
 def _write_shards(

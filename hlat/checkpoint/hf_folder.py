@@ -26,8 +26,11 @@ from hlat.storage.digests import file_digests
 from hlat.storage.fingerprint import digest_of
 
 GENERATION = "generation_config.json"
+GENERATION_TEXT = "generation_text"
+"""What a checkpoint's record of Hugging Face's files calls the text of that file."""
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _HEAD, _EMBED, _BASE = "lm_head.weight", "model.embed_tokens.weight", "model."
+_QUANTISED = ("F8", "F6_", "F4", "I", "U")  # what safetensors calls them
 _ROWS = 4096  # of two matrices compared at a time
 
 
@@ -37,8 +40,8 @@ class HFFolder:
     Attributes:
         notes: lines about files that disagree in a way that `transformers` settles.
 
-    Raises UserError for another architecture, missing weights, a shard that the folder lacks, or files that
-    contradict each other.
+    Raises UserError for another architecture, missing or quantised weights, a shard that the folder lacks, or
+    files that contradict each other.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,6 +52,7 @@ class HFFolder:
         if (self.path / GENERATION).is_file():
             kept["generation_config"] = read_json(self.path / GENERATION)
             checked(GenerationFields, kept["generation_config"], str(self.path / GENERATION))
+            kept[GENERATION_TEXT] = (self.path / GENERATION).read_bytes().decode()
         has_tokenizer = any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         self.tokenizer: Path | None = self.path if has_tokenizer else None
         self.notes: list[str] = []
@@ -63,6 +67,9 @@ class HFFolder:
             for n in self._stored
             if n not in self._hf_names.values() and not n.endswith("rotary_emb.inv_freq")
         ]
+        for name in self._hf_names:
+            if self._hf_names[name] in self._stored:
+                self.dtype(name)
         self.meta: dict[str, Any] = {"model": config.model_dump(), "step": 0, "huggingface": kept}
         if CONFIG in raw:
             self.meta[META] = raw[CONFIG]
@@ -147,7 +154,8 @@ class HFFolder:
         kind = self._slice(name).get_dtype()
         dtype: torch.dtype | None = CODE_DTYPES.get(kind)
         if dtype not in DTYPES.values():
-            what = f"{self._hf_names[name]} is stored as {kind}"
+            quantised = "the weights are quantised: " if kind.startswith(_QUANTISED) else ""
+            what = f"{quantised}{self._hf_names[name]} is stored as {kind}"
             raise UserError(what, where=str(self.path), fix="save it as bfloat16, float16 or float32")
         return dtype  # type: ignore[return-value]
 
