@@ -338,6 +338,9 @@ class EvalSection(Section):
 class SinkSection(PluginSection):
     """A receiver of metrics: its name, or a mapping of its name and its options."""
 
+    name: Text
+    """As its package registered it."""
+
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, data: Any) -> Any:

@@ -112,7 +112,7 @@ def test_a_copy_comes_back_as_it_was(remote: Remote, store: CheckpointStore, tmp
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     other = Mirror(remote, tmp_path / "other" / "checkpoints", keep=2)
     (found,) = other.copies()
-    assert found == copy and json.loads(other.meta(found))["step"] == 3
+    assert found == copy and other.meta(found)["step"] == 3
     back = other.fetch(found)
     assert {file.name: file.read_bytes() for file in back.iterdir()} == before
     assert (tmp_path / "other" / "metrics.jsonl").read_text() == '{"kind":"train","step":3}\n', "whole lines"
