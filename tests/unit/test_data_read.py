@@ -167,22 +167,28 @@ def test_what_does_not_change_the_bytes_is_no_change(tmp_path: Path, monkeypatch
     assert make(path, tmp_path / "out").count("train", "documents") > 50
 
 
+def interrupted(patch: pytest.MonkeyPatch, path: Path, out: Path) -> None:
+    """A build that is ended when all its units are written, and the folder is not yet complete."""
+    run = pool.run
+
+    def killed(*arguments: Any) -> Any:
+        run(*arguments)
+        raise KeyboardInterrupt
+
+    patch.setattr(pool, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, out)
+
+
 def test_units_that_an_interrupted_build_left_are_compared_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.jsonl"
     write(path, [f"document number {n}" for n in range(100)])
 
-    def killed(*arguments: Any) -> Any:
-        run(*arguments)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        run = pool.run
-        patch.setattr(pool, "run", killed)
         while_reading(patch, path, in_place)
-        with pytest.raises(KeyboardInterrupt):
-            make(path, tmp_path / "out")
+        interrupted(patch, path, tmp_path / "out")
     assert list(tmp_path.glob("out.partial/unit-*.json"))
     with pytest.raises(UserError, match="changed while it was"):
         make(path, tmp_path / "out")
@@ -198,15 +204,8 @@ def test_what_an_interrupted_build_left_damaged_is_done_again(
     path = tmp_path / "x.jsonl"
     write(path, [f"document number {n}" for n in range(100)])
 
-    def killed(*arguments: Any) -> Any:
-        run(*arguments)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        run = pool.run
-        patch.setattr(pool, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make(path, tmp_path / "out")
+        interrupted(patch, path, tmp_path / "out")
     (tmp_path / "out.partial" / name).write_bytes(damage)
     found = make(path, tmp_path / "out").shards["train"][0].tokens[:].tolist()
     assert found == make(path, tmp_path / "other").shards["train"][0].tokens[:].tolist()
