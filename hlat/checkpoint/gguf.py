@@ -175,21 +175,28 @@ class GGUFFile:
         return {"config": ids, "generation_config": ids}
 
     def names(self) -> list[str]:
+        """Logical names of the tensors in the file; of an unknown one, `model/` and its name there."""
         known = set(self._names.values())
         extra = [f"{PREFIX}{name}" for name in self._tensors if name not in known]
         return [name for name, other in self._names.items() if other in self._tensors] + extra
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, slowest axis first."""
         # GGUF lists the fastest axis first.
         return tuple(int(n) for n in reversed(self._tensors[self._names[name]].shape))
 
     def dtype(self, name: str) -> torch.dtype:
+        """fp32 for every tensor: the values that its blocks stand for."""
         return torch.float32
 
     def content(self) -> str:
+        """SHA-256 (hex) of the file. Raises UserError if it cannot be read."""
         return file_digest(self.path)
 
     def read(self, name: str) -> Tensor:
+        """A tensor in fp32 and in HLAT's order of rows, dequantised by the package `gguf`. Raises UserError
+        for a type that the package does not know, and for a file that is cut or damaged.
+        """
         tensor = self._tensors[self._names[name]]
         try:
             data: np.ndarray = self._dequantize(tensor.data, tensor.tensor_type)

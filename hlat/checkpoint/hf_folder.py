@@ -144,13 +144,16 @@ class HFFolder:
         return file.get_slice(stored)
 
     def names(self) -> list[str]:
+        """Logical names of the tensors in the folder; of an unknown one, `model/` and its name there."""
         present = [name for name, other in self._hf_names.items() if other in self._stored]
         return present + [f"{PREFIX}{name}" for name in self._unknown]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header of its file."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """bf16, fp16 or fp32, as it is stored. Raises UserError for any other, quantised ones too."""
         kind = self._slice(name).get_dtype()
         dtype: torch.dtype | None = CODE_DTYPES.get(kind)
         if dtype not in DTYPES.values():
@@ -160,12 +163,14 @@ class HFFolder:
         return dtype  # type: ignore[return-value]
 
     def read(self, name: str) -> Tensor:
+        """A tensor on the CPU, in its stored dtype. Raises UserError as `dtype` does."""
         self.dtype(name)
         file, stored = self._place(name)
         tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def content(self) -> str:
+        """Digest (hex) of the files that hold weights, and of which holds which. Raises UserError."""
         used = {
             name: self._tensors.files[self._stored[name]]
             for name in self._hf_names.values()

@@ -93,6 +93,7 @@ class Index:
     headers: dict[str, str]
 
     def to_json(self) -> bytes:
+        """The text of `index.json`, in UTF-8; the same for equal indexes."""
         tensors = {
             name: {
                 "dtype": DTYPE_CODES[entry.dtype],

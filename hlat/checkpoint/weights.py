@@ -33,22 +33,31 @@ class WeightSource(Protocol):
     meta: at least "model" (fields of ModelConfig); "huggingface" holds what only Hugging Face's files know,
     and is there
         exactly if the weights came from outside (see `hlat.checkpoint.hf`).
-    tokenizer: folder with the tokenizer's files, or None.
     """
 
     path: Path
     meta: dict[str, Any]
 
     @property
-    def tokenizer(self) -> Path | None: ...
+    def tokenizer(self) -> Path | None:
+        """Folder with the tokenizer's files, or None."""
+        ...
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Logical names of all tensors, "model/" in front."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, read from its file's header."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `read` gives. Raises UserError for weights that are not bf16, fp16 or fp32."""
+        ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """A whole tensor on the CPU. Raises UserError for a file that is damaged or cannot be read."""
+        ...
 
     def content(self) -> str:
         """Digest (hex) of the weights themselves, wherever they lie. Raises UserError."""

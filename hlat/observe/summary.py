@@ -108,10 +108,12 @@ def _last_held_out(name: str) -> Callable[[Run], str]:
 
 
 def span(run: Run) -> int:
+    """How many steps a smoothed curve of the run takes together, 5 at least."""
     return max(5, len(run.train["step"]) // _SMOOTHING)
 
 
 def last(values: Array) -> float | None:
+    """The last value that is finite; None without one."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else None
 
