@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import shlex
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 
-from hlat.cli import VERBS, main
+from hlat.cli import main
 from hlat.cli_examples import HELP
-from hlat.cli_parser import Parser
 
-
-def whole_parser() -> Parser:
-    """The parser with all verbs."""
-    parser = Parser(prog="hlat")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name in VERBS:
-        importlib.import_module(f"hlat.commands.{name}").configure(verbs.add_parser(name))
-    return parser
-
-
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and those of all its verbs and actions."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from parsers(inner)
+sys.path.insert(0, str(Path(__file__).parent))
+from command_parsers import parsers, whole_parser
 
 
 def test_every_command_has_examples_and_a_page() -> None:
