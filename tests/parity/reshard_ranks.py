@@ -53,7 +53,7 @@ class Data(SHARED.RaggedData):  # type: ignore[misc,name-defined]
         for number in range(3):
             yield self.batches(10_000 + number, size, 1)[0]
 
-    def holdout_bytes(self, size: int, count: int | None = None) -> int:
+    def holdout_bytes(self, rows: int | None = None) -> int:
         return 1000
 
     def report_lines(self) -> list[str]:
