@@ -2,9 +2,9 @@
 
     python tests/bench/checkpoints.py [--parameters 14000000] [--rounds 7] [--folder FOLDER] [--out FILE.json]
 
-The state is that of AdamW in fp32: weights and two moments, in matrices of 1024 x 1024. Printed are medians of
-the rounds and their range; saving the first time, when the memory for the copy is new, apart. What is read
-was written just before: it comes from the system's cache.
+The state is that of AdamW in fp32: weights and two moments, in matrices of 1024 x 1024. Printed are medians
+of the rounds and their range; saving the first time, when the memory for the copy is new, apart. What is
+read was written just before: it comes from the system's cache.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         seconds = measure(args.parameters, args.rounds, Path(folder))
     size = sum(t.numel() * t.element_size() for t in state(args.parameters).values())
-    print(f"{size / 1e6:.0f} MB, torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
+    facts = {"torch": torch.__version__, "cpus": os.cpu_count(), "machine": platform.machine()}
+    print(f"{size / 1e6:.0f} MB; " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
     for name, values in seconds.items():
         middle = statistics.median(values)
         span = f"{min(values):.3f} to {max(values):.3f}"
         print(f"{name:55} {middle:.3f} s ({span}), {size / 1e6 / middle:,.0f} MB/s")
     if args.out is not None:
-        facts = {"bytes": size, "torch": torch.__version__, "cpus": os.cpu_count(), "machine": platform.machine()}
-        args.out.write_text(json.dumps({**facts, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps({"bytes": size, **facts, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
