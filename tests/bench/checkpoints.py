@@ -87,7 +87,8 @@ def main() -> None:
         span = f"{min(values):.3f} to {max(values):.3f}"
         print(f"{name:55} {middle:.3f} s ({span}), {size / 1e6 / middle:,.0f} MB/s")
     if args.out is not None:
-        args.out.write_text(json.dumps({"bytes": size, **facts, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"bytes": size, **facts, "seconds": seconds}, indent=1) + "\n"
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
