@@ -79,7 +79,8 @@ def open_target(path: str | Path) -> Target:
 
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
     """Every complete checkpoint of a run, oldest first, but those that are damaged in anything but optimizer
-    state: of these a line is said. Every rank calls it; all get the same. Raises UserError when there is none.
+    state: of these a line is said. Every rank calls it; all get the same. Raises UserError when there is
+    none.
     """
     from hlat.checkpoint import folder as folders
 

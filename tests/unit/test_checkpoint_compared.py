@@ -1,4 +1,4 @@
-"""The table "What is compared" of docs/checkpoints.md: every kind of damage, before everybody who reads one."""
+"""The table "What is compared" of docs/checkpoints.md: every kind of damage, and all who read a checkpoint."""
 
 from __future__ import annotations
 
