@@ -1,4 +1,4 @@
-"""The table "What is compared" of docs/checkpoints.md: every kind of damage, and all who read a checkpoint."""
+"""The table "What is compared" of docs/checkpoints.md: every kind of damage, everybody who reads one."""
 
 from __future__ import annotations
 
