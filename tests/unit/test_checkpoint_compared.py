@@ -182,3 +182,12 @@ def test_verify_in_python_compares_every_byte(run: Path, kind: str) -> None:
     DAMAGES[kind](step)
     with pytest.raises(Broken):
         Checkpoint(step).verify()
+
+
+def test_a_file_put_beside_a_tokenizer_ends_all_that_use_it(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints/step-00000030/tokenizer/special_tokens_map.json").write_text("{}")
+    for number, reader in enumerate((evaluate, generate, convert)):
+        with pytest.raises(UserError):
+            reader(run, tmp_path / f"out-{number}")
+        assert not (tmp_path / f"out-{number}").exists()
+    assert train(run, tmp_path) == [30], "a run's tokenizer is that of its recipe"
