@@ -110,3 +110,21 @@ def test_uploads_that_go_on_to_the_next_one_meanwhile_keep_back_one(tmp_path: Pa
     store.keep_back = keeps
     store.save(3, {"a": torch.ones(9)}, {}, tokens=3)
     assert store.steps() == [1, 3]
+
+
+def test_the_copy_of_a_save_in_the_background_is_made_once_and_as_large_as_the_state(
+    tmp_path: Path,
+) -> None:
+    tensors = {"model/a": torch.ones(100, 7), "optim/b": torch.ones(50, dtype=torch.bfloat16)}
+    store = CheckpointStore(tmp_path, keep=1, async_=True)
+    copies = []
+    for step in range(1, 6):
+        store.save(step, tensors, {}, tokens=step)
+        store.wait()
+        copies.append({copy.data_ptr() for copy in store._buffers.values()})
+        size = sum(copy.numel() * copy.element_size() for copy in store._buffers.values())
+        assert size == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert all(found == copies[0] for found in copies)
+    store = CheckpointStore(tmp_path, keep=1, async_=True)
+    store.save(6, tensors, {}, tokens=6, wait=True)
+    assert not store._buffers, "whoever waits needs none"

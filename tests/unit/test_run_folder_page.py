@@ -72,6 +72,18 @@ def test_a_run_goes_on_wherever_it_and_its_text_are(
     assert [small.numbers(r) for r in small.rows("whole")] == [small.numbers(r) for r in small.rows("copied")]
 
 
+def test_to_go_back_the_later_step_folders_are_deleted(place: Path) -> None:
+    assert train("run.dir=whole") == 0
+    assert train("run.dir=back") == 0
+    for step in (4, 6):
+        shutil.rmtree(f"back/checkpoints/step-{step:08d}")
+    assert train("run.dir=back", "run.stop_at_step=2") == 0
+    assert [row["step"] for row in small.rows("back")] == [1, 2]
+    assert train("run.dir=back") == 0
+    assert small.same_state("whole", "back")
+    assert [small.numbers(r) for r in small.rows("whole")] == [small.numbers(r) for r in small.rows("back")]
+
+
 def test_resume_never_refuses_a_folder_with_checkpoints(place: Path, capsys) -> None:
     assert train("run.stop_at_step=2") == 0
     before = files_of(place / "runs/small")
