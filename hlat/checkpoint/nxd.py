@@ -117,12 +117,13 @@ def read_nxd(checkpoint: NxdFolder) -> dict[str, Tensor]:
     """Whole tensors under HLAT's names (see `hlat.train.state.tensors`).
 
     Raises:
-        UserError: the files of a rank are missing.
+        UserError: the files of a rank are missing, or one cannot be read. (They have no checksums: bytes that
+            were changed are not noticed.)
     """
     wholes: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
     for file in sorted(f for f in (checkpoint.path / "optim").iterdir() if _RANK.fullmatch(f.name)):
-        content = _resolve(_load(file), Path(f"{file}.tensors"))
+        content = _of_rank(file)
         for name, shape, box, skip, flat in _runs(content):
             if name not in wholes:
                 wholes[name], filled[name] = torch.zeros(shape, dtype=flat.dtype), 0
@@ -174,6 +175,14 @@ def _scalars(content: dict[str, Any], own: Sequence[str]) -> Iterator[tuple[str,
 
 def _box(spec: dict[str, Any]) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(spec["offset"], spec["size"], strict=True))
+
+
+def _of_rank(file: Path) -> Any:
+    try:
+        return _resolve(_load(file), Path(f"{file}.tensors"))
+    except Exception as error:  # torch.load fails in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot be read ({reason})", where=str(file), fix="copy it again") from error
 
 
 def _load(file: Path) -> Any:

@@ -30,6 +30,19 @@ class Entry:
     usable: bool = True
 
 
+def most_at_once(keep: int, remote: bool) -> int:
+    """How many checkpoints that are not permanent a run's disk holds at most, the one being written included.
+
+    A new one is complete before an old one goes. With `checkpoint.remote` there may be one more: that which
+    is being uploaded stays until it is done.
+
+    Args:
+        keep: `checkpoint.keep`.
+        remote: whether `checkpoint.remote` is set.
+    """
+    return keep + (2 if remote else 1)
+
+
 def is_permanent(step: int, tokens: int, existing: Iterable[Entry], every: int | None) -> bool:
     """Whether the checkpoint about to be saved is the first one at or after a multiple of `every` tokens.
 

@@ -255,7 +255,8 @@ class CheckpointStore:
 
     def _delete_expired(self) -> None:
         entries = [replace(e, usable=e.step not in self.skipped) for e in folders.entries(self.root)]
-        for entry in expired(entries, self.keep):
+        # Uploads only go on to newer ones: asked about the newest first, they keep back one and no more.
+        for entry in reversed(expired(entries, self.keep)):
             if self.keep_back(entry.step):
                 continue
             try:

@@ -29,7 +29,7 @@ from hlat.storage.user_cache import cache_root
 def tokenizer_key(sources: list[Source], vocab: int, holdout: float) -> str:
     """Fingerprint of all that decides a trained tokenizer."""
     contents = [identity(source) for source in sources]
-    return digest_of({"bpe": 2, "vocab": vocab, "holdout": holdout_threshold(holdout), "sources": contents})
+    return digest_of({"bpe": 3, "vocab": vocab, "holdout": holdout_threshold(holdout), "sources": contents})
 
 
 def trained_tokenizer(sources: list[Source], vocab: int, holdout: float, quiet: bool = False) -> Tokenizer:

@@ -53,11 +53,14 @@ def check_vocab(size: int, where: str) -> int:
 def training_texts(sources: list[Source], holdout_threshold: int, limit: int = SAMPLE_BYTES) -> Iterator[str]:
     """The documents to train on: never held-out ones.
 
-    Of large sources an even sample, chosen by content hash, of about `limit` bytes. Raises UserError for a
-    source of which too much is no text (see `hlat.data.losses`).
+    Of sources above `limit` bytes (compressed ones as they lie on the disk) an even sample, chosen by content
+    hash: about that share of their documents. Where few documents are large, or all are below the held-out
+    threshold, that may be none; then it is the one that is the nearest. Raises UserError for a source of
+    which too much is no text (see `hlat.data.losses`).
     """
     share = limit / max(sum(source.size for source in sources), 1)
     chosen_below = int(min(share, 1.0) * (2**64 - holdout_threshold)) + holdout_threshold
+    chosen, nearest = False, (-1, "")
     for source in sources:
         tally = Tally()
         for unit in units(source):
@@ -68,9 +71,22 @@ def training_texts(sources: list[Source], holdout_threshold: int, limit: int = S
                 content = document.text.encode("utf-8")
                 tally.documents += 1
                 tally.bytes += len(content)
-                if holdout_threshold <= document_hash(content) < chosen_below:
+                mark = document_hash(content)
+                if holdout_threshold <= mark < chosen_below:
+                    chosen = True
                     yield document.text
+                elif not chosen and (rank := _nearness(mark, chosen_below)) > nearest[0]:
+                    nearest = rank, document.text
         tally.check(source)
+    if not chosen and nearest[0] >= 0:
+        yield nearest[1]
+
+
+def _nearness(mark: int, chosen_below: int) -> int:
+    """Orders the hashes that were not chosen: of those that are trained on the smallest is the nearest, of
+    those that would be held out the largest, which changes sides when no other is trained on.
+    """
+    return 2**65 - mark if mark >= chosen_below else mark
 
 
 def train_bpe(texts: Iterator[str], vocab: int, folder: Path) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hlat.checkpoint.folder import step_folders
+from hlat.checkpoint.folder import entries, step_folders
+from hlat.checkpoint.retention import most_at_once
 from hlat.doctor.finding import Finding
 from hlat.doctor.machine import Machine
 from hlat.registry import lookup
@@ -26,14 +27,18 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def check(machine: Machine, recipe: Recipe) -> Finding:
-    """Room for keep + 1 checkpoints (the newest is written before the oldest goes), less those there are."""
+    """Room for the checkpoints that the disk holds at once (`most_at_once`), less those there are; permanent
+    ones take none of this room.
+    """
     name, folder = "disk.checkpoints", Path(recipe.run.dir) / "checkpoints"
     if "://" in recipe.run.dir:
         return Finding(name, "ok", f"checkpoints go to {recipe.run.dir}")
     kept = {step: _size(path) for step, path in step_folders(folder).items()} if folder.is_dir() else {}
     one = kept[max(kept)] if kept else checkpoint_bytes(recipe)
-    count, free = recipe.checkpoint.keep + 1, machine.free(folder)
-    wanted = max(one, count * one - sum(kept.values()))
+    permanent = {entry.step for entry in entries(folder) if entry.permanent}
+    count = most_at_once(recipe.checkpoint.keep, recipe.checkpoint.remote is not None)
+    free = machine.free(folder)
+    wanted = max(one, count * one - sum(size for step, size in kept.items() if step not in permanent))
     size = f"{'' if kept else 'about '}{one / 1e9:,.2f} GB"
     fact = f"{count} checkpoints of {size} need {wanted / 1e9:,.2f} GB more"
     if free is None or free >= wanted:

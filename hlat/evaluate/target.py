@@ -78,16 +78,17 @@ def open_target(path: str | Path) -> Target:
 
 
 def all_checkpoints(path: str | Path) -> Iterator[Target]:
-    """Every complete checkpoint of a run, oldest first, but those whose weights are damaged: of these a line
-    is said. Every rank calls it; all get the same. Raises UserError when there is none.
+    """Every complete checkpoint of a run, oldest first, but those that are damaged in anything but optimizer
+    state: of these a line is said. Every rank calls it; all get the same. Raises UserError when there is
+    none.
     """
     from hlat.checkpoint import folder as folders
 
     root, peers = Path(path) / "checkpoints", Peers.meet()
     steps = folders.step_folders(root) if root.is_dir() else {}
-    complete = [steps[step] for step in sorted(steps) if (steps[step] / folders.MARKER).is_file()]
+    found = [steps[step] for step in sorted(steps)]
     used = False
-    for folder in peers.from_first(complete):
+    for folder in peers.from_first(found):
         source, problem = usable(folder, True, peers, only=PREFIX)
         if source is not None:
             used = True
@@ -95,7 +96,7 @@ def all_checkpoints(path: str | Path) -> Iterator[Target]:
         elif peers.rank == 0:
             _warn(f"skipped checkpoint {folder}: {problem}")
     if not used:
-        what = "no checkpoint here can be used" if complete else "no complete checkpoint here"
+        what = "no checkpoint here can be used" if found else "no complete checkpoint here"
         raise UserError(what, where=str(path), fix="give the run.dir of a training run")
 
 

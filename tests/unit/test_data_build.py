@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -184,6 +185,42 @@ def test_concurrent_builders_share_one_result(tmp_path):
     assert sorted(int(printed.split()[1]) > 0 for printed, _ in results) == [False, False, True]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     assert sorted(documents(out, "train") + documents(out, "holdout")) == sorted(TEXTS * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at open files in /proc")
+def test_who_waits_goes_on_where_a_killed_builder_was(tmp_path, monkeypatch):
+    source, out = write_files(tmp_path / "in", TEXTS * 3), tmp_path / "out"
+    partial = tmp_path / "out.partial"
+    first = start_builder(source, out, 1)
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("unit-*.json"))) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # it holds the lock as long as the second one needs to start
+    waiting = start_builder(source, out, 1)
+    while str(partial / ".lock") not in open_files(waiting.pid):
+        assert time.monotonic() < deadline and waiting.poll() is None
+        time.sleep(0.01)
+    assert not out.exists()
+    first.kill()
+    first.communicate()
+    printed, errors = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, errors
+    assert int(printed.split()[0]) >= 3
+    monkeypatch.setattr(sources_module, "UNIT_BYTES_MIN", 400)
+    make(source, tmp_path / "reference", holdout=0.25)
+    assert snapshot(out) == snapshot(tmp_path / "reference")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "reference"]
+
+
+def open_files(pid):
+    found = []
+    with suppress(OSError):
+        for handle in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{handle}"))
+    return found
 
 
 def test_without_file_locks_the_second_result_is_discarded(tmp_path, monkeypatch):

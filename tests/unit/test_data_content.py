@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,33 @@ def test_a_source_that_changes_while_a_tokenizer_is_made_of_it(tmp_path, monkeyp
     with pytest.raises(UserError, match="changed while it was read for a tokenizer"):
         cache.trained_tokenizer([resolve_source(path=source)], 300, 0.1, quiet=True)
     assert not list((tmp_path / "cache/hlat/tokenizers").iterdir())
+
+
+def test_the_cache_has_one_entry_for_one_content(tmp_path, monkeypatch):
+    """Whatever it is called and wherever it lies; another for all that changes the tokens."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_texts(tmp_path / "in")
+    lines = [json.dumps({"text": f"text {i}", "other": f"other {i}"}) for i in range(30)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+
+    def made(path, tokenizer="bytes", holdout=0.2, **rest):
+        found = resolve_source(path=path, **rest)
+        return cache.tokenized(found, load_tokenizer(tokenizer), holdout, workers=1, quiet=True)
+
+    first = made(source)
+    assert first.parent == tmp_path / "cache/hlat/tokens"
+    stamp = (first / "manifest.json").stat().st_mtime_ns
+    moved = shutil.move(source, tmp_path / "moved")
+    for number, file in enumerate(sorted(moved.iterdir())):
+        file.rename(moved / f"{number:02} renamed.text")
+    assert made(moved) == first and (first / "manifest.json").stat().st_mtime_ns == stamp
+    trained = cache.trained_tokenizer([resolve_source(path=moved)], 300, 0.2, quiet=True)
+    others = [
+        made(moved, holdout=0.3),
+        made(moved, tokenizer=str(trained.files()[0])),
+        made(tmp_path / "lines.jsonl"),
+        made(tmp_path / "lines.jsonl", text_field="other"),
+    ]
+    (moved / "00 renamed.text").write_text("another text")
+    others.append(made(moved))
+    assert len({first, *others}) == 6 == len(list((tmp_path / "cache/hlat/tokens").iterdir()))

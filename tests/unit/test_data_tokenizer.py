@@ -134,6 +134,28 @@ def test_training_text_leaves_out_what_is_held_out(tmp_path):
     assert set(sample) < set(wanted) and 60 < len(sample) < 150
 
 
+@pytest.mark.parametrize("limit", [1, 2**40])
+def test_there_is_always_a_text_to_train_on(tmp_path, limit):
+    """Few documents, larger than the sample or with hashes below the held-out threshold."""
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    source = resolve_source(path=tmp_path)
+    marks = {document_hash(f"document {i}".encode()): f"document {i}" for i in range(5)}
+    ordered = sorted(marks)
+    for below in (0, ordered[2], ordered[4]):
+        trained_on = [marks[mark] for mark in ordered if mark >= below]
+        found = list(training_texts([source], below, limit=limit))
+        assert found == trained_on[:1] if limit == 1 else set(found) == set(trained_on)
+    assert list(training_texts([source], ordered[4] + 1, limit=limit)) == [marks[ordered[4]]]
+
+
+def test_a_single_held_out_document_still_makes_a_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("words and words " * 50)
+    below = document_hash((tmp_path / "a.txt").read_bytes()) + 1
+    path = train_bpe(training_texts([resolve_source(path=tmp_path)], below), 300, tmp_path / "out")
+    assert load_tokenizer(path).vocab_size > 257
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("train:bpe-12", "257"), ("train:unigram-300", "train:bpe-SIZE"), ("train:bpe-x", "train:bpe-SIZE")],

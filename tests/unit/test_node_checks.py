@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hlat.checkpoint.retention import most_at_once
+from hlat.checkpoint.store import CheckpointStore
 from hlat.cli import main
 from hlat.commands.doctor_cluster import table
 from hlat.doctor import gpus, holders, space
@@ -187,6 +189,22 @@ def test_room_for_checkpoints(recipe: Recipe, fake_host: Any, tmp_path: Path) ->
     (folder / "data-00000.safetensors").write_bytes(b"x" * 1000)
     assert space.check(fake_host, recipe).status == "ok"  # the size of a real one counts
     fake_host.free_bytes = recipe.checkpoint.keep * 1000 - 1  # one of keep + 1 is there
+    assert space.check(fake_host, recipe).status == "warn"
+
+
+@pytest.mark.parametrize("remote", [None, "file:///copies"])
+def test_permanent_checkpoints_take_none_of_the_room(
+    recipe: Recipe, fake_host: Any, tmp_path: Path, remote: str | None
+) -> None:
+    section = recipe.checkpoint.model_copy(update={"remote": remote, "keep": 2})
+    recipe = recipe.model_copy(update={"checkpoint": section})
+    root = Path(recipe.run.dir) / "checkpoints"
+    for step in (1, 2, 3):
+        CheckpointStore(root, keep=2, permanent_every_tokens=1).save(step, {}, {}, tokens=step)
+    one = space._size(root / "step-00000003")
+    fake_host.free_bytes = most_at_once(2, remote is not None) * one
+    assert space.check(fake_host, recipe).status == "ok"
+    fake_host.free_bytes -= 1
     assert space.check(fake_host, recipe).status == "warn"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hlat.backend.nxd.flash import unusable
 from hlat.backend.nxd.graphs import Counts, GraphGuard
 from hlat.backend.nxd.precompile import commands, scratch
 from hlat.checkpoint.nxd import from_nxd, newest_nxd, open_nxd
+from hlat.checkpoint.reader import open_checkpoint
 from hlat.cli import main
 from hlat.errors import TrainingStopped, UserError
 from hlat.recipe import load
@@ -117,6 +119,42 @@ def test_nxds_newest_complete_checkpoint_is_the_one_of_the_latest_step(tmp_path:
     (found.path / "user_content.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="not a checkpoint that HLAT wrote"):
         open_nxd(found.path)
+
+
+def write_nxd(folder: Path) -> list[Path]:
+    """A checkpoint of one parameter of 4 elements; each of two ranks holds half. Returns their files."""
+    spec = {"primary": True, "at": 0, "size": [4], "shape": [4], "offset": [0]}
+    (folder / "optim").mkdir(parents=True)
+    (folder / "done").touch()
+    meta = json.dumps({"step": 7, "tokens": 70, "layout": "dp 2"})
+    torch.save({"meta": meta}, folder / "user_content.pt")
+    files = []
+    for rank in (0, 1):
+        bucket = {"first": 2 * rank, "master": torch.ones(2), "state": {}, "specs": {"a": spec}}
+        content = {"buckets": {"0": bucket}, "frozen": {}, "owners": {}, "updates": torch.tensor(7)}
+        files.append(folder / f"optim/dp_rank_0{rank}_tp_rank_00_pp_rank_00.pt")
+        torch.save(content, files[-1])
+    return files
+
+
+@pytest.mark.parametrize("damage", ["none", "missing", "cut off", "empty"])
+def test_files_of_a_rank_that_are_not_there_are_noticed(tmp_path: Path, damage: str) -> None:
+    file = write_nxd(tmp_path / "source/step-000000007")[1]
+    if damage == "missing":
+        file.unlink()
+    elif damage != "none":
+        file.write_bytes(file.read_bytes()[:100] if damage == "cut off" else b"")
+    source, run = tmp_path / "source/step-000000007", tmp_path / "run"
+    if damage == "none":
+        from_nxd(source, run)
+        checkpoint = open_checkpoint(run)
+        assert checkpoint.step == 7 and checkpoint.read("model/a").tolist() == [1.0] * 4
+        return
+    words = "2 elements of 'model/a' are missing" if damage == "missing" else f"{file.name}.*cannot be read"
+    with pytest.raises(UserError) as caught:
+        from_nxd(source, run)
+    assert re.search(words, caught.value.line()) and len(caught.value.line().splitlines()) == 1
+    assert not run.exists()
 
 
 def test_the_short_run_has_a_folder_that_all_nodes_see(tmp_path: Path) -> None:
