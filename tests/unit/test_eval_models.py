@@ -1,4 +1,4 @@
-"""The harness's other models beside HLAT's, in its command and in programs, and what is said outside a repository."""
+"""The harness's other models beside HLAT's, in its command and in programs."""
 
 from __future__ import annotations
 
