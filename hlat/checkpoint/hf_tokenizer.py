@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hlat.checkpoint.sentencepiece_json import PROBES, read_sentencepiece, to_tokenizers
 from hlat.data.special_tokens import CONFIG, complete, read_named, read_object
 from hlat.data.tokenizer_files import copy_files, tokenizer_files
+from hlat.data.tokenizers_library import run
 from hlat.errors import UserError
 from hlat.paths import expand
 
@@ -181,8 +182,7 @@ class PromptEncoder:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; without `special` nothing is added to what the text itself holds."""
         if self._backend is not None:
-            found: list[int] = self._backend.encode(text, add_special_tokens=special).ids
-            return found
+            return run(self._backend, [text], self._tokenizer.spec, special)[0]
         [ids] = self._tokenizer.encode_special([text])
         return [*self._before, *ids, *self._after] if special else ids
 

@@ -24,7 +24,8 @@ def write_safetensors(
     dtypes: Mapping[str, torch.dtype],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Writes the tensors of `shapes` to `path`, in that order; memory is that of one tensor.
+    """Writes the tensors of `shapes` to `path`, in that order; memory is that of one tensor and of what it
+    is converted to.
 
     Args:
         shapes, dtypes: of every tensor, by name. Order wider dtypes first if they are mixed, or some tensors
@@ -52,4 +53,5 @@ def write_safetensors(
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
             file.write(raw_bytes(tensor.to(device="cpu", dtype=dtypes[name]).contiguous()))
+            del tensor  # before the next one is read
         flush_to_disk(file)

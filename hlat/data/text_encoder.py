@@ -8,7 +8,6 @@ divided as it was.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hlat.data.quoted import Quoted
+from hlat.data.tokenizers_library import hide, made_of_text, run, stand_ins
 
 if TYPE_CHECKING:
     from hlat.data.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class TextEncoder:
         found: list[Ids | None] = [self._apart(text) if self.quotes_any(text) else None for text in texts]
         plain = iter(self._whole([text.text for text, ids in zip(texts, found, strict=True) if ids is None]))
         arrays = [next(plain) if ids is None else ids for ids in found]
-        if self._normalizes:
+        if self._hides:
             arrays = [self._checked(text, ids) for text, ids in zip(texts, arrays, strict=True)]
         bos = self.tokenizer.convention.bos
         if bos is None or not begin:
@@ -107,16 +107,10 @@ class TextEncoder:
         """Ids of one text in which the template's special tokens alone are such."""
         if self._definition is None:
             return self._in_pieces(text)
-        names, real, hidden = self._renamed_ids
+        backend, names, real = self._renamed
         spelled = [part if index is None else names[part] for part, index in self._pieces(text)]
-        ids = _run(self._renamed, ["".join(spelled)])[0].ids
-        if not hidden.isdisjoint(ids):  # the vocabulary itself has the token as a word: break the word
-            broken = (self._broken(part, names[""]) for part in spelled)
-            ids = _run(self._renamed, ["".join(broken)])[0].ids
-        return np.array([real.get(index, index) for index in ids if real.get(index, 0) >= 0], dtype=np.int64)
-
-    def _broken(self, part: str, between: str) -> str:
-        return self._pattern.sub(lambda found: found[0][0] + between + found[0][1:], part)
+        [ids] = run(backend, ["".join(spelled)], self.tokenizer.spec, shown=text.text)
+        return np.array([real.get(index, index) for index in ids], dtype=np.int64)
 
     def _in_pieces(self, text: Quoted) -> Ids:
         """The same for a tokenizer without a tokenizer.json: what is between special tokens by itself."""
@@ -132,63 +126,53 @@ class TextEncoder:
         """
         if not text.quotes:
             return ids
-        wanted = [index for _, index in self._pieces(text) if index is not None]
-        special = set(self.control.values())
-        return ids if [index for index in ids.tolist() if index in special] == wanted else self._apart(text)
+        wanted = [index for _, index in self._pieces(text) if index in self._telling]
+        return (
+            ids
+            if [index for index in ids.tolist() if index in self._telling] == wanted
+            else self._apart(text)
+        )
 
     @cached_property
-    def _normalizes(self) -> bool:
-        """Whether special tokens are looked for after normalisation."""
-        if self._definition is None or not self._definition.get("normalizer"):
+    def _hides(self) -> bool:
+        """Whether a special token may come of characters that do not spell it: it is looked for after
+        normalisation, or a word of the vocabulary, which normalisation comes before.
+        """
+        if self._definition is None:
             return False
-        return any(t["normalized"] for t in self._definition["added_tokens"] if t["content"] in self.control)
+        added = self._definition["added_tokens"]
+        after = any(token["normalized"] for token in added if token["content"] in self.control)
+        words = made_of_text(self._definition, self.control)
+        return bool(words) or (after and bool(self._definition.get("normalizer")))
+
+    @cached_property
+    def _telling(self) -> set[int]:
+        """Ids of special tokens that text is never made of."""
+        ordinary = stand_ins(self._definition) if self._definition is not None else set()
+        return {index for content, index in self.control.items() if content not in ordinary}
 
     @cached_property
     def _definition(self) -> dict[str, Any] | None:
         return self.tokenizer.definition()
 
     @cached_property
-    def _renamed(self) -> Any:
-        """The tokenizer with other names for its special tokens, and one more, which breaks words."""
+    def _renamed(self) -> tuple[Any, dict[str, str], dict[int, int]]:
+        """The tokenizer with other names for its special tokens; the names; the tokenizer's ids for those ids
+        of the copy that differ.
+        """
         from tokenizers import AddedToken
 
         assert self._definition is not None
-        added = self._definition["added_tokens"]
-        rest = [token for token in added if token["content"] not in self.control]
-        backend = _backend_of({**self._definition, "added_tokens": rest, "post_processor": None})
-        flags = {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
-        for content, name in self._names.items():
-            left, right = flags.get(content, (False, False))
-            backend.add_special_tokens([AddedToken(name, lstrip=left, rstrip=right, normalized=False)])
-        return backend
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        """A name that nobody can guess for each special token, and under "" for what breaks words."""
+        backend, real = hide(self._definition, self.control)
+        flags = {
+            token["content"]: (token["lstrip"], token["rstrip"]) for token in self._definition["added_tokens"]
+        }
         nonce = secrets.token_hex(16)  # between two characters that Unicode keeps out of texts
-        return {content: f"\ufdd0{n}x{nonce}\ufdd1" for n, content in enumerate(["", *self.control])}
-
-    @cached_property
-    def _renamed_ids(self) -> tuple[dict[str, str], dict[int, int], set[int]]:
-        """Names; ids of the copy that are others of the tokenizer (-1: of none); the special tokens' own."""
-        assert self._definition is not None
-        find = self._renamed.token_to_id
-        real = {find(name): self.control.get(content, -1) for content, name in self._names.items()}
-        rest = [t for t in self._definition["added_tokens"] if t["content"] not in self.control]
-        real |= {find(token["content"]): token["id"] for token in rest}
-        return self._names, real, set(self.control.values()) - real.keys()
-
-
-def _backend_of(definition: Any) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_str(json.dumps(definition))
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = False
-    return backend
-
-
-def _run(backend: Any, texts: Sequence[str]) -> list[Any]:
-    run = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets; tokenizers 0.20.1
-    return list(run(list(texts), add_special_tokens=False))
+        names = {content: f"\ufdd0{n}x{nonce}\ufdd1" for n, content in enumerate(self.control)}
+        tokens = []
+        for content, name in names.items():
+            left, right = flags.get(content, (False, False))
+            tokens.append(AddedToken(name, lstrip=left, rstrip=right, normalized=False))
+        backend.add_special_tokens(tokens)
+        real |= {backend.token_to_id(name): self.control[content] for content, name in names.items()}
+        return backend, names, real

@@ -31,6 +31,7 @@ from hlat.data.special_tokens import (
     sidecars,
 )
 from hlat.data.tokenizer_files import companions_of
+from hlat.data.tokenizers_library import hide, made_of_text, run
 from hlat.errors import UserError
 from hlat.host import json_text
 from hlat.host.limits import cores
@@ -196,6 +197,9 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
         self.bos_id, self.eos_id = (None if text is None else vocabulary.get(text) for text in marks)
         self._never_in_texts([text for text in marks if text in vocabulary])
+        special = [text for text, _, special in self.added_tokens() if special]
+        # Special tokens that the model makes of texts which spell them.
+        self._words = {vocabulary[text] for text in made_of_text(self._definition, special)}
         self.vocab_size = max((index for index in vocabulary.values() if index not in idle), default=-1) + 1
         self._vocabulary = {text: index for text, index in vocabulary.items() if index < self.vocab_size}
         self.byte_exact = self._is_byte_level()
@@ -218,14 +222,30 @@ class HuggingFaceTokenizer(Tokenizer):
         return [(token.content, index, token.special) for index, token in sorted(found)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # The fast variant skips offsets; it came with tokenizers 0.20.1.
-        run = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
-        return [encoding.ids for encoding in run(list(texts), add_special_tokens=False)]
+        found = run(self._backend, texts, self.spec)
+        if not self._words:
+            return found
+        return [self._apart(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def _apart(self, ids: list[int], text: str) -> list[int]:
+        """Ids of a text: these, or where a special token is among them those of text that is only text."""
+        if self._words.isdisjoint(ids):
+            return ids
+        backend, real = self._plain
+        try:
+            [found] = run(backend, [text], self.spec)
+        except UserError:
+            return ids  # nothing else can stand for these characters
+        return [real.get(index, index) for index in found]
+
+    @cached_property
+    def _plain(self) -> tuple[Any, dict[int, int]]:
+        return hide(self.definition(), [text for text, _, special in self.added_tokens() if special])
 
     def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
         self._backend.encode_special_tokens = False
         try:
-            return self.encode_batch(texts)
+            return run(self._backend, texts, self.spec)
         finally:
             self._backend.encode_special_tokens = True
 

@@ -350,8 +350,13 @@ def _before(text: str, stops: Sequence[str]) -> str:
 
 @cache
 def lm_class() -> Any:
-    """The class `HlatLM`, known to the harness as the model `hlat`. Raises UserError without the extra."""
+    """The class `HlatLM`, known to the harness as the model `hlat`. Raises UserError without the extra.
+
+    The harness's own models stay known: it registers them on the first look into an empty registry, so they
+    have to be there before `hlat` is.
+    """
     require_harness()
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 

@@ -223,6 +223,11 @@ class Watched:
         self.held -= size
 
 
+def exported(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("dtype", ["keep", "bf16"])
 def test_the_export_does_not_depend_on_the_layout(work: Path, tmp_path: Path, dtype: str) -> None:
     seen(work, "dp2tp2-to-single")
@@ -231,10 +236,12 @@ def test_the_export_does_not_depend_on_the_layout(work: Path, tmp_path: Path, dt
     watched = Watched(many)
     to_hf(watched, tmp_path / "many", dtype)
     to_hf(one, tmp_path / "one", dtype)
-    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert Path("model.safetensors") in files and Path("config.json") in files
-    assert files == sorted(path.relative_to(tmp_path / "many") for path in (tmp_path / "many").rglob("*.*"))
-    for file in files:
-        assert (tmp_path / "many" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
+    files = exported(tmp_path / "one")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= files.keys()
+    assert exported(tmp_path / "many") == files
+    for layout in ("dp2", "tp2", "pp2"):
+        seen(work, f"dp2tp2-to-{layout}")
+        to_hf(saved(work, f"dp2tp2-to-{layout}", "before"), tmp_path / layout, dtype)
+        assert exported(tmp_path / layout) == files, layout
     largest = max(many.read(name).nbytes for name in many.names() if name.startswith("model/"))
-    assert watched.peak <= 2 * largest < 0.3 * sum(many.read(n).nbytes for n in many.names() if n[0] == "m")
+    assert watched.peak <= largest < 0.15 * sum(many.read(n).nbytes for n in many.names() if n[0] == "m")

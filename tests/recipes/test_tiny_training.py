@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 
 from hlat.cli import main
+from hlat.recipe import load
 from hlat.recipe_io import shipped_recipes
 
 TINY = sorted(name for name in shipped_recipes() if name.rpartition("/")[2].startswith("tiny"))
 FINETUNE = sorted(name for name in shipped_recipes() if name.startswith("finetune/"))
 GLUE = {
-    "sst2": ("validation", {"sentence": "a film"}, 2),
-    "qnli": ("validation", {"question": "who?", "sentence": "he"}, 2),
-    "mnli": ("validation_matched", {"premise": "it rains", "hypothesis": "it is wet"}, 3),
-    "cola": ("validation", {"sentence": "they is"}, 2),
+    "sst2": (["validation"], {"sentence": "a film"}, 2),
+    "qnli": (["validation"], {"question": "who?", "sentence": "he"}, 2),
+    "mnli": (
+        ["validation_matched", "validation_mismatched"],
+        {"premise": "it rains", "hypothesis": "it is wet"},
+        3,
+    ),
+    "cola": (["validation"], {"sentence": "they is"}, 2),
 }
 OFFLINE = ("finetune/packages", "finetune/sft", "finetune/chat")
 FIGURES = ("accuracy", "bits_per_byte", "bits_per_byte")
@@ -64,10 +69,10 @@ def test_two_steps_of_glue(name: str, tmp_path: Path, monkeypatch, capsys) -> No
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    split, fields, labels = GLUE[name]
+    splits, fields, labels = GLUE[name]
     hub = tmp_path / "glue"
     (hub / name).mkdir(parents=True)
-    files = {part: f"{name}/{part}.jsonl" for part in ("train", split)}
+    files = {part: f"{name}/{part}.jsonl" for part in ("train", *splits)}
     listed = [{"split": part, "path": path} for part, path in files.items()]
     (hub / "README.md").write_text(
         f"---\nconfigs:\n- {json.dumps({'config_name': name, 'data_files': listed})}\n---\n"
@@ -78,9 +83,11 @@ def test_two_steps_of_glue(name: str, tmp_path: Path, monkeypatch, capsys) -> No
         content = [{**row, "label": i % labels, "idx": i} for i, row in enumerate(content)]
         (hub / path).write_text("\n".join(map(json.dumps, content)))
     folder = tmp_path / "run"
+    shipped = load(f"finetune/{name}").data.examples
+    assert shipped is not None
     overrides = [
-        f"data.examples.dataset={hub}:{name}@train",
-        f"data.examples.eval_dataset={hub}:{name}@{split}",
+        f"data.examples.dataset={shipped.dataset}".replace("nyu-mll/glue", str(hub)),
+        f"data.examples.eval_dataset={shipped.eval_dataset}".replace("nyu-mll/glue", str(hub)),
         *(f"model.{key}={value}" for key, value in SMALL.items()),
         "init.from=null",
         "data.tokenizer=bytes",
@@ -88,6 +95,7 @@ def test_two_steps_of_glue(name: str, tmp_path: Path, monkeypatch, capsys) -> No
         "data.global_batch=8",
         "compile=false",
     ]
-    assert main(["train", f"finetune/{name}", *overrides, *short(folder)]) == 0, capsys.readouterr().err
+    whole = [option for option in short(folder) if not option.startswith("eval.rows")]
+    assert main(["train", f"finetune/{name}", *overrides, *whole]) == 0, capsys.readouterr().err
     assert len(rows(folder, "train")) == 2
-    assert rows(folder, "eval")[-1]["held_out_examples"] == 8
+    assert rows(folder, "eval")[-1]["held_out_examples"] == 10 * len(splits), "the whole validation set"

@@ -275,3 +275,39 @@ def test_what_is_no_repository_is_none(repository: Path, damage: str) -> None:
 def test_a_folder_without_a_repository(tmp_path: Path) -> None:
     assert head(tmp_path) is None and head(tmp_path / "missing") is None
     assert environment.git_state(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_no_command_says_anything_of_git_outside_a_repository(
+    load_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """git says that there is none: no command starts it, and none has a library start it."""
+    from hlat.cli import main
+
+    load_module(Path(__file__).with_name("test_train_command.py")).make_place(tmp_path, monkeypatch)
+    tasks = load_module(Path(__file__).with_name("test_eval_command.py"))
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/git"
+    program.write_text(
+        "#!/bin/sh\necho \"$@\" >> called-git\necho 'fatal: not a git repository' >&2\nexit 128\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    tasks.write_task(tmp_path / "tasks", tasks.QUESTIONS)
+    asked = ["--tasks", "mine", "--include-path", "tasks"]
+    commands = [
+        ["recipes", "check", "small.yaml"],
+        ["data", "tokenize", "text", "--tokenizer", "bytes", "--out", "tokens"],
+        ["train", "small.yaml", "run.steps=2"],
+        ["report", "runs/small"],
+        ["generate", "runs/small", "--prompt", "alpha", "--max-new-tokens", "1"],
+        ["convert", "to-hf", "runs/small", "hf"],
+        ["eval", "hf", *asked],
+        ["compare", "runs/small", "hf", *asked],
+        ["doctor"],
+    ]
+    for command in commands:
+        code = main(command)
+        assert code == 0 or command == ["doctor"], (command, capfd.readouterr().err)
+    assert "git repository" not in capfd.readouterr().err
+    assert not Path("called-git").exists()
