@@ -1,4 +1,4 @@
-"""What a supervisor leaves of a run that never began: nothing, after a mistake in its recipe, data or text."""
+"""What a supervisor leaves of a run that never began: nothing, after a mistake in its recipe or data."""
 
 from __future__ import annotations
 
