@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -102,14 +102,26 @@ def serve(address: Address) -> tuple[Any, Address]:
     return store, replace(address, bound=bound)
 
 
-def connect_store(address: Address, deadline: float) -> Any:
-    """A connection to the store. Knocks first: torch fills the screen while nobody answers."""
+def connect_store(
+    address: Address, deadline: float, who: str = "", connect: Callable[[str], Any] | None = None
+) -> Any:
+    """A connection to the store. Knocks first: torch fills the screen while nobody answers.
+
+    Args:
+        deadline: monotonic seconds.
+        who: the name of this process in the error (default: its rank).
+        connect: makes the connection to a host (default: a client that waits for nobody else).
+
+    Raises UserError when nobody answers in time.
+    """
     where = f"{address.host}:{address.port}"
     started = time.monotonic()
     host = address.bound or address.host
     while True:
         try:
             socket.create_connection((host, address.port), timeout=STORE_SECONDS).close()
+            if connect is not None:
+                return connect(host)
             limit = timedelta(seconds=STORE_SECONDS)
             return dist.TCPStore(host, address.port, None, False, limit, wait_for_workers=False)
         except (OSError, OverflowError, dist.DistError) as error:
@@ -122,4 +134,4 @@ def connect_store(address: Address, deadline: float) -> Any:
                 "is rank 0 started, are MASTER_ADDR and MASTER_PORT the same everywhere, and is MASTER_ADDR "
                 "its address in the cluster's network there too?"
             )
-            raise UserError(f"rank {address.rank}: {waited}", where=where, fix=fix) from error
+            raise UserError(f"{who or f'rank {address.rank}'}: {waited}", where=where, fix=fix) from error

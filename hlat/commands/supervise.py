@@ -68,6 +68,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("hlat supervise needs Linux", where=sys.platform, fix=fix)
     _take_node(args)
     _check(args)
+    if args.nnodes > 1:
+        # torch tells of a machine that is gone with pages of C++ frames; what is to be said of it we say.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from hlat.checkpoint.finished import lacking
     from hlat.commands.recipe_file import load
     from hlat.observe.runfolder import RunFolder

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hlat.commands.sweep_cells import refuse_unfit, unfit_here
 from hlat.errors import UserError
 from hlat.paths import folder_to_write
 
@@ -74,14 +75,19 @@ def main(args: argparse.Namespace) -> int:
     """Run what is not done yet, write the tables. Returns 0, or 1 when runs failed, or 128 + the signal that
     stopped it.
     """
+    from hlat.observe.redact import redact
     from hlat.observe.stopping import name_of
+    from hlat.observe.terminal import one_line
 
     trials, out = plan(args.recipe, args.overrides, args.seeds, args.out, here=not args.list)
     commands = [["hlat", "train", args.recipe, *trial.overrides] for trial in trials]
     if args.list:
         for command in commands:
             print(shlex.join(command))
+        for line in unfit_here(trials):
+            print(f"hlat: note: {one_line(redact(line))}", file=sys.stderr)
         return 0
+    refuse_unfit(trials)
     look_at_contents(trials)
     refuse_others(trials, out)
     failed, stop = run_all(trials, commands)
@@ -138,6 +144,7 @@ def plan(
     runs.
     """
     from hlat.commands.recipe_file import load
+    from hlat.data.presence import check_tokenizer
     from hlat.train.run import refuse_unsupported
 
     if seeds < 1:
@@ -160,6 +167,7 @@ def plan(
             refuse_unsupported(made, here=here)
             if here:
                 made.accumulate()
+            check_tokenizer(made)
             trials.append(Trial(choice, seed, [*words, *own], out / name, made))
         same = json.dumps(base.to_dict(), sort_keys=True)
         if same in known:

@@ -246,12 +246,12 @@ def _tokenizer(
     quiet: bool,
 ) -> Tokenizer:
     if isinstance(spec, Tokenizer):
-        _check_vocab(spec.vocab_size, max_vocab, spec.spec)
+        refuse_many_ids(spec.vocab_size, max_vocab, spec.spec)
         return spec
     vocab = trained_vocab(spec)
     if vocab is None:
         loaded = load_tokenizer(spec)
-        _check_vocab(loaded.vocab_size, max_vocab, spec)
+        refuse_many_ids(loaded.vocab_size, max_vocab, spec)
         return loaded
     folder = next((folder for folder in ready if folder), None)
     if folder:
@@ -260,7 +260,7 @@ def _tokenizer(
             where="data.tokenizer",
             fix=f"set data.tokenizer to '{folder}'",
         )
-    _check_vocab(vocab, max_vocab, spec)
+    refuse_many_ids(vocab, max_vocab, spec)
     return trained_tokenizer(texts, vocab, holdout, quiet)
 
 
@@ -277,7 +277,8 @@ def _agreed(named: Tokenizer, of_weights: Tokenizer | None) -> Tokenizer:
     return named
 
 
-def _check_vocab(size: int, limit: int | None, spec: str) -> None:
+def refuse_many_ids(size: int, limit: int | None, spec: str) -> None:
+    """Raise UserError for a tokenizer with more ids than the model has."""
     if limit is not None and size > limit:
         raise UserError(
             f"the tokenizer '{spec}' has {size:,} ids, model.vocab is {limit:,}",
@@ -311,7 +312,7 @@ def open_data(
         spec = tokenizer
     if data.examples is not None:
         loaded = _agreed(spec if isinstance(spec, Tokenizer) else load_tokenizer(spec), tokenizer)
-        _check_vocab(loaded.vocab_size, recipe.model.vocab, loaded.spec)
+        refuse_many_ids(loaded.vocab_size, recipe.model.vocab, loaded.spec)
         with watching(Reading()) as reading:
             examples = open_examples(recipe, loaded)
         examples.content = examples_content(data.examples, reading)

@@ -37,6 +37,25 @@ def missing_paths(recipe: Recipe) -> list[str]:
     return lines
 
 
+def check_tokenizer(recipe: Recipe) -> None:
+    """Raise UserError for a tokenizer that training would refuse, as far as no text has to be read: words
+    that name none, a file that holds none, more ids than the model has. One that is not on this machine, or
+    comes with the weights of `init.from`, is not looked at.
+    """
+    from hlat.data.loader import refuse_many_ids
+    from hlat.data.tokenizer import load_tokenizer
+    from hlat.data.train_tokenizer import trained_vocab
+
+    spec = recipe.data.tokenizer
+    size = trained_vocab(spec)
+    if size is None:
+        away = spec != "bytes" and (is_url(spec) or not os.path.exists(expand(spec, "data.tokenizer")))
+        if spec == "init" or away:
+            return
+        size = load_tokenizer(spec).vocab_size
+    refuse_many_ids(size, recipe.model.vocab, spec)
+
+
 def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Key and path of everything that lies in a file or folder."""
     data = recipe.data

@@ -10,6 +10,7 @@ from pathlib import Path
 from hlat.errors import UserError
 from hlat.launch.plan import Plan, allowed
 from hlat.launch.template import fill, word, words
+from hlat.supervise.exits import ORDER
 
 _WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+/=-]*")
 _TIME = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
@@ -88,6 +89,7 @@ def train_script(plan: Plan, options: Options, folder: Path, tasks: Sequence[Tas
         plan, options, folder, tasks, "supervise", "train", ("--requeue", f"--signal=B:USR1@{plan.grace}")
     )
     values["max_requeues"] = word(plan.max_requeues)
+    values["order"] = words(ORDER)
     values["options"] = words(["--nproc-per-node", plan.processes, "--grace", plan.grace])
     return fill("train.sbatch", values)
 

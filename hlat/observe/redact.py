@@ -30,7 +30,8 @@ _SIGN = r"""["']?\s*+[=:]"""
 _PASSWORDS = r"(?:passw(?:or)?d|passphrase|passcode|(?-i:(?<=_)(?:PASS|PWD))|(?<=;)pwd)"
 _WORDS = (
     rf"(?:(?<![A-Za-z])(?:(?:{_KEYS})[_-]?key(?:[_-]?id)?|token|secret|{_PASSWORDS}|credentials?|jwt"
-    rf"""|auth(?==|["']\s?:\s?["'])|(?-i:(?:KEY|AUTH)(?={_SIGN})))|(?-i:(?<=_)PAT(?={_SIGN}))"""
+    rf"""|auth(?==|["']\s?:\s?["'])|(?-i:(?:KEY|AUTH)(?={_SIGN})))|(?-i:(?:(?<=_)PAT|(?<![A-Za-z])(?:PIN|DSN))(?={_SIGN}))"""
+    r"|(?<![A-Za-z])(?:conn(?:ection)?[_-]?str(?:ing)?|webhook(?:[_-]?ur[li])?)"
     r"|(?<=access)(?:token|key)|(?<=refresh)token|(?<=auth)token)"
 )
 _ASSIGNED = re.compile(

@@ -19,9 +19,11 @@ _LEAST_CODED = 12  # characters of a value whose base64 is looked for
 _LEAST_SHORT = 4  # characters of a password that cannot be an innocent word
 # PWD and OLDPWD are the working directory, GIT_ASKPASS is a program.
 _PASSWORD = (
-    r"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|SECRET|(?:^|_)PASS(?:$|_)|(?<!BY|OM)(?<!ASK)PASS$|_PWD(?:$|_)|_PAT$"
+    r"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|SECRET|(?:^|_)PASS(?:$|_)|(?<!BY|OM)(?<!ASK)PASS$|_PWD(?:$|_)"
+    r"|_PAT$|(?:^|_)PIN$"
 )
-_OTHERS = "CREDENTIAL|JWT|COOKIE"
+# Addresses that are secrets themselves, or hold one: of a database, a service, a channel.
+_OTHERS = "CREDENTIAL|JWT|COOKIE|CONN(?:ECTION)?_?STR(?:ING)?$|WEBHOOKS?(?:_UR[LI])?$|(?:^|_)DSN$"
 _SECRET_NAME = re.compile(rf"KEY|TOKEN|AUTH|{_OTHERS}|{_PASSWORD}", re.IGNORECASE)
 # MAX_TOKENS, KEYS_PER_SHARD, TOKENIZER_VOCAB, AUTHOR_ID: their numbers are no secrets.
 _STRICT_NAME = re.compile(rf"(?:KEY|TOKEN)(?!S|IZE)|AUTH(?!OR)|{_OTHERS}|{_PASSWORD}", re.IGNORECASE)

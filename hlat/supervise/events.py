@@ -44,6 +44,10 @@ class Events:
         with self._lock:
             self._waiting.append(encode(redact_all(entry)))
         self._file.do(self._append, _FILE_SECONDS)
+        self.say(event, line)
+
+    def say(self, event: str, line: str = "", **values: Any) -> None:
+        """Only what a person should know of an event, as `add` takes it."""
         if line and not self.quiet:
             self._say(line)
 

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import socket
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hlat.errors import FolderLost
 from hlat.observe.heartbeat import STEP, Heartbeat
-from hlat.observe.stopping import SPOT, handling, text_of
+from hlat.observe.stopping import handling
 from hlat.supervise import processes
 from hlat.supervise.attempt import Attempt, Outcome, Place
 from hlat.supervise.attempts import claim, folder_of
-from hlat.supervise.classify import Evidence, Verdict, classify, kernel_lines
+from hlat.supervise.classify import kernel_lines
 from hlat.supervise.events import BAD_NODES, FOLDER, Events
+from hlat.supervise.exits import (
+    BAD_NODE,
+    DONE,
+    FAILED,
+    GUARD,
+    INTERRUPTED,
+    LOST,
+    REQUEUE,
+    WRONG,
+    decisive,
+)
 from hlat.supervise.goodput import Timeline, goodput, table
-from hlat.supervise.node import is_bad
-from hlat.supervise.scratch import described, room
+from hlat.supervise.judge import Judge, faults, is_over, report_fault
+from hlat.supervise.scratch import described
 from hlat.supervise.team import Team
-from hlat.supervise.watch import Limits, name_the_late
+from hlat.supervise.traces import Traces
+from hlat.supervise.watch import Limits
 
 if TYPE_CHECKING:
     from hlat.doctor.finding import Finding
 
-DONE, FAILED, REQUEUE, BAD_NODE = 0, 1, 75, 76
-_CODES = {"recipe": 2, "anomaly": 3, "software": FAILED, "lost": FolderLost.exit_code}
-_SAVED = re.compile(r"\bstopped by .{1,80} after step \d+; state saved")  # rank 0's last line
-_WARNING = re.compile(r"Warning: |\bwarning: ")  # told, and survived: not why a rank ended
-SPOT_NOTICE = text_of(SPOT)
+_CODES = {"recipe": WRONG, "anomaly": GUARD, "software": FAILED, "lost": LOST}
 _LONGEST_PAUSE = 300.0
 _ELSEWHERE = "another machine's ranks have ended"
-_TWICE = 2  # the same fault of the same machine, in a job of several: it is a bad one
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,14 @@ class Supervisor:
     ) -> None:
         self.command, self.again, self.run_folder, self.place = list(command), list(again), run, place
         self.limits, self.grace, self.budget = limits, grace, budget or Budget()
-        self.team, self.checks, self.lacking = team or Team(), checks, lacking
+        self.team, self.checks = team or Team(), checks
         self.attempt = 0
-        self.logs = run / FOLDER
+        self.logs, self._traces = run / FOLDER, Traces(run)
         self.events = Events(self.logs, quiet=place.node > 0)
         self.timeline = Timeline()
         self.received: int | None = None
-        self._faults: Counter[tuple[str, str]] = Counter()  # (rule, machine)
-        self._furthest, self._steps = 0, False  # highest step seen; whether this attempt trains yet
+        self.judge = Judge(place.nnodes, run, lacking)
+        self._furthest = 0  # highest step seen
         self._best, self._fruitless = (0, 0), 0
 
     def run(self) -> int:
@@ -109,6 +113,8 @@ class Supervisor:
                 decision = self._one(number)
                 if decision["exit"] is not None:
                     self._finish(decision)
+                    if decision.get("bare") and self.place.node == 0:
+                        self._traces.remove()
                     return int(decision["exit"])
                 self._pause(decision["pause"])
                 if self.received is not None and self.team.count == 1:
@@ -124,13 +130,13 @@ class Supervisor:
             self.events.add(
                 "check", f"{finding.check}: {finding.fact}", check=finding.check, fact=finding.fact
             )
-        fault = _faults(findings)
+        fault = faults(findings)
         came = self.team.ready(number, socket.gethostname(), fault)
         if len(came) < self.team.count:
             missing = [str(node) for node in range(self.team.count) if node not in came]
             line = f"not all machines came to start; missing: node {', '.join(missing)}"
             self.events.add("no-start", line)
-            return FAILED
+            return FAILED if number == 1 else REQUEUE  # those that were there once are gone
         unfit = {host: what for host, what in came.values() if what}
         for host, what in unfit.items():
             if self.place.node == 0:
@@ -141,7 +147,7 @@ class Supervisor:
     def _one(self, number: int) -> dict[str, Any]:
         """This job's attempt of that number, and what all machines decide after it."""
         self.attempt = self.team.number(number, lambda: claim(self.logs, self.attempt))
-        began, self._steps = time.time(), False
+        began, self.judge.stepped = time.time(), False
         self.timeline.start(time.monotonic())
         self.events.add("start", "" if self.attempt == 1 else f"attempt {self.attempt}", attempt=self.attempt)
         logs = folder_of(self.logs, self.attempt)
@@ -177,8 +183,8 @@ class Supervisor:
         self.timeline.look(beats)
         self._furthest = max([self._furthest, *(beat.step for beat in beats.values())])
         steps = next((beat for beat in beats.values() if beat.phase == STEP), None)
-        if steps is not None and not self._steps:
-            self._steps = True
+        if steps is not None and not self.judge.stepped:
+            self.judge.stepped = True
             self.events.add("stepping", attempt=self.attempt, step=steps.first)
 
     def _report(self, outcome: Outcome, kernel: str) -> dict[str, Any]:
@@ -187,15 +193,14 @@ class Supervisor:
         report.pop("beats")
         facts = {"host": socket.gethostname(), "kernel": kernel, "reached": self._furthest, "fault": ""}
         report = {**report, **facts}
-        if _accuses(classify(_evidence(report))) and not _accuses(classify(Evidence(kernel=kernel))):
-            report["fault"] = _faults(self.checks())  # a rank says so; does the machine?
+        report["fault"] = report_fault(report, self.checks)  # a rank says so; does the machine?
         return report
 
     def _decide(self, number: int, shared: dict[int, dict[str, Any]], logs: Path) -> dict[str, Any]:
         """On the first machine: {"exit": status or None, "pause": seconds, ...}."""
         reached = max(report["reached"] for report in shared.values())
         self._count_fruitless(reached)
-        verdict, host = self._judge(shared)
+        verdict, host = self.judge.judge(shared)
         end: dict[str, Any] = {"attempt": self.attempt, "step": reached}
         end |= {"kind": verdict.kind, "rule": verdict.rule}
         end |= {"reason": verdict.reason, "rank": verdict.rank, "node": host}
@@ -204,20 +209,22 @@ class Supervisor:
         if verdict.kind == "done":
             self.events.add("end", **end)
             return {"exit": DONE}
-        self.events.add("end", f"{verdict.reason}; output of all ranks: {logs}", **end)
-        stopped = next((r["stopped"] for r in shared.values() if r["stopped"] is not None), None)
-        if stopped is not None and verdict.kind != "lost":
-            return {"exit": _after_signal(stopped)}
-        if verdict.kind == "preempted":
-            if any(_is_over(report) for report in shared.values()):
-                return {"exit": REQUEUE}
-            return self._again(number)  # nobody asked this job to end: a rank alone was sent a signal
+        bare = verdict.kind == "recipe" and self._traces.are_all()
+        where = "" if bare else f"; output of all ranks: {logs}"
+        self.events.add("end", f"{verdict.reason}{where}", **end)
+        stopped = [_after_signal(r["stopped"]) for r in shared.values() if r["stopped"] is not None]
+        if stopped and verdict.kind != "lost":
+            return {"exit": decisive(stopped)}
+        # A signal that nobody sent to this job, but to a rank alone, is a reason to start again.
+        if verdict.kind == "preempted" or verdict.action == "restart":
+            over = any(is_over(report) for report in shared.values())
+            return {"exit": REQUEUE} if over else self._again(number)
         if verdict.action == "stop":
-            return {"exit": _CODES.get(verdict.kind, FAILED)}
+            return {"exit": _CODES.get(verdict.kind, FAILED), "bare": bare}
         if verdict.action == "exclude":
             self._exclude(host)
             return {"exit": BAD_NODE, "why": f"{host} is bad"}
-        return self._again(number)
+        raise AssertionError(f"{verdict.action} is no action")
 
     def _count_fruitless(self, reached: int) -> None:
         """An attempt bears fruit when it comes further than those before, or began further on."""
@@ -225,93 +232,6 @@ class Supervisor:
         fruit = reached > self._best[0] or began > self._best[1]
         self._best = max(reached, self._best[0]), began
         self._fruitless = 0 if fruit else self._fruitless + 1
-
-    def _judge(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
-        """Why the attempt ended, and on which machine."""
-        for report in shared.values():  # before all else: who has taken the run over must not be disturbed
-            if FolderLost.exit_code in report["codes"].values():
-                return self._classify(report), report["host"]
-        missing = [node for node in range(self.team.count) if node not in shared]
-        if missing:
-            names = ", ".join(f"node {node}" for node in missing)
-            return Verdict("peer", "restart", f"no answer from {names}", "silent-node", None), names
-        early = self._early_end(shared) if all(r["code"] == 0 for r in shared.values()) else None
-        if early == "":
-            return Verdict("done", "stop", "", "", None), ""
-        if any(r["stopped"] is not None for r in shared.values()):
-            how = self._what_was_saved(shared, early)
-            return Verdict("preempted", "stop", f"stopped by a signal; {how}", "signal", None), ""
-        hung = any(r["hang"] for r in shared.values())
-        if hung:
-            return self._name_the_hang(shared)
-        if early is not None:
-            clean = classify(Evidence({0: 0}))
-            return replace(clean, reason=f"{clean.reason}: {early}"), ""
-        if mute := next((r for r in shared.values() if r["trouble"] and not r["codes"]), None):
-            text = f"no account of the ranks; this machine's disk takes nothing: {mute['trouble']}"
-            return Verdict("store", "restart", text, "scratch-disk", None), mute["host"]
-        verdicts = [(self._classify(report), report["host"]) for report in shared.values()]
-        rank = {"recipe": 0, "anomaly": 1, "node": 2, "software": 3, "store": 4}
-        verdict, host = min(verdicts, key=lambda pair: rank.get(pair[0].kind, 9))
-        return (self._again_bad(verdict, host) if verdict.kind == "node" else verdict), host
-
-    def _what_was_saved(self, shared: dict[int, dict[str, Any]], early: str | None) -> str:
-        """By an attempt that a signal to the supervisor ended. That ranks ended as they do after a save says
-        little: before their first step they end so, too.
-        """
-        codes = {code for report in shared.values() for code in report["codes"].values()}
-        late = next((r["why"] for r in shared.values() if r["stopped"] and r["why"]), "")
-        if early is None and codes <= {128 + signal.SIGTERM, 128 + signal.SIGHUP} and not late:
-            if any(_SAVED.search(report["text"]) for report in shared.values()):
-                return "state saved"
-            if not self._steps:
-                return "no step was done, and nothing is saved that was not before"
-        return f"{late or 'not all ranks saved'}: the newest checkpoint stands"
-
-    def _early_end(self, shared: dict[int, dict[str, Any]]) -> str:
-        """What is missing although all ranks ended with status 0; empty when the run is done. A library, or a
-        plug-in, may end a process so at any time.
-        """
-        ranks = sorted(rank for report in shared.values() for rank in report["unfinished"])
-        if lacking := self.lacking():
-            return lacking
-        return f"rank {', '.join(map(str, ranks))} had more to do" if ranks else ""
-
-    def _again_bad(self, verdict: Verdict, host: str) -> Verdict:
-        """A machine that shows the same fault again is excluded, where there are others."""
-        self._faults[verdict.rule, host] += 1
-        again = self._faults[verdict.rule, host] >= _TWICE and self.team.count > 1
-        exclude = again and verdict.action == "restart" and host != ""
-        return replace(verdict, action="exclude") if exclude else verdict
-
-    def _classify(self, report: dict[str, Any]) -> Verdict:
-        """What the evidence says. That a machine is bad is believed when its kernel or its checks say so: the
-        ranks print what they like, their data and other people's errors too.
-        """
-        evidence = _evidence(report)
-        verdict = classify(evidence)
-        if verdict.rule == "disk-full":
-            free = f"{self.run_folder}: {room(self.run_folder)}; {tempfile.gettempdir()}: "
-            return replace(verdict, reason=f"{verdict.reason}; {free}{room(Path(tempfile.gettempdir()))}")
-        if not _accuses(verdict) or _accuses(classify(Evidence(kernel=report["kernel"]))):
-            return verdict
-        if fault := report.get("fault"):
-            return replace(verdict, reason=f"{verdict.reason}; the check of this machine: {fault}")
-        other = classify(replace(evidence, believed=False))
-        doubt = f"its output names {verdict.rule}, which neither the kernel's log nor the check of"
-        return replace(other, reason=f"{other.reason}; {doubt} {report['host']} confirms")
-
-    def _name_the_hang(self, shared: dict[int, dict[str, Any]]) -> tuple[Verdict, str]:
-        """Who hung. A machine that does so again in a job of several is taken for a bad one."""
-        signs = {r["host"]: (list(r["signs"][0]), list(r["signs"][1])) for r in shared.values() if r["signs"]}
-        why = next(r["why"] for r in shared.values() if r["hang"])
-        rank, text = name_the_late(signs, time.time())
-        host = next((h for h, (_, s) in signs.items() if any(i["rank"] == rank for i in s)), "")
-        hardware = [(self._classify(report), report["host"]) for report in shared.values()]
-        if bad := next((pair for pair in hardware if pair[0].action == "exclude"), None):
-            return bad
-        named = rank if rank >= 0 else None
-        return self._again_bad(Verdict("hang", "restart", f"{why}: {text}", "hang", named), host), host
 
     def _again(self, number: int) -> dict[str, Any]:
         """Start again, unless the budget is spent."""
@@ -349,7 +269,8 @@ class Supervisor:
             "why": decision.get("why", ""),
             "goodput": share,
         }
-        self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
+        add = self.events.say if decision.get("bare") else self.events.add
+        add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -364,29 +285,6 @@ class Supervisor:
             yield
 
 
-def _evidence(report: Mapping[str, Any]) -> Evidence:
-    return Evidence(
-        exit_codes={int(rank): code for rank, code in report["codes"].items()},
-        text="\n".join(line for line in report["text"].splitlines() if not _WARNING.search(line)),
-        kernel=report["kernel"],
-        hang=report["hang"],
-    )
-
-
 def _after_signal(number: int) -> int:
     """The exit status after a signal to the supervisor that stopped the run."""
-    return 130 if number == signal.SIGINT else REQUEUE
-
-
-def _accuses(verdict: Verdict) -> bool:
-    """Whether it makes the machine a bad one, now or the second time."""
-    return verdict.kind == "node" and verdict.action != "stop"
-
-
-def _faults(findings: Iterable[Finding]) -> str:
-    return "; ".join(f"{finding.check}: {finding.fact}" for finding in is_bad(findings))
-
-
-def _is_over(report: Mapping[str, Any]) -> bool:
-    """Whether ranks saved because the job's time ends or its machine is taken back."""
-    return 128 + signal.SIGUSR1 in report["codes"].values() or SPOT_NOTICE in report["text"]
+    return INTERRUPTED if number == signal.SIGINT else REQUEUE

@@ -5,15 +5,25 @@ The first machine's supervisor holds a key-value store, and decides.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from hlat.errors import UserError
+from hlat.supervise.exits import REQUEUE
 
 _POLL = 0.5
+T = TypeVar("T")
+
+
+class TeamLost(UserError):
+    """The first machine's supervisor, which decides, is gone or silent: nothing is wrong with what it ran."""
+
+    exit_code = REQUEUE
 
 
 class Team:
@@ -57,6 +67,22 @@ class Team:
         return decision()
 
 
+def _or_lost(ask: Callable[..., T]) -> Callable[..., T]:
+    """A question to the store, which ends with the supervisor of the first machine. Raises TeamLost then."""
+
+    @functools.wraps(ask)
+    def asked(team: Machines, *arguments: Any) -> T:
+        from torch.distributed import DistError
+
+        try:
+            return ask(team, *arguments)
+        except DistError as error:
+            what = "the supervisor of the first machine is gone, and its ranks with it"
+            raise TeamLost(what, where=f"node {team.node}", fix="queue the job again") from error
+
+    return asked
+
+
 class Machines(Team):
     """Several machines.
 
@@ -66,7 +92,7 @@ class Machines(Team):
         seconds: how long to wait for the others to begin, and to say how they ended.
         waiting: asked while this waits; True ends the wait (a signal has come).
 
-    Raises UserError when the first machine does not answer.
+    Raises UserError when the first machine does not answer at first, `TeamLost` when it does not later.
     """
 
     def __init__(
@@ -84,26 +110,30 @@ class Machines(Team):
         address = Address(node, count, None, host, port, by_launcher=False, attempt="0")
         self._server = serve(address) if node == 0 else None
         try:
-            self._store = connect_store(address, time.monotonic() + seconds)
+            self._store = connect_store(address, time.monotonic() + seconds, f"node {node}")
         except UserError as error:
             fix = "does `hlat supervise` run on the first machine, and is --master-addr its address?"
-            raise UserError(f"node {node}: {error.what}", where=f"{host}:{port}", fix=fix) from error
+            raise UserError(error.what, where=f"{host}:{port}", fix=fix) from error
         self._store.set_timeout(timedelta(seconds=20))
 
+    @_or_lost
     def ready(self, attempt: int, host: str, fault: str) -> dict[int, tuple[str, str]]:
         """See `Team`."""
         self._store.set(f"{attempt}/ready/{self.node}", json.dumps([host, fault]))
         found = self._gather(f"{attempt}/ready", self.seconds)
         return {node: (name, what) for node, (name, what) in ((n, json.loads(t)) for n, t in found.items())}
 
+    @_or_lost
     def number(self, attempt: int, claim: Callable[[], int]) -> int:
         """See `Team`."""
         return int(self._agree(f"{attempt}/number", claim, "which number the attempt has"))
 
+    @_or_lost
     def ended_elsewhere(self, attempt: int) -> bool:
         """See `Team`."""
         return bool(self._store.check([f"{attempt}/ended"]))
 
+    @_or_lost
     def compiling(self, attempt: int, here: bool) -> bool:
         """See `Team`."""
         prefix = f"{attempt}/compiling"
@@ -111,6 +141,7 @@ class Machines(Team):
         others = [f"{prefix}/{node}" for node in range(self.count) if node != self.node]
         return any(self._store.check([key]) and self._store.get(key) == b"1" for key in others)
 
+    @_or_lost
     def share(self, attempt: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """See `Team`."""
         self._store.set(f"{attempt}/end/{self.node}", json.dumps(mine))
@@ -118,13 +149,15 @@ class Machines(Team):
         found = self._gather(f"{attempt}/end", self.seconds, lambda: False)  # after a signal too
         return {node: json.loads(text) for node, text in found.items()}
 
+    @_or_lost
     def decide(self, attempt: int, decision: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """See `Team`."""
         told: dict[str, Any] = self._agree(f"{attempt}/decision", decision, "what comes next")
         if self.node == 0:
             self._linger(attempt, told)
         else:
-            self._store.set(f"{attempt}/read/{self.node}", "1")
+            with contextlib.suppress(RuntimeError):  # it has waited long enough
+                self._store.set(f"{attempt}/read/{self.node}", "1")
         return told
 
     def _agree(self, key: str, choose: Callable[[], Any], what: str) -> Any:
@@ -134,7 +167,7 @@ class Machines(Team):
         deadline = time.monotonic() + self.seconds
         while not self._store.check([key]):
             if time.monotonic() > deadline:
-                raise UserError(f"the first machine does not say {what}", where=f"node {self.node}")
+                raise TeamLost(f"the first machine does not say {what}", where=f"node {self.node}")
             time.sleep(_POLL)
         return json.loads(self._store.get(key))
 

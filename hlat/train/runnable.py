@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from hlat.data.presence import check_tokenizer
 from hlat.train.run import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def check_runnable(
     least = section.tp * section.pp * (1 if section.dp == "auto" else section.dp)
     recipe.accumulate(nodes * processes or least)
     refuse_unsupported(recipe, here=False)
+    check_tokenizer(recipe)
     if recipe.backend == "nxd":
         from hlat.backend.neuron.profile import CORES, conflicts, preview, profile
 

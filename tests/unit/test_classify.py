@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import time
 from pathlib import Path
@@ -63,6 +64,40 @@ def test_every_row_has_a_real_message(rule: str, message: str) -> None:
     traceback = f"[rank3]: {TRACE.rstrip()}".replace("\n", "\n[rank3]: ")
     if re.match(r"[\w.]+(?:Error|Exception): ", message):  # raised in Python, it is still not a defect
         assert classify(Evidence({3: 1, 0: 1}, f"{traceback}\n[rank3]: {message}")).rule == rule
+
+
+NUMBERED = [  # the runtime's numbers, as the page names them
+    (row.name, int(number))
+    for row in TABLE
+    if (numbers := re.match(r"NRT ([\d, ]+):", row.meaning))
+    for number in numbers[1].split(", ")
+]
+
+
+@pytest.mark.parametrize("form", ["RuntimeError: nrt_execute status=%d", "Inference completed with err: %d"])
+@pytest.mark.parametrize(("rule", "number"), NUMBERED)
+def test_every_number_of_the_runtime(rule: str, number: int, form: str) -> None:
+    assert classify(evidence(form % number)).rule == rule
+    assert classify(evidence(form % (10 * number + 7))).rule != rule
+
+
+def test_every_expression_of_the_table_has_a_message() -> None:
+    """What documentation or a bug report shows: an expression that no line matches would not be missed."""
+    numbered = {name: tuple(nrt_line(number) for n, number in NUMBERED if n == name) for name, _ in NUMBERED}
+    bare = [
+        (row.name, pattern)
+        for row in TABLE
+        for pattern in row.patterns
+        if not any(
+            compiled((pattern,)).search(line)
+            for line in (*MESSAGES[row.name], *itertools.chain(*numbered.get(row.name, ())))
+        )
+    ]
+    assert bare == []
+
+
+def nrt_line(number: int) -> tuple[str, str]:
+    return f"nrt_execute status={number}", f"completed with err: {number}"
 
 
 @pytest.mark.parametrize(("rule", "codes"), [(r, c) for r, many in STATUSES.items() for c in many])

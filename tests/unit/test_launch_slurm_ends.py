@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from hlat.launch import slurm
+from hlat.supervise import exits
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,8 @@ from hlat.launch import slurm
         ("1 143", 1, False),
         ("127 127", 127, False),
         ("130 130", 130, False),
+        ("130 137", 130, False),
+        ("127 75", 127, False),
         ("75 75", 75, True),
         ("75 0", 75, True),
         ("137 75", 75, True),
@@ -38,6 +45,54 @@ def test_exit_codes(small_recipe, stub_cluster, codes: str, exit_code: int, requ
     done = stub_cluster.run(script, CODES=codes)
     assert done.returncode == exit_code, done.stderr
     assert stub_cluster.calls("scontrol requeue") == ["scontrol requeue 7"] * requeued
+
+
+CODES = (0, 1, 2, 3, 75, 76, 77, 126, 127, 129, 130, 134, 137, 143)
+
+
+def test_the_script_and_the_supervisor_agree_which_code_decides(small_recipe, stub_cluster) -> None:
+    """Over all pairs, and three of a kind: as the documentation orders them."""
+    script = slurm.train_script(stub_cluster.plan(small_recipe), slurm.Options(), stub_cluster.folder)
+    function = re.search(r"^decide\(\) \{.*?^\}$", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    sets = [*itertools.product(CODES, CODES), *itertools.combinations((137, 75, 127, 76, 1, 130), 3)]
+    calls = "\n".join(f"decide {' '.join(map(str, codes))}" for codes in sets)
+    text = f"set -euo pipefail\n{function[0]}\n{calls}\n"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    assert list(map(int, done.stdout.split())) == [exits.decisive(codes) for codes in sets]
+
+
+def test_which_code_decides_is_what_the_page_says() -> None:
+    """Each row of its table decides before all rows below it, and starts the job again or does not."""
+    page = (Path(__file__).resolve().parents[2] / "docs/operations/launch.md").read_text()
+    table = page.partition("### How a job ends")[2].partition("###")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines() if "|" in line][2:]
+    known = {"other codes below 128": 127, "128 and more": 137}
+    codes = {known[code] if code in known else int(code): what for code, _, what in rows if code != "none"}
+    assert set(codes) == {0, 1, 2, 3, 75, 76, 77, 127, 130, 137}
+    for first, second in itertools.combinations(codes, 2):
+        assert exits.decisive([first, second]) == exits.decisive([second, first]) == first, (first, second)
+    for code, what in codes.items():
+        assert exits.starts_again(code) == what.startswith("requeues"), (code, what)
+
+
+@pytest.mark.parametrize(
+    ("srun", "codes", "exit_code", "requeued"),
+    [("137", "75", 75, True), ("137", "0", 137, True), ("143", "1", 1, False), ("1", "0", 1, False),
+     ("137", "garbage", 137, True)],
+)  # fmt: skip
+def test_a_node_that_says_nothing(
+    small_recipe, stub_cluster, srun: str, codes: str, exit_code: int, requeued: bool
+) -> None:
+    """It was killed with its shell: srun alone tells of it."""
+    stub_cluster.write(
+        "srun", f'logs=$(ls -d runs/*/logs/slurm/*/*); echo {codes} >"$logs/exit-code-0"; exit {srun}'
+    )
+    plan = stub_cluster.plan(small_recipe)
+    script = slurm.train_script(plan, slurm.Options(), stub_cluster.folder)
+    done = stub_cluster.run(script)
+    assert done.returncode == exit_code, done.stderr
+    assert len(stub_cluster.calls("scontrol requeue")) == requeued
 
 
 def test_a_step_that_does_not_start_is_tried_again(small_recipe, stub_cluster) -> None:

@@ -1,5 +1,8 @@
 """The mesh: coordinates, layouts that fit, and what is said of those that do not."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,6 +120,12 @@ def test_who_sums_what() -> None:
     assert {role_of(name) for name, _ in PLAN if "*" not in name} == {"vocab", "replicate"}
     with pytest.raises(KeyError, match="no role"):
         role_of("layers.0.router.weight")
+
+
+def test_the_page_names_every_role() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/parallelism.md").read_text()
+    said = page.partition("parameter name to role:")[2].partition("From it follow")[0]
+    assert {role for _, role in PLAN} == set(re.findall(r"`(\w+)`", said)) - {"sequence"}
 
 
 def test_partial_gradients(tiny_recipe) -> None:

@@ -65,6 +65,11 @@ def holds(text: str) -> list[str]:
         ("SSH_KEY: planted1planted1", "SSH_KEY: ***"),
         ("MY_KEY=planted1x DB_PASS=planted1x DB_PWD=planted1x", "MY_KEY=*** DB_PASS=*** DB_PWD=***"),
         ("GITHUB_PAT=planted1x", "GITHUB_PAT=***"),
+        ("SENTRY_DSN=https://planted1@o1.ingest.sentry.io/7 next", "SENTRY_DSN=*** next"),
+        ("CARD_PIN=planted1 DSN: planted1", "CARD_PIN=*** DSN: ***"),
+        ("webhook_url: 'https://hooks.example.com/planted1'", "webhook_url: '***'"),
+        ("SLACK_WEBHOOK=https://hooks.example.com/planted1", "SLACK_WEBHOOK=***"),
+        ("--connection-string planted1x CONN_STR=planted1x", "--connection-string *** CONN_STR=***"),
         ("signing-key: planted1x, Name=a;AccountKey=planted1x==", "signing-key: ***, Name=a;AccountKey=***"),
         ('{"auth": "planted1planted1", "b": 1}', '{"auth": "***", "b": 1}'),
         ("Authorization: planted1planted1", "Authorization: ***"),
@@ -98,6 +103,7 @@ def test_secrets_are_taken_out(text: str, kept: str) -> None:
         "eos_token=<|endoftext|> pad_token: <|pad|>, 'bos_token': '<s>', token: 50256",
         "KeyError: 'model.layers.0.weight' sort_key=length_ab forward_pass=12345678 auth: denied by server",
         "password: null, secret=None, passphrase: none, password=true",
+        "OMP_SPIN=12345678 PINNED=12345678 pin_memory=12345678 dsname=12345678 webhooks: 12345678",
         "authority=something-long authorization is missing, cookies: 12345678",
     ],
 )
@@ -138,7 +144,9 @@ def test_numbers_can_be_secrets_and_a_part_of_another_number_is_none(text: str, 
 @pytest.mark.parametrize(
     "name",
     ["PASSWORD", "PASSWD", "PASSPHRASE", "PASSCODE", "SECRET", "PASS", "MY_PASS", "SSHPASS", "DB_PWD", "KEY",
-     "TOKEN", "CREDENTIAL", "AUTH", "MY_JWT", "COOKIE", "ENCRYPTION_KEY", "SSH_KEY", "GITHUB_PAT"],
+     "TOKEN", "CREDENTIAL", "AUTH", "MY_JWT", "COOKIE", "ENCRYPTION_KEY", "SSH_KEY", "GITHUB_PAT",
+     "PIN", "CARD_PIN", "DSN", "SENTRY_DSN", "SLACK_WEBHOOK", "WEBHOOK_URL", "ALERT_WEBHOOK_URI",
+     "AZURE_STORAGE_CONNECTION_STRING", "DB_CONN_STR", "CONNECTIONSTRING"],
 )  # fmt: skip
 def test_the_value_of_every_such_name_is_hidden(name: str) -> None:
     for value in ("12345678", "4929123412341234", "1234.56789", "abcdefghijk"):
@@ -158,6 +166,14 @@ def test_names_that_say_no_secret() -> None:
         "BYPASS",
         "SPATIAL",
         "PATH_PAT_X",
+        "SPIN",
+        "OMP_SPIN",
+        "PINNED",
+        "PIN_MEMORY",
+        "I_MPI_PIN_DOMAIN",
+        "DSNAME",
+        "WEBHOOK_PORT",
+        "CONNECTION_STRINGS_MAX",
     ):
         assert not names_secret(name), name
         assert redact("x 12345678 y", {name: "12345678"}) == "x 12345678 y"

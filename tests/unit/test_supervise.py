@@ -297,7 +297,7 @@ def test_a_rank_alone_makes_no_machine_bad(tmp_path: Path, line: str) -> None:
 
     def reported(findings: list[Finding], kernel: str = "", hang: bool = False) -> dict[str, Any]:
         made = supervisor(tmp_path / "run", checks=lambda: asked.append(1) or findings)
-        made.team.count = 2
+        made.judge.count = 2
         signs = ([sign(beat(), 0.1)], [sign(beat(), 2.6)]) if hang else None
         outcome = Outcome(codes={0: 1}, text=f"before\n{line}\nafter", hang=hang, why="late", signs=signs)
         shared = {0: {**made._report(outcome, kernel), "host": "node-a"}}
@@ -342,8 +342,10 @@ def test_a_warning_is_not_why_a_rank_ended(tmp_path: Path) -> None:
     made = supervisor(tmp_path)
     full = "[rank 0] metrics.py:251: UserWarning: [Errno 28] No space left on device"
     report = {**asdict(Outcome(codes={1: -9}, text=full)), "kernel": ""}
-    assert made._classify(report).rule == made._classify({**report, "text": ""}).rule
-    assert made._classify({**report, "text": full.replace("UserWarning", "OSError")}).rule == "disk-full"
+    assert made.judge._classify(report).rule == made.judge._classify({**report, "text": ""}).rule
+    assert (
+        made.judge._classify({**report, "text": full.replace("UserWarning", "OSError")}).rule == "disk-full"
+    )
 
 
 def test_the_pause_grows_without_progress_and_the_budget_ends(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_state_saved_is_said_where_it_was(
     tmp_path: Path, codes: dict[int, int], text: str, stepping: bool, said: str
 ) -> None:
     made = Supervisor(["hlat", "train", "x"], tmp_path, Place(), limits=Limits())
-    made._steps = stepping
+    made.judge.stepped = stepping
     outcome = Outcome(codes=codes, text=text, stopped=signal.SIGINT)
     report = {"host": "node-a", "kernel": "", "reached": 5, **asdict(outcome)}
     assert made._decide(1, {0: report}, made.logs)["exit"] == 130
