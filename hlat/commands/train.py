@@ -111,12 +111,14 @@ def _precompile(args: argparse.Namespace) -> int:
     from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
     from hlat.host.python import environment
+    from hlat.train.runnable import check_recipe
 
     os.environ.update(node_variables(os.environ))
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    check_recipe(recipe)
     if recipe.compile_cache is not None:
         share(recipe, push=False)
     with scratch(str(expand(recipe.run.dir, "run.dir"))) as folder:
