@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,7 @@ def main(args: argparse.Namespace) -> int:
     case = make_case(machine, platform, nodes, run_dir, args.port)
     findings = examine(machine, case)
     if recipe is not None:
+        findings = _must_compile(recipe, findings)
         findings += [*_paths(recipe), *_for_recipe(recipe, case, machine)]
     if args.json:
         result: dict[str, Any] = {"schema": SCHEMA, "platform": case.platform, "nodes": nodes}
@@ -127,6 +129,18 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
 def _nodes() -> int:
     text = os.environ.get("SLURM_NNODES", "1")
     return int(text) if text.isdigit() else 1
+
+
+def _must_compile(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
+    """With `compile: true` a run ends where nothing can be compiled, which else is slower only."""
+    if recipe.compile is not True or recipe.backend != "native":
+        return findings
+    return [
+        replace(found, status="fail", fact=found.fact.partition(":")[0] + ", and compile is true")
+        if found.check == "compiler" and found.status == "warn"
+        else found
+        for found in findings
+    ]
 
 
 def _paths(recipe: Recipe) -> list[Finding]:

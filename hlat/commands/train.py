@@ -167,6 +167,10 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     recipe, text = load_with_text(args.recipe, args.overrides)
     check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
+    if recipe.compile is True and recipe.backend == "native" and cluster.first_here:
+        from hlat.backend.native import refuse_compile
+
+        refuse_compile(cluster.device)
     if recipe.eval.tasks and cluster.rank == 0:
         from hlat.train.tasks import check_names
 

@@ -81,7 +81,7 @@ def fake_host(tmp_path: Path) -> FakeMachine:
     fake.write("/proc/meminfo", "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\nHugepagesize: 2048 kB\n")
     fake.write("/dev/shm/empty")
     fake.write("/etc/os-release", 'ID=ubuntu\nVERSION_CODENAME="jammy"\n')
-    fake.commands["c++ --version"] = Output(0, "c++ 12.2\n")
+    fake.commands["g++ --version"] = Output(0, "g++ 12.2\n")
     fake.commands["hlat.doctor.probe"] = Output(0, '{"right": true, "seconds": 0.001}\n')
     return fake
 
