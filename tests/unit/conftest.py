@@ -108,7 +108,7 @@ def fake_node(fake_host: FakeMachine) -> FakeMachine:
     listed = [{"neuron_device": i, "nc_count": 2, "neuron_processes": []} for i in range(16)]
     fake_host.commands["neuron-ls --json"] = Output(0, json.dumps(listed))
     fake_host.commands["fi_info"] = Output(0, "provider: efa\n    fabric: efa\n")
-    fake_host.commands["neuron.probe"] = Output(0, '{"right": true, "seconds": 0.2}\n')
+    fake_host.commands["nxd.probe"] = Output(0, '{"right": true, "seconds": 0.2}\n')
     fake_host.packages |= {name: Package(f"{version}.0") for name, version in PRIMARY.packages.items()}
     return fake_host
 

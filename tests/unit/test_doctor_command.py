@@ -165,7 +165,7 @@ def test_the_sum_over_cores_can_fail(ranks: int, right: bool) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environ = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, "-m", "hlat.backend.neuron.probe"],
+        [*torchrun, "-m", "hlat.backend.nxd.probe"],
         capture_output=True,
         text=True,
         env=environ,
