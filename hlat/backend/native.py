@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hlat.backend.groups import make_groups
 from hlat.backend.host import Direct
+from hlat.errors import UserError
+from hlat.host.programs import cpp_compiler, find_program
 from hlat.mesh import ONE_PROCESS, Layout
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -92,28 +93,34 @@ class NativeBackend:
 
     def compile_by_default(self, steps: int) -> tuple[bool, str]:
         """On where a compiler is found and the run is long enough to earn back the minute it takes."""
-        if self.device.type == "cuda":
-            return True, "CUDA device"
-        compiler = (
-            os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        )
-        if not compiler:
-            return False, "no C++ compiler found"
-        if steps < COMPILE_PAYS_FROM:
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and steps < COMPILE_PAYS_FROM:
             return False, f"fewer than {COMPILE_PAYS_FROM} steps"
-        trouble = compile_trouble()
+        trouble = compile_trouble(self.device)
         if trouble:
             return False, f"torch.compile does not work here: {trouble}"
-        return True, f"CPU with {os.path.basename(compiler)}"
+        return True, f"CPU with {os.path.basename(cpp_compiler())}" if on_cpu else "CUDA device"
 
 
-def compile_trouble() -> str:
-    """Why the smallest function does not compile here, in a line; empty when it does.
+def refuse_compile(device: torch.device | None) -> None:
+    """Raise UserError where `compile: true` cannot be done on a device (None: a CPU)."""
+    trouble = compile_trouble(device)
+    if trouble:
+        fix = "write compile=false, or install what is missing: hlat doctor names the line"
+        raise UserError(f"torch.compile does not work here: {trouble}", where="compile", fix=fix)
+
+
+def compile_trouble(device: torch.device | None = None) -> str:
+    """Why the smallest function does not compile here for a device (default: the CPU), in a line; empty when
+    it does.
 
     A compiler alone is not enough: headers, OpenMP, a writable cache, a path without spaces are needed too.
     """
+    on_cpu = device is None or device.type == "cpu"
+    if on_cpu and find_program(cpp_compiler()) is None:  # a cached result would hide it
+        return f"no C++ compiler ({cpp_compiler()})"
     try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8))
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # whatever the tool chain throws, training can go on without it
         lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
         return f"{type(error).__name__}: {lines[0] if lines else error}"[:160]

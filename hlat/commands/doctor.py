@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,7 @@ def main(args: argparse.Namespace) -> int:
     case = make_case(machine, platform, nodes, run_dir, args.port)
     findings = examine(machine, case)
     if recipe is not None:
+        findings = _must_compile(recipe, findings)
         findings += [*_paths(recipe), *_for_recipe(recipe, case, machine)]
     if args.json:
         result: dict[str, Any] = {"schema": SCHEMA, "platform": case.platform, "nodes": nodes}
@@ -128,6 +131,18 @@ def _nodes() -> int:
     return int(text) if text.isdigit() else 1
 
 
+def _must_compile(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
+    """With `compile: true` a run ends where nothing can be compiled, which else is slower only."""
+    if recipe.compile is not True or recipe.backend != "native":
+        return findings
+    return [
+        replace(found, status="fail", fact=found.fact.partition(":")[0] + ", and compile is true")
+        if found.check == "compiler" and found.status == "warn"
+        else found
+        for found in findings
+    ]
+
+
 def _paths(recipe: Recipe) -> list[Finding]:
     """What the recipe reads, as far as it lies in files and folders of this machine."""
     from hlat.data.presence import missing_paths
@@ -142,26 +157,48 @@ def _for_recipe(recipe: Recipe, case: Case, machine: Any) -> list[Finding]:
     """What only a recipe can tell: does it fit the nodes, do variables contradict it?"""
     from hlat.backend.neuron import profile
     from hlat.backend.neuron.machine import INSTANCES, instance_type
-    from hlat.doctor.finding import Finding
 
+    found = [_found("recipe.backend", lambda: _supported(recipe))]
     if case.platform != "trn1" or case.release is None:
-        return []
-    found = []
+        return found
     devices, _ = INSTANCES.get(instance_type(machine.root), (profile.CORES // 2, 0))
     cores = 2 * devices
     settings = profile.profile(recipe, case.platform, case.nodes, cores=cores, sdk=case.release.name)
     environ = profile.preview(settings, machine.environ)
+    here = f" on {case.nodes} nodes of {cores} cores"
     for check, question in (
-        ("recipe.layout", lambda: str(recipe.layout(cores * case.nodes))),
-        ("recipe.batch", lambda: f"{recipe.accumulate(cores * case.nodes)} micro-batches a step"),
-        ("recipe.variables", lambda: _agree(recipe, environ, case, cores)),
+        ("recipe.layout", lambda: _layout(recipe, case, cores) + here),
+        ("recipe.batch", lambda: f"{recipe.accumulate(cores * case.nodes)} micro-batches a step{here}"),
+        ("recipe.variables", lambda: _agree(recipe, environ, case, cores) + here),
     ):
-        try:
-            found.append(Finding(check, "ok", f"{question()} on {case.nodes} nodes of {cores} cores"))
-        except UserError as error:
-            where = f"{error.where}: " if error.where else ""
-            found.append(Finding(check, "fail", f"{where}{error.what}", advice=error.fix))
+        found.append(_found(check, question))
     return found
+
+
+def _found(check: str, question: Callable[[], str]) -> Finding:
+    """What a question finds: its answer, or what it refuses."""
+    from hlat.doctor.finding import Finding
+
+    try:
+        return Finding(check, "ok", question())
+    except UserError as error:
+        where = f"{error.where}: " if error.where else ""
+        return Finding(check, "fail", f"{where}{error.what}", advice=error.fix)
+
+
+def _supported(recipe: Recipe) -> str:
+    from hlat.train.run import refuse_unsupported
+
+    refuse_unsupported(recipe, here=False)
+    return f"backend {recipe.backend} does all that the recipe asks for"
+
+
+def _layout(recipe: Recipe, case: Case, cores: int) -> str:
+    from hlat.backend.neuron.limits import check_nodes
+
+    layout = recipe.layout(cores * case.nodes)
+    check_nodes(recipe, case.nodes, cores)
+    return str(layout)
 
 
 def _agree(recipe: Recipe, environ: dict[str, str], case: Case, cores: int) -> str:
@@ -173,8 +210,9 @@ def _agree(recipe: Recipe, environ: dict[str, str], case: Case, cores: int) -> s
 
 def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int:
     """Print every variable and flag of a recipe, whose value it is, and why."""
-    from hlat.backend.neuron.profile import conflicts, merged, preview, profile
+    from hlat.backend.neuron.profile import CORES, conflicts, merged, preview, profile
     from hlat.backend.neuron.release import BY_PLATFORM, installed
+    from hlat.train.runnable import check_recipe
 
     assert recipe is not None
     platform = args.platform or "trn1"
@@ -182,6 +220,8 @@ def _profile(args: argparse.Namespace, recipe: Recipe | None, nodes: int) -> int
         raise UserError(
             "a native machine has no Neuron profile", where="--for", fix="write --for trn1 or trn2"
         )
+    on_trn1 = recipe.backend == "nxd" and args.nodes is not None  # then a node has as many processes
+    check_recipe(recipe, nodes * on_trn1, CORES * on_trn1)
     release = installed(platform)
     settings = profile(recipe, platform, nodes, sdk=release.name)
     applied = merged(settings, os.environ)

@@ -111,12 +111,14 @@ def _precompile(args: argparse.Namespace) -> int:
     from hlat.commands.cache import share
     from hlat.commands.recipe_file import load
     from hlat.host.python import environment
+    from hlat.train.runnable import check_recipe
 
     os.environ.update(node_variables(os.environ))
     recipe = load(args.recipe, args.overrides)
     if recipe.backend != "nxd":
         fix = "leave --precompile out, or write backend=nxd"
         raise UserError(f"backend {recipe.backend} compiles nothing ahead", where="backend", fix=fix)
+    check_recipe(recipe)
     if recipe.compile_cache is not None:
         share(recipe, push=False)
     with scratch(str(expand(recipe.run.dir, "run.dir"))) as folder:
@@ -165,6 +167,10 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     recipe, text = load_with_text(args.recipe, args.overrides)
     check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
+    if recipe.compile is True and recipe.backend == "native" and cluster.first_here:
+        from hlat.backend.native import refuse_compile
+
+        refuse_compile(cluster.device)
     if recipe.eval.tasks and cluster.rank == 0:
         from hlat.train.tasks import check_names
 

@@ -30,7 +30,7 @@ def check(machine: Machine, case: Case) -> Iterator[Finding]:
         yield Finding(name, "warn", f"not run: there is no such check for {case.platform} yet")
     else:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        words = [*torchrun, *python.torchrun_module(["hlat.backend.neuron.probe"])]
+        words = [*torchrun, *python.torchrun_module(["hlat.backend.nxd.probe"])]
         done = _python(machine, words, _NEURON_SECONDS)
         yield _judge(name, "two Neuron cores", done)
 

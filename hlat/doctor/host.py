@@ -14,6 +14,7 @@ from hlat.doctor.finding import Finding
 from hlat.doctor.machine import Machine
 from hlat.errors import UserError
 from hlat.host.limits import memory
+from hlat.host.programs import cpp_compiler
 
 _FILES = 65535  # NxD's launch scripts
 _LIMITS_FILE = "/etc/security/limits.d/99-hlat.conf"
@@ -116,13 +117,13 @@ def _meminfo(machine: Machine, key: str) -> int:
 
 
 def _compiler(machine: Machine) -> Finding:
-    for name in (machine.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        done = machine.run([name, "--version"]) if name else None
-        if done is not None and done.code == 0:
-            break
-    else:
-        line = "sudo apt-get install -y g++ python3-dev"
-        return Finding("compiler", "warn", "no C++ compiler: training is not compiled and slower", (line,))
+    name = cpp_compiler(machine.environ)
+    done = machine.run([name, "--version"])
+    if done is None or done.code != 0:
+        fact = f"no C++ compiler ({name}): training is not compiled and slower"
+        lines = () if machine.environ.get("CXX") else ("sudo apt-get install -y g++ python3-dev",)
+        advice = "" if lines else "unset CXX, or let it name a C++ compiler"
+        return Finding("compiler", "warn", fact, lines, advice)
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         line = "sudo apt-get install -y python3-dev"
         return Finding("compiler", "warn", "no Python.h: training is not compiled and slower", (line,))

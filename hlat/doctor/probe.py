@@ -1,7 +1,7 @@
 """Two processes and one sum over gloo: `python -m hlat.doctor.probe STORE [RANK]`, started by `hlat doctor`.
 
 Without a rank it is the first process and starts the second. Prints one JSON line, as
-hlat/backend/neuron/probe.py does.
+hlat/backend/nxd/probe.py does.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Mapping
 
 
 def find_program(name: str) -> str | None:
@@ -12,3 +14,8 @@ def find_program(name: str) -> str | None:
     """
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     return shutil.which(name, path=os.pathsep.join(folder for folder in folders if os.path.isabs(folder)))
+
+
+def cpp_compiler(environ: Mapping[str, str] = os.environ) -> str:
+    """The C++ compiler that torch.compile asks for: the one in CXX, else g++ (clang++ on macOS)."""
+    return environ.get("CXX", "") or ("clang++" if sys.platform == "darwin" else "g++")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -11,6 +11,9 @@ from hlat.backend.groups import Group
 from hlat.reduce.choice import Choice, CompressorName, ErrorName
 from hlat.reduce.feedback import Compressed
 from hlat.registry import register
+
+if TYPE_CHECKING:
+    from hlat.recipe import Recipe
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Half = Annotated[float, Field(gt=0, le=0.5)]
@@ -41,6 +44,12 @@ class _Chosen(Compressed):
             reset_below=reset_below,
             summary=f"{name}: {choice}, dense for {start_step} steps",
         )
+
+    @classmethod
+    def refuse(cls, recipe: Recipe) -> None:
+        """Raise UserError for options that do not go together, as making one does."""
+        dp, make = recipe.parallel.dp, cast("type[Any]", cls)
+        make(torch.float32, Group(range(1 if dp == "auto" else dp), 0), **recipe.reduce.options)
 
 
 @register("reduce", "ef")

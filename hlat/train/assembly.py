@@ -54,7 +54,11 @@ class Assembly:
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        """Raise UserError for what this backend cannot do."""
+        """Raise UserError for what this backend cannot do, on any machine."""
+
+    @classmethod
+    def check_here(cls) -> None:
+        """Raise UserError where this machine lacks what the backend needs."""
 
     def model(
         self, parts: Sequence[StagePart], trained: dict[str, Group]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hlat.backend.neuron.limits import check_recipe, flash_refused
 from hlat.backend.precision import DTYPES
-from hlat.errors import UserError
 from hlat.optim.groups import Group
 from hlat.parallel.buckets import Bucket, ParamSpec, set_parameter
 from hlat.parallel.plan import Part
@@ -81,18 +81,15 @@ class NxdAssembly(Assembly):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        """Raise UserError where NxD is not installed, or cannot do what the recipe asks for."""
+        """Raise UserError for what NxD cannot do."""
+        check_recipe(recipe)
+
+    @classmethod
+    def check_here(cls) -> None:
+        """Raise UserError where NxD is not installed."""
         from hlat.backend.nxd.start import process_group
 
         process_group()
-        section = recipe.parallel
-        if recipe.objective.name == "classification":
-            fix = "write backend=native, or objective.name=causal_lm"
-            raise UserError("classification has not been proven on NxD", where="objective.name", fix=fix)
-        if section.pp > 1 and (section.schedule != "1f1b" or section.stages > 1):
-            what = f"NxD runs pipelines as 1f1b with one stage a rank, not {section.schedule}"
-            fix = "write parallel.schedule=1f1b and parallel.stages=1"
-            raise UserError(what, where="parallel.schedule", fix=fix)
 
     def choose_attention(self, model: Decoder) -> None:
         """Take NxD's flash kernel where the recipe allows it and it can be used."""
@@ -157,7 +154,7 @@ def choose_attention(recipe: Recipe, model: Decoder) -> str:
         return "model.attention is plain"
     reason = unusable(recipe.data.seq_len, recipe.data.document_mask)
     if reason and kind == "flash":
-        raise UserError(reason, where="model.attention", fix="write model.attention=auto, or plain")
+        raise flash_refused(reason)
     for block in model.layers.values():
         if not reason:
             block.attention.core.forward = flash_attention  # type: ignore[union-attr,assignment]

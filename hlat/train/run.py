@@ -15,6 +15,7 @@ from hlat.backend.base import Backend
 from hlat.backend.native import NativeBackend
 from hlat.checkpoint.provenance import Provenance
 from hlat.data.skips import Skips
+from hlat.data.train_tokenizer import trained_vocab
 from hlat.errors import UserError
 from hlat.model.init import parameter_shapes
 from hlat.optim.base import guarded_step
@@ -248,10 +249,15 @@ def refuse_unsupported(recipe: Recipe, *, here: bool = True) -> None:
     Args:
         here: whether it is to run on this machine; else Neuron packages may be missing (a login node).
     """
-    if here or recipe.backend != "nxd" or find_spec("torch_xla"):
-        _ASSEMBLIES[recipe.backend].check(recipe)
+    backend = _ASSEMBLIES[recipe.backend]
+    backend.check(recipe)
+    if here or find_spec("torch_xla"):
+        backend.check_here()
+    trained_vocab(recipe.data.tokenizer)
+    trained_groups(recipe)
     getattr(lookup("method", recipe.method.name), "check", lambda recipe: None)(recipe)
-    getattr(lookup("guard", recipe.guard.name), "refuse", lambda recipe: None)(recipe)
+    for kind in ("guard", "reduce"):
+        getattr(lookup(kind, getattr(recipe, kind).name), "refuse", lambda recipe: None)(recipe)
     refuse_tasks(recipe)
     if recipe.precision.master == "none" and recipe.precision.compute == "bf16":
         needs = getattr(lookup("optim", recipe.optim.name), "slots", None)

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from hlat.recipe import Recipe
 
 
+def check_recipe(recipe: Recipe, nodes: int = 0, processes: int = 0) -> None:
+    """`check_runnable` but for the variables: raise UserError for what any job with this recipe would."""
+    section = recipe.parallel
+    # One replica is the easiest to serve: what it refuses, any number of them refuses.
+    least = section.tp * section.pp * (1 if section.dp == "auto" else section.dp)
+    recipe.accumulate(nodes * processes or least)
+    refuse_unsupported(recipe, here=False)
+    if recipe.backend == "nxd":
+        from hlat.backend.neuron.limits import check_cores, check_nodes
+        from hlat.backend.neuron.profile import CORES
+
+        check_cores(recipe, processes or CORES)
+        if nodes:
+            check_nodes(recipe, nodes, processes or CORES)
+
+
 def check_runnable(
     recipe: Recipe, nodes: int = 0, processes: int = 0, environ: Mapping[str, str] = os.environ
 ) -> None:
@@ -22,11 +38,7 @@ def check_runnable(
     Args:
         environ: variables that the processes will have.
     """
-    section = recipe.parallel
-    # One replica is the easiest to serve: what it refuses, any number of them refuses.
-    least = section.tp * section.pp * (1 if section.dp == "auto" else section.dp)
-    recipe.accumulate(nodes * processes or least)
-    refuse_unsupported(recipe, here=False)
+    check_recipe(recipe, nodes, processes)
     check_tokenizer(recipe)
     if recipe.backend == "nxd":
         from hlat.backend.neuron.profile import CORES, conflicts, preview, profile

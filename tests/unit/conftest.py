@@ -81,7 +81,7 @@ def fake_host(tmp_path: Path) -> FakeMachine:
     fake.write("/proc/meminfo", "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\nHugepagesize: 2048 kB\n")
     fake.write("/dev/shm/empty")
     fake.write("/etc/os-release", 'ID=ubuntu\nVERSION_CODENAME="jammy"\n')
-    fake.commands["c++ --version"] = Output(0, "c++ 12.2\n")
+    fake.commands["g++ --version"] = Output(0, "g++ 12.2\n")
     fake.commands["hlat.doctor.probe"] = Output(0, '{"right": true, "seconds": 0.001}\n')
     return fake
 
@@ -108,7 +108,7 @@ def fake_node(fake_host: FakeMachine) -> FakeMachine:
     listed = [{"neuron_device": i, "nc_count": 2, "neuron_processes": []} for i in range(16)]
     fake_host.commands["neuron-ls --json"] = Output(0, json.dumps(listed))
     fake_host.commands["fi_info"] = Output(0, "provider: efa\n    fabric: efa\n")
-    fake_host.commands["neuron.probe"] = Output(0, '{"right": true, "seconds": 0.2}\n')
+    fake_host.commands["nxd.probe"] = Output(0, '{"right": true, "seconds": 0.2}\n')
     fake_host.packages |= {name: Package(f"{version}.0") for name, version in PRIMARY.packages.items()}
     return fake_host
 

@@ -351,10 +351,13 @@ def test_graphics_cards(machine: Any) -> None:
 
 
 def test_compiler(machine: Any) -> None:
-    del machine.commands["c++ --version"]
-    assert "g++" in all_of(machine, NATIVE)["compiler"].fix[0]
-    machine.commands["clang++ --version"] = Output(0, "clang 17\n")
-    assert all_of(machine, NATIVE)["compiler"].fact == "clang 17"
+    machine.commands["clang++ --version"] = machine.commands.pop("g++ --version")
+    assert "g++" in all_of(machine, NATIVE)["compiler"].fix[0]  # torch.compile does not look for clang++
+    machine.environ["CXX"] = "clang++"
+    assert all_of(machine, NATIVE)["compiler"].status == "ok"
+    machine.environ["CXX"] = "nonexistent"
+    found = all_of(machine, NATIVE)["compiler"]
+    assert found.status == "warn" and "(nonexistent)" in found.fact and "CXX" in found.advice
 
 
 def test_the_case_follows_the_machine(node: Any, tmp_path: Path) -> None:

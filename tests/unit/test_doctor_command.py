@@ -114,6 +114,14 @@ def test_the_page_for_people(here: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert "fail  package.torch" in text and "$ python -m pip install 'torch==" in text and "1 failed" in text
 
 
+def test_a_recipe_that_compiles_needs_a_compiler(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    del here.commands["g++ --version"]
+    for words, code, status in (["tiny"], 0, "warn"), (["tiny", "compile=true"], 1, "fail"):
+        assert main(["doctor", *words, "--json"]) == code
+        found = {f["check"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+        assert found["compiler"]["status"] == status and "g++" in found["compiler"]["fix"][0]
+
+
 def test_what_does_not_fit_the_nodes_is_found(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def findings(*arguments: str) -> dict[str, str]:
         assert main(["doctor", *arguments, "--json"]) == 1
@@ -157,7 +165,7 @@ def test_the_sum_over_cores_can_fail(ranks: int, right: bool) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environ = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, "-m", "hlat.backend.neuron.probe"],
+        [*torchrun, "-m", "hlat.backend.nxd.probe"],
         capture_output=True,
         text=True,
         env=environ,

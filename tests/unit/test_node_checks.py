@@ -228,7 +228,7 @@ def test_commands_that_hang_cost_no_more(
     trn: Recipe, fake_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("fi_info", "nvidia-smi", "neuron-ls", "dpkg-query", "rpm", "c++"):
+    for name in ("fi_info", "nvidia-smi", "neuron-ls", "dpkg-query", "rpm", "g++"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\nexec sleep 30\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")

@@ -7,9 +7,11 @@ import os
 import pytest
 
 from hlat import cli
+from hlat.backend.neuron.profile import prepare
 from hlat.commands import recipes
 from hlat.errors import UserError
 from hlat.recipe import load
+from hlat.train.run import refuse_unsupported
 
 
 def run(*words):
@@ -95,19 +97,60 @@ def test_check_stops_at_the_first_bad_one(capsys, tmp_path):
     assert "1b" not in capsys.readouterr().out
 
 
-def test_check_refuses_what_launch_refuses(capsys) -> None:
-    for words in (
+WIDE = ["data.global_batch=1024", "data.micro_batch=1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hlat-7b", "model.attention=flash", "data.document_mask=true"],
+        ["hlat-7b", "model.attention=flash", "data.seq_len=3072"],
+        ["hlat-7b", "model.vocab=32001"],
+        ["hlat-7b", "parallel.pp=2", "parallel.schedule=gpipe", *WIDE],
         ["hlat-7b", "parallel.tp=16"],
+        ["hlat-7b", "parallel.tp=4", "model.kv_heads=2"],
+        ["hlat-7b", "parallel.tp=4", "parallel.pp=2", *WIDE],
         ["tiny", "optim.name=muon", "parallel.tp=2"],
         ["tiny", "parallel.pp=2", "data.micro_batch=32"],
-    ):
-        assert cli.main(["recipes", "check", *words]) == 2
-        checked = capsys.readouterr().err.removeprefix(f"hlat: error: {words[0]}: ")
-        launch = ["launch", "torchrun", *words, "--nodes", "1", "--nproc-per-node", "2", "--dry-run"]
-        if words[0] == "hlat-7b":
-            launch[launch.index("2")] = "32"
-        assert cli.main(launch) == 2
-        assert capsys.readouterr().err == f"hlat: error: {checked}"
+        ["tiny", "train_only=[nothing.*]"],
+        ["tiny", "optim.groups=[{match: nothing, lr: 1}]"],
+        ["tiny", "data.tokenizer=train:wordpiece"],
+        ["tiny", "reduce={name: conef, compressor: unbiased_block}"],
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_what_a_job_would_refuse_is_refused_before_it(capsys, tmp_path, monkeypatch, words) -> None:
+    """`recipes check`, `doctor --profile` and `launch --dry-run` end with the line of `hlat train`."""
+    monkeypatch.chdir(tmp_path)
+    on_trn1 = words[0] == "hlat-7b"
+    processes, lines = "32" if on_trn1 else "2", []
+    commands = (
+        ["recipes", "check", *words],
+        ["doctor", "--profile", *words, *["--nodes", "1"] * on_trn1],
+        ["launch", "slurm", *words, "--nodes", "1", "--nproc-per-node", processes, "--dry-run"],
+        ["train", *words],
+    )
+    for command in commands:
+        if "parallel.tp=4" in words and "parallel.pp=2" in words and command[0] == "recipes":
+            continue  # on two nodes it would do
+        code = cli.main(command)
+        err = capsys.readouterr().err.replace(f" {words[0]}: ", " ")
+        if command[0] == "train" and any(word.startswith("parallel.") for word in words):
+            with pytest.raises(UserError) as caught:
+                in_the_job(load(words[0], words[1:]), int(processes))
+            code, err = 2, f"hlat: error: {caught.value.line()}\n"
+        assert code == 2, command
+        lines.append(err)
+    assert len(set(lines)) == 1 and lines[0].count("\n") == 1, lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_the_job(recipe, processes: int) -> None:
+    """What each process asks before it builds anything; on trn1 first of all the Neuron profile."""
+    if recipe.backend == "nxd":
+        prepare(recipe, {})
+    refuse_unsupported(recipe)
+    recipe.accumulate(processes)
 
 
 def test_schema(capsys, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hlat.backend.native import NativeBackend, compile_trouble
+from hlat.backend.native import NativeBackend, compile_trouble, refuse_compile
 from hlat.errors import UserError
 from hlat.model.blocked_attention import blocked_attention
 from hlat.parallel.buckets import PAD, squared_norm
@@ -218,6 +218,13 @@ def test_a_tool_chain_that_cannot_compile_is_named_not_fatal(monkeypatch: pytest
     monkeypatch.setattr(torch, "compile", broken)
     on, reason = backend.compile_by_default(1000)
     assert on is False and "does not work here: RuntimeError" in reason and "error" in reason
+    with pytest.raises(UserError, match="compile: torch.compile does not work here: RuntimeError"):
+        refuse_compile(backend.device)
+    monkeypatch.setenv("CXX", "nonexistent")
+    assert backend.compile_by_default(1000) == (
+        False,
+        "torch.compile does not work here: no C++ compiler (nonexistent)",
+    )
 
 
 def test_joint_products_change_nothing(tiny_run, train_steps, monkeypatch: pytest.MonkeyPatch) -> None:

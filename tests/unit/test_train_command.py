@@ -251,6 +251,24 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place: Path, capsys, kind: s
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "name"), [("CXX", "nonexistent", "nonexistent"), ("PATH", "/nowhere", "g++")]
+)
+def test_compile_true_without_a_compiler_is_one_line(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, name: str
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert train("compile=true") == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith(
+        f"hlat: error: compile: torch.compile does not work here: no C++ compiler ({name})"
+    )
+    assert "compile=false" in captured and captured.count("\n") == 1
+    assert not Path("runs").exists()
+    assert train("compile=auto", "run.steps=2") == train("compile=false", "run.steps=2") == 0
+
+
 def test_a_checkpoint_of_another_model_is_refused(place: Path, capsys) -> None:
     assert train("run.dir=a", "run.stop_at_step=2") == 0
     assert train("run.dir=b", "model.hidden=48", "run.stop_at_step=2") == 0

@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hlat.backend.neuron.limits import check_cores, check_nodes, flash_unfit
 from hlat.backend.neuron.release import PRIMARY, installed
-from hlat.backend.neuron.table import CACHE, FLAGS, TP_ON_TRN1, VARIABLES, Facts, Row
+from hlat.backend.neuron.table import CACHE, FLAGS, VARIABLES, Facts, Row
 from hlat.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 CC_FLAGS = "NEURON_CC_FLAGS"
 CORES = 32  # of a trn1.32xlarge; one process each
-FLASH_ROWS = 2048  # NxD's kernel: the row length must be a multiple
 DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 _M_ARENA_MAX = -8  # malloc.h
 
@@ -66,10 +66,10 @@ class Applied:
 
 
 def flash_attention(recipe: Recipe) -> bool:
-    """Whether attention runs in NxD's flash kernel, which takes no mask and rows of a multiple of 2,048."""
+    """Whether attention runs in NxD's flash kernel: by the recipe, or where it fits."""
     if recipe.model.attention != "auto":
         return recipe.model.attention == "flash"
-    return recipe.data.seq_len % FLASH_ROWS == 0 and not recipe.data.document_mask
+    return not flash_unfit(recipe.data.seq_len, recipe.data.document_mask)
 
 
 def facts_of(recipe: Recipe, nodes: int = 1, cores: int = CORES) -> Facts:
@@ -217,11 +217,7 @@ def conflicts(
     if platform != "trn1":
         return
     check_variables(environ)
-    if recipe.parallel.tp not in TP_ON_TRN1:
-        near = min(TP_ON_TRN1, key=lambda size: abs(size - recipe.parallel.tp))
-        what = f"trn1 has no ring of {recipe.parallel.tp} cores"
-        possible = ", ".join(map(str, TP_ON_TRN1))
-        raise UserError(what, where="parallel.tp", fix=f"take tp {near} (possible: {possible})")
+    check_cores(recipe, cores)
     flags = parse_flags(environ.get(CC_FLAGS, ""))
     strategies = [
         f"{name}={value}" for name, value in flags.items() if value.lower() in ("llm-training", "nemo")
@@ -285,6 +281,8 @@ def prepare(
     settings = profile(recipe, platform, nodes, cores=cores, sdk=sdk or installed(platform).name)
     after = preview(settings, environ)
     conflicts(recipe, after, platform, nodes, cores=cores, efa_devices=efa_devices)
+    if platform == "trn1":
+        check_nodes(recipe, nodes, cores)
     return apply(settings, environ)
 
 

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-_ROWS = 2048  # positions the kernel works on at a time
+from hlat.backend.neuron.limits import flash_unfit
 
 
 def unusable(seq_len: int, document_mask: bool) -> str:
     """Why the kernel cannot be used, in a line; empty when it can."""
-    if document_mask:
-        return "NxD's flash kernel takes no mask, and data.document_mask is true"
-    if seq_len % _ROWS:
-        return f"NxD's flash kernel works on rows of {_ROWS} positions, and data.seq_len is {seq_len}"
+    if reason := flash_unfit(seq_len, document_mask):
+        return reason
     try:
         kernels = importlib.import_module("neuronxcc.nki.kernels")
         importlib.import_module("neuronx_distributed.kernels.flash_attn")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hlat.backend.collectives import Region, VocabShard
 from hlat.backend.groups import Group
-from hlat.errors import UserError
+from hlat.backend.neuron.limits import check_vocab
 from hlat.mesh import Layout
 
 if TYPE_CHECKING:
@@ -127,11 +127,7 @@ def shard_model(model: Any, layout: Layout, group: Group, dtype: torch.dtype) ->
     if layout.tp == 1:
         return
     config: ModelConfig = model.config
-    if config.vocab % layout.tp:
-        fix = f"take model.vocab {-(-config.vocab // layout.tp) * layout.tp}"
-        raise UserError(
-            f"NxD cannot cut vocab {config.vocab} over tp {layout.tp}", where="model.vocab", fix=fix
-        )
+    check_vocab(config.vocab, layout.tp)
     with torch.device("meta"):
         for block in model.layers.values():
             _shard_attention(block.attention, config, layout, dtype)

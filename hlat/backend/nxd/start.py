@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hlat.backend.neuron.limits import heads_not_shared
 from hlat.errors import UserError
 from hlat.mesh import Layout, Place
 
@@ -127,14 +128,10 @@ def _heads(state: Any, layout: Layout, kv_heads: int, rank: int, own: list[int])
     if sharing == 1:
         return own.index(rank)
     state.initialize_kv_group(sharing)
-    groups = sorted(
-        sorted(own.index(r) for r in g) for g in state.get_kv_shared_replica_groups() if g[0] in own
-    )
-    if sorted(r for group in groups for r in group) != list(range(layout.tp)):
-        fix = f"take a tp that divides kv_heads {kv_heads}, or one above 4"
-        raise UserError(
-            f"NxD cannot share key/value heads at tp {layout.tp} here", where="parallel.tp", fix=fix
-        )
+    shared = [g for g in state.get_kv_shared_replica_groups() if g[0] in own]
+    if sorted(r for group in shared for r in group) != sorted(own):
+        raise heads_not_shared(layout.tp, kv_heads)
+    groups = sorted(sorted(own.index(r) for r in group) for group in shared)
     place = own.index(rank)
     number = next(i for i, group in enumerate(groups) if place in group)
     return number * sharing + groups[number].index(place)
