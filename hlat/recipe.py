@@ -108,7 +108,7 @@ class Recipe(Section):
     compile: Literal["auto"] | bool = "auto"
     """Compile the model with torch.compile; auto: where it pays."""
     backend: Literal["native", "nxd"] = "native"
-    """native: torch.distributed on cpu, cuda, trn2 and later. nxd: NeuronX Distributed on trn1."""
+    """native: torch.distributed on a GPU, else on the CPU. nxd: NeuronX Distributed on trn1."""
     compile_cache: PathText | None = None
     """backend nxd: a store to fetch compiled graphs from, and to push to after `hlat train --precompile`:
     s3://bucket/folder (extra s3), or gs://, abfs:// or file:// as for checkpoint.remote.

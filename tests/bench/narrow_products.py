@@ -84,6 +84,8 @@ def main() -> None:
         return
     import torch
 
+    import hlat
+
     results = []
     for limit, capability in LIMITS.items():
         environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit, "ATEN_CPU_CAPABILITY": capability}
@@ -101,9 +103,13 @@ def main() -> None:
         head = {
             "command": f"python tests/bench/narrow_products.py --rounds {args.rounds} --out {args.out.name}",
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "hlat": hlat.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             "threads": torch.get_num_threads(),
-            "seed": SEED,
+            "seeds": {"products": SEED},
         }
         args.out.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
 

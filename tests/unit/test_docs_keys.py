@@ -244,3 +244,34 @@ def test_stores() -> None:
         re.findall(r"([a-z0-9]+)://", (ROOT / "docs/operations/storage.md").read_text(encoding="utf-8"))
     )
     assert {"s3", "gs", "abfs", "file"} <= told and told - {"https", "http"} <= {*STORES}
+
+
+def test_containers_that_are_named() -> None:
+    from hlat.data.formats import _CONTAINERS
+
+    told = " ".join(cell for row in table("docs/data.md", "left out, and counted").rows for cell in row)
+    kinds = {re.split(r"[ :]", what.removeprefix("compressed "))[0] for _, _, what in _CONTAINERS}
+    assert [kind for kind in kinds - {"parquet", "arrow"} if kind not in told] == []
+
+
+def test_settings_of_generation() -> None:
+    from hlat.checkpoint.hf_generation import _LEFT_OUT, DRAWING, RULES
+
+    rows = table("docs/convert.md", "Settings", "What happens").rows
+    assert set(column(rows[:1])) == set(RULES) and set(column(rows[1:2])) == set(DRAWING)
+    assert set(column(rows[2:3])) <= set(_LEFT_OUT) and "note" in rows[2][1]
+
+
+def test_checks_of_machines() -> None:
+    sources = [
+        file.read_text(encoding="utf-8")
+        for part in ("doctor", "supervise")
+        for file in (ROOT / "hlat" / part).rglob("*.py")
+    ]
+    words = set(re.findall(r"\"([a-z]+(?:\.[a-z]+)*)\"", "".join(sources)))
+    rows = table("docs/operations/node-checks.md", "check", "a machine is not fit when").rows
+    told = [f"software{check}" if check.startswith(".") else check for check in column(rows)]
+    assert [
+        check for check in told if check not in words and check.removeprefix("software.") not in words
+    ] == []
+    assert len(told) >= 15

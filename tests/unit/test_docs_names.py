@@ -170,6 +170,14 @@ def test_files_that_are_named_exist() -> None:
     assert wrong == [] and seen > 60
 
 
+def test_the_house() -> None:
+    """docs/design.md draws every part of the package, and no other."""
+    drawn = next(block for block in fences(ROOT / "docs/design.md", "text") if block.startswith("hlat/\n"))
+    parts = {word for line in drawn.splitlines()[1:] for word in re.findall(r"(\w+)/(?= |$)", line[:24])}
+    there = {folder.name for folder in (ROOT / "hlat").iterdir() if (folder / "__init__.py").exists()}
+    assert parts - {"recipes", "launch", "tests", "docs"} == there - {"launch"} and "launch" in parts
+
+
 def test_variables_of_hlat() -> None:
     """None is promised that the code does not read, and none is read that a page should promise."""
     sources = [*(ROOT / "hlat").rglob("*.py"), ROOT / "launch" / "setup_env.py"]

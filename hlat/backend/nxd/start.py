@@ -16,7 +16,7 @@ from hlat.mesh import Layout, Place
 
 Mesh = list[list[int]]  # ranks of every group of one kind; each rank is in exactly one
 _FIX = (
-    "write backend=native for GPUs, CPUs and trn2; for trn1 install AWS's packages, which"
+    "write backend=native for GPUs and CPUs; for trn1 install AWS's packages, which"
     " https://pip.repos.neuron.amazonaws.com has, not PyPI"
 )
 
