@@ -23,6 +23,7 @@ from hlat.supervise import (
     supervisor,
     watch,
 )
+from hlat.train import loop
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MIB = 1 << 20
@@ -34,6 +35,7 @@ SAID = {
         f"Every {WORDS[watchdog.INTERVAL]} each rank posts a sign of life",
         f"has given no sign for {watchdog.GONE:.0f} seconds",
         f"the store does not answer for {watchdog.NO_STORE:.0f} seconds",
+        f"{loop._MARGIN:.0f} seconds above `parallel.timeout`",
         f"processes wait {JOIN_SECONDS:.0f} seconds for each other",
         f"`parallel.timeout` seconds (default {TIMES.timeout:.0f})",
         f"`parallel.first_timeout` (default {TIMES.first_timeout:.0f})",
@@ -84,6 +86,14 @@ def test_defaults_of_the_options() -> None:
     for name in ("max_restarts", "max_fruitless", "hang_seconds", "meet_seconds"):
         assert f"({getattr(args, name):.0f})" in rows[f"--{name.replace('_', '-')}"]
     assert "(300)" in rows["--grace"]
+
+
+def test_kubernetes_gives_up_after_the_codes_that_do_not_start_again() -> None:
+    final = [code for code in exits.ORDER if not exits.starts_again(code) and code != exits.INTERRUPTED]
+    job = (DOCS.parent / "launch/templates/job.yaml").read_text()
+    assert f"values: {sorted(final)}" in job
+    said = (DOCS / "operations/launch.md").read_text().partition("Exit codes ")[2]
+    assert said.startswith(f"{', '.join(map(str, sorted(final)[:-1]))} and {max(final)} of any pod")
 
 
 def test_the_exit_codes_are_on_the_page() -> None:
