@@ -76,6 +76,15 @@ def test_each_fault_is_said_once_and_of_many_the_first(folder: Path, capsys) -> 
     assert all(said.count(f"gone-{n}.json' in") == (n < 4) for n in range(6))
 
 
+def test_each_tokenizer_is_read_once(monkeypatch) -> None:
+    read: list[object] = []
+    monkeypatch.setattr(
+        "hlat.data.presence.check_tokenizer", lambda recipe: read.append(recipe.data.tokenizer)
+    )
+    sweep.plan("small.yaml", ["optim.lr=[1e-3, 2e-3]", "data.tokenizer=[bytes, gone.json]"], 2)
+    assert sorted(read) == ["bytes", "gone.json"]
+
+
 def test_tasks_are_looked_up_once(monkeypatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("hlat.train.tasks.check_names", lambda recipe: asked.append(recipe.eval.tasks))
