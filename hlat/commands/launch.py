@@ -150,13 +150,13 @@ def main(args: argparse.Namespace) -> int:
 def _slurm(args: argparse.Namespace) -> int:
     from hlat.launch.slurm import Options, precompile_script, train_script
 
-    plan, tasks, folder = _slurm_plan(args)
+    plan, tasks, folder, recipes = _slurm_plan(args)
     options = Options(args.partition, args.account, args.time, tuple(args.sbatch), args.at_once)
     scripts = {}
     if plan.recipe.backend == "nxd" and not args.no_precompile:
         scripts["precompile.sbatch"] = precompile_script(plan, options, folder, tasks)
     scripts["train.sbatch"] = train_script(plan, options, folder, tasks)
-    _note_missing(plan.recipe)
+    _note_missing(*recipes)
     if args.dry_run:
         print("\n".join(scripts.values()), end="")
         return 0
@@ -191,13 +191,13 @@ def _by_hand(files: Sequence[Path], tasks: bool) -> str:
     return f"job=$(sbatch --parsable {first[0]}) && sbatch {options} {last}"
 
 
-def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
-    """The run, or the tasks of a sweep, and the folder of the scripts."""
+def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path, list[Recipe]]:
+    """The run, or the tasks of a sweep, the folder of the scripts, and what is to be run."""
     if args.seeds is None:
         if args.out is not None:
             raise UserError("--out is for sweeps", where="--out", fix="add --seeds 1, or set run.dir")
         plan = _plan(args, args.overrides)
-        return plan, [], plan.run_dir / "launch"
+        return plan, [], plan.run_dir / "launch", [plan.recipe]
     from hlat.commands.sweep import plan as plan_sweep
     from hlat.launch.slurm import Task
 
@@ -207,7 +207,7 @@ def _slurm_plan(args: argparse.Namespace) -> tuple[Plan, list[Task], Path]:
     for trial in trials[1:]:
         plan.check_recipe(trial.recipe)
     tasks = [Task(tuple(trial.overrides), trial.folder.absolute()) for trial in trials]
-    return plan, tasks, out.absolute() / "launch"
+    return plan, tasks, out.absolute() / "launch", [trial.recipe for trial in trials]
 
 
 def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
@@ -244,13 +244,14 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     return plan
 
 
-def _note_missing(recipe: Recipe) -> None:
+def _note_missing(*recipes: Recipe) -> None:
     """Say which paths are not here. They may be on the nodes, so nothing is refused."""
     from hlat.data.presence import missing_paths
     from hlat.observe.redact import redact
     from hlat.observe.terminal import one_line
 
-    for line in missing_paths(recipe):
+    lines = (line for recipe in recipes for line in missing_paths(recipe))
+    for line in dict.fromkeys(lines):
         print(f"hlat: note: {one_line(redact(line))}; the nodes need it", file=sys.stderr)
 
 

@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=600.0,
         metavar="S",
-        help="how long machines wait for each other to begin (default: 600)",
+        help="how long machines wait for each other to begin, and to say how an attempt ended (default: 600)",
     )
 
 

@@ -167,7 +167,6 @@ def plan(
             refuse_unsupported(made, here=here)
             if here:
                 made.accumulate()
-            check_tokenizer(made)
             trials.append(Trial(choice, seed, [*words, *own], out / name, made))
         same = json.dumps(base.to_dict(), sort_keys=True)
         if same in known:
@@ -175,6 +174,8 @@ def plan(
             raise UserError(f"{text} stands there twice", where="command line", fix="give every value once")
         known.add(same)
     assert out is not None  # `split` wants values
+    for made in {(t.recipe.data.tokenizer, t.recipe.model.vocab): t.recipe for t in trials}.values():
+        check_tokenizer(made)  # a large one takes a second to read
     return trials, out
 
 

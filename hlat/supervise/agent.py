@@ -19,10 +19,11 @@ from hlat.supervise.scratch import write_result
 
 
 def main() -> int:
-    """0 when every rank ended with 0, else 1."""
+    """0 when every rank ended with 0, 128 + the signal that ended it, else 1."""
     die_with_parent(signal.SIGTERM)  # torchrun ends its workers on SIGTERM
     result, arguments = Path(sys.argv[1]), sys.argv[2:]
     logging.disable(logging.ERROR)  # torchrun's own account of a failure; the supervisor gives one
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import config_from_args, elastic_launch, parse_args
@@ -38,6 +39,8 @@ def main() -> int:
         elastic_launch(config=config, entrypoint=command)(*command_args)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except SignalException as error:  # its supervisor ends it, or is gone: torchrun has ended the ranks
+        return 128 + int(error.sigval)
     except UserError as error:
         refused = f"hlat: error: {error}"
         print(refused, file=sys.stderr, flush=True)

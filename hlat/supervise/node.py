@@ -34,7 +34,7 @@ def node_findings(
     own: Collection[int] = (),
     kernel: Callable[[float], str] = kernel_lines,
 ) -> list[Finding]:
-    """What speaks for and against starting this recipe here, within five seconds.
+    """What speaks for and against starting this recipe here. A program that is asked gets `PATIENCE` seconds.
 
     Args:
         recipe: the run. machine: default: this one. nodes: of the job. ranks: on this one (0: not known).

@@ -77,7 +77,7 @@ def _or_lost(ask: Callable[..., T]) -> Callable[..., T]:
         try:
             return ask(team, *arguments)
         except DistError as error:
-            what = "the supervisor of the first machine is gone, and its ranks with it"
+            what = "the supervisor of the first machine is gone with its ranks; the newest checkpoint stands"
             raise TeamLost(what, where=f"node {team.node}", fix="queue the job again") from error
 
     return asked

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlat.supervise import kernel
-from hlat.supervise.classify import Evidence, classify, kernel_lines
+from hlat.supervise.classify import _ECHO, Evidence, classify, kernel_lines
 from hlat.supervise.failure_table import BENIGN, TABLE
 from hlat.supervise.patterns import GAP, Patterns, compiled
 
@@ -157,6 +157,15 @@ def test_precedence(rule: str, rank: int | None, given_: Evidence) -> None:
     assert (verdict.rule, verdict.rank) == (rule, rank), verdict.reason
     if rank is not None:
         assert f"rank {rank}" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if row.name in _ECHO and row.patterns], ids=lambda r: r.name
+)
+def test_no_rank_is_named_for_an_echo_in_its_output(row: Row) -> None:
+    line = f"[rank1]: rank 1 {MESSAGES[row.name][0]}"
+    verdict = classify(Evidence({0: 1, 1: 1}, line))
+    assert (verdict.rule, verdict.rank) == (row.name, None)
 
 
 def test_the_line_of_a_wrong_recipe_is_in_the_reason() -> None:

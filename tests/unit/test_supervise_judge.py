@@ -108,6 +108,16 @@ def test_the_page_has_the_same_order() -> None:
     ]
 
 
+def test_in_a_job_of_several_machines_the_second_hang_of_one_is_its_fault(tmp_path: Path) -> None:
+    for count, ends in ((1, [None, None, None]), (2, [None, 76])):
+        made = made_in(tmp_path / str(count), count)
+        others = {1: report("node-b")} if count > 1 else {}
+        decisions = [made._decide(n, {0: hung(), **others}, made.logs) for n in range(1, len(ends) + 1)]
+        assert [decision["exit"] for decision in decisions][:2] == ends[:2]
+        bad = made.logs / "bad-nodes.txt"
+        assert bad.exists() == (count > 1) and (count == 1 or bad.read_text() == "node-a\n")
+
+
 def made_in(folder: Path, nnodes: int = 1) -> Supervisor:
     made = Supervisor(["hlat", "train", "x"], folder, Place(nnodes=nnodes), limits=Limits())
     made.timeline.start(0.0)

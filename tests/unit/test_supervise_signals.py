@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_state_saved_is_said_where_it_was(
     assert made._decide(1, {0: report}, made.logs)["exit"] == 130
     (end,) = [row for row in read_rows(made.events.path) if row["event"] == "end"]
     assert said in end["reason"] and ("state saved" in end["reason"]) == ("state saved" in said)
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path) -> None:
+    made = Supervisor(["hlat", "train", "x"], tmp_path, Place(), limits=Limits())
+    with made._signals():
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+            made.received = None
+            os.kill(os.getpid(), number)
+            assert made.received == number
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one of the others changes nothing
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_between_two_attempts_has_the_status_of_ctrl_c(tmp_path: Path, monkeypatch) -> None:

@@ -206,7 +206,7 @@ def test_sigterm_reaches_the_run_and_the_sweep_continues(recipe: str, tmp_path: 
 SIGNALLED = """
 import os, signal, time
 said = []
-for number in (signal.SIGUSR1, signal.SIGINT):
+for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, _: said.append(number))
 os.kill(os.getppid(), NUMBER)  # what a cluster or a person sends to the sweep
 while not said:
@@ -216,7 +216,7 @@ raise SystemExit(128 + said[0])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_other_signals_reach_the_run(recipe: str, tmp_path: Path, monkeypatch, capsys, number) -> None:
     (tmp_path / "hlat.py").write_text(SIGNALLED.replace("NUMBER", str(int(number))))
     monkeypatch.chdir(tmp_path)
@@ -228,6 +228,19 @@ def test_other_signals_reach_the_run(recipe: str, tmp_path: Path, monkeypatch, c
     (log,) = Path("o").glob("*.log")
     assert log.read_text() == f"got {int(number)}\n"
     assert signal.getsignal(number) == former
+
+
+@pytest.mark.parametrize("status", [138, 143])  # the end of the job's time, a spot notice
+def test_a_run_that_was_told_alone_ends_the_sweep(
+    recipe: str, tmp_path: Path, monkeypatch, capsys, status
+) -> None:
+    (tmp_path / "hlat.py").write_text(f"raise SystemExit({status})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hlat.supervise.child.module", lambda *words: [sys.executable, "hlat.py", *words])
+    assert cli.main(["sweep", recipe, "optim.lr=[1e-3, 2e-3]", "--out", "o"]) == status
+    said = capsys.readouterr()
+    assert said.out.count("] lr-") == 1 and "the same command continues" in said.err
+    assert not Path("o/sweep.html").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's word that a parent has gone")

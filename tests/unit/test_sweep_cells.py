@@ -76,8 +76,26 @@ def test_each_fault_is_said_once_and_of_many_the_first(folder: Path, capsys) -> 
     assert all(said.count(f"gone-{n}.json' in") == (n < 4) for n in range(6))
 
 
+def test_each_tokenizer_is_read_once(monkeypatch) -> None:
+    read: list[object] = []
+    monkeypatch.setattr(
+        "hlat.data.presence.check_tokenizer", lambda recipe: read.append(recipe.data.tokenizer)
+    )
+    sweep.plan("small.yaml", ["optim.lr=[1e-3, 2e-3]", "data.tokenizer=[bytes, gone.json]"], 2)
+    assert sorted(read) == ["bytes", "gone.json"]
+
+
 def test_tasks_are_looked_up_once(monkeypatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("hlat.train.tasks.check_names", lambda recipe: asked.append(recipe.eval.tasks))
     trials, _ = sweep.plan("small.yaml", ["optim.lr=[1e-3, 2e-3]", "eval.tasks=[[], [a]]"], 2)
     assert not list(sweep_cells.unfit_here(trials)) and sorted(asked) == [(), ("a",)]
+
+
+def test_a_job_array_says_what_any_of_its_tasks_lacks_here(capsys) -> None:
+    grid = "data.tokenizer=[bytes, gone.json]"
+    words = ["launch", "slurm", "small.yaml", grid, "--seeds", "2", "--nodes", "1", "--nproc-per-node", "1"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "--array=0-3" in said.out
+    assert said.err.count("data.tokenizer: no such file or folder: 'gone.json'") == 1
