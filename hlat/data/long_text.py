@@ -1,7 +1,8 @@
 """Where a long text may be cut so that its parts give the ids of the whole.
 
 An encoding takes some hundred bytes per token while it is built, so texts above `SPLIT_ABOVE` characters are
-encoded in parts, with tokenizers of which it is proved that this changes nothing; others get the whole text.
+encoded in parts, a few at a time, with tokenizers of which it is proved that this changes nothing; others get
+the whole text.
 
 The cut is after a line feed that stands between two visible characters, of which the second is no slash. The
 proof, for byte-level tokenizers that first divide a text into words and then encode each word alone:
@@ -25,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 SPLIT_ABOVE = 4 * 2**20
+AT_ONCE = 4  # parts encoded at once: no more text than may be encoded whole
 _CUT = re.compile(r"(?<=\S)\n(?=[^\s/])")
 
 _SPACES = r"\s+"
@@ -132,9 +134,10 @@ def _alternatives(pattern: str) -> Iterator[str]:
 
 
 def parts(text: str) -> list[str]:
-    """The text in parts of at least SPLIT_ABOVE/4 characters, cut as the module says; one part where there is
-    no such place."""
-    found, start, wanted = [], 0, SPLIT_ABOVE // 4
+    """The text in parts of at least SPLIT_ABOVE / AT_ONCE characters, cut as the module says; one part where
+    there is no such place.
+    """
+    found, start, wanted = [], 0, SPLIT_ABOVE // AT_ONCE
     while len(text) - start > wanted and (cut := _CUT.search(text, start + wanted)):
         found.append(text[start : cut.end()])
         start = cut.end()

@@ -256,11 +256,22 @@ class HuggingFaceTokenizer(Tokenizer):
         arrays = []
         for text in texts:
             long = len(text) > long_text.SPLIT_ABOVE and self.takes_parts
-            arrays.append(np.concatenate(super().encode_arrays(long_text.parts(text))) if long else None)
+            arrays.append(self._encode_in_parts(text) if long else None)
         short = iter(
             super().encode_arrays([text for text, done in zip(texts, arrays, strict=True) if done is None])
         )
         return [next(short) if done is None else done for done in arrays]
+
+    def _encode_in_parts(self, text: str) -> np.ndarray:
+        """A few parts at a time, each of which the backend's threads share: their encodings take many times
+        the room of their ids.
+        """
+        parts, few = long_text.parts(text), long_text.AT_ONCE
+        groups = (
+            super(HuggingFaceTokenizer, self).encode_arrays(parts[start : start + few])
+            for start in range(0, len(parts), few)
+        )
+        return np.concatenate([ids for group in groups for ids in group])
 
     def decode(self, ids: Sequence[int]) -> str:
         if self.byte_exact:

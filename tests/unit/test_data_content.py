@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,45 @@ def test_the_cache_has_one_entry_for_one_content(tmp_path, monkeypatch):
     (moved / "00 renamed.text").write_text("another text")
     others.append(made(moved))
     assert len({first, *others}) == 6 == len(list((tmp_path / "cache/hlat/tokens").iterdir()))
+
+
+TRAINER = """
+    import sys, time
+    from hlat.data import cache
+    from hlat.data.sources import resolve_source
+    train = cache.train_bpe
+
+    def slow(texts, vocab, folder):
+        (folder / "tokenizer.json").write_text("half of it")
+        print("begun", flush=True)
+        time.sleep(600)
+
+    cache.train_bpe = slow if sys.argv[2] == "slow" else train
+    made = cache.trained_tokenizer([resolve_source(path=sys.argv[1])], 300, 0.1, quiet=True)
+    print(made.identity)
+"""
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_trained_by_who_waits_when_the_trainer_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_texts(tmp_path / "in")
+
+    def start(how):
+        command = [sys.executable, "-c", textwrap.dedent(TRAINER), str(source), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = start("slow")
+    assert first.stdout.readline() == "begun\n", first.communicate()
+    waiting = [start("as ever") for _ in range(2)]
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting[0].wait(4)
+    first.kill()
+    first.communicate()
+    results = [process.communicate(timeout=120) for process in waiting]
+    assert [process.returncode for process in waiting] == [0, 0], results
+    (folder,) = (tmp_path / "cache/hlat/tokenizers").iterdir()
+    assert {printed.strip() for printed, _ in results} == {load_tokenizer(folder).identity}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    again = cache.trained_tokenizer([resolve_source(path=source)], 300, 0.1, quiet=True)
+    assert again.identity == load_tokenizer(folder).identity

@@ -122,6 +122,25 @@ def test_parts_are_many_and_make_the_text(monkeypatch: pytest.MonkeyPatch) -> No
     assert long_text.parts("a\n/b" * 100) == ["a\n/b" * 100]
 
 
+def test_no_more_is_encoded_at_once_than_may_be_whole(made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encodings of a long text are never all there: they take a hundred bytes a token."""
+    kind = next(kind for kind in KINDS if KINDS[kind][1])
+    ours, theirs = made[kind]
+    monkeypatch.setattr(long_text, "SPLIT_ABOVE", 200)
+    text, sizes, encode = "".join(f"line {i}\n" for i in range(500)), [], ours.encode_batch
+
+    def measured(texts: list[str]) -> list[list[int]]:
+        sizes.append(sum(map(len, texts)))
+        return encode(texts)
+
+    monkeypatch.setattr(ours, "encode_batch", measured)
+    [ids] = ours.encode_arrays([text])
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert sum(sizes) == len(text) and len(sizes) > 10
+    longest = max(map(len, text.splitlines(keepends=True)))
+    assert max(sizes) <= 200 + long_text.AT_ONCE * longest
+
+
 @pytest.mark.parametrize(
     "token",
     [

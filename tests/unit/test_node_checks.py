@@ -192,6 +192,16 @@ def test_room_for_checkpoints(recipe: Recipe, fake_host: Any, tmp_path: Path) ->
     assert space.check(fake_host, recipe).status == "warn"
 
 
+def test_the_sizes_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/operations/storage.md").read_text(encoding="utf-8")
+    sizes = [
+        space.checkpoint_bytes(load("hlat-7b", overrides)) / 1e9
+        for overrides in ([], ["precision={compute: bf16, master: fp32, states: fp32}"])
+    ]
+    for size, each in zip(sizes, ("6 bytes", "12 bytes a parameter"), strict=True):
+        assert f"{size:.0f} GB" in page and each in page
+
+
 @pytest.mark.parametrize("remote", [None, "file:///copies"])
 def test_permanent_checkpoints_take_none_of_the_room(
     recipe: Recipe, fake_host: Any, tmp_path: Path, remote: str | None

@@ -118,3 +118,32 @@ def test_a_start_on_a_full_disk_ends_with_74_and_changes_nothing(place: Path, ca
         assert train("run.dir=disk/run") == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_rows_that_wait_beyond_their_limit_end_the_run_with_74(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """256 MB of them; a row here."""
+    from hlat.observe import jsonl
+    from hlat.train import loop
+
+    assert jsonl.MOST_WAITING == 256 << 20
+    assert train("run.dir=whole") == 0
+    step, write = loop.train_step, os.write
+
+    def full_from_three_on(run):
+        monkeypatch.setattr(os, "write", small.no_room if run.step >= 2 else write)
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl, "MOST_WAITING", 20)
+        patch.setattr(loop, "train_step", full_from_three_on)
+        with pytest.warns(UserWarning, match="rows wait in memory"):
+            assert train("log.every=1") == 74
+    monkeypatch.setattr(os, "write", write)
+    error = capsys.readouterr().err
+    assert error.count("hlat: error:") == 1 and "No space left" in error and "Traceback" not in error
+    assert [row["step"] for row in small.rows("runs/small")] == [1, 2]
+    assert train("log.every=1") == 0, "room was made"
+    assert small.same_state("whole", "runs/small")
+    assert [row["step"] for row in small.rows("runs/small")] == [1, 2, 3, 4, 5, 6]

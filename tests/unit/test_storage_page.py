@@ -57,6 +57,48 @@ def test_a_folder_of_the_store_copied_to_a_disk_opens(
     assert checkpoint.step == 1 and (checkpoint.read("a") == 1).all()
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_how_many_copies_there_are_at_once(
+    tmp_path: Path, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than are kept; and parts of those that were given up, as long as they are on the disk."""
+    store = CheckpointStore(tmp_path / "run/checkpoints", keep=keep, permanent_every_tokens=5)
+    remote, seen, upload, failing = Remote(f"file://{tmp_path}/store"), [], Remote.upload, [False]
+    mirror = Mirror(remote, store.root, keep)
+
+    def count() -> tuple[int, int]:
+        found = mirror.look()
+        return sum(not copy.entry.permanent for copy in found.whole), len(found.unfinished)
+
+    def counted(self: Remote, file: Path, target: str) -> int:
+        seen.append(count()[0])
+        if failing[0] and target.endswith("index.json"):
+            raise StoreError("no")
+        return upload(self, file, target)
+
+    monkeypatch.setattr(Remote, "upload", counted)
+    for step in range(1, 4 * keep + 2):
+        store.save(step, {"a": torch.ones(9)}, {}, step)
+        mirror.upload(step_folder(store.root, step))
+        seen.append(count()[0])
+        mirror.tidy()
+        assert count() == (min(step - step // 5, keep), 0)
+    assert max(seen) == keep + 1
+    failing[0] = True
+    for step in range(21, 22 + keep):
+        store.save(step, {"a": torch.ones(9)}, {}, 4 * keep + 1)
+        with pytest.raises(StoreError):
+            mirror.upload(step_folder(store.root, step))
+    mirror.tidy()
+    assert count()[1] == keep, "the one of them that is not on the disk any more has gone"
+    failing[0] = False
+    for step in range(31, 31 + keep):
+        store.save(step, {"a": torch.ones(9)}, {}, 4 * keep + 1)
+        mirror.upload(step_folder(store.root, step))
+        mirror.tidy()
+    assert count() == (keep, 0)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_how_long_the_end_of_a_run_waits_for_the_store(
     store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
