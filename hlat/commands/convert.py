@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from hlat.errors import UserError
 from hlat.paths import existing_file, existing_folder, expand, folder_to_write
@@ -58,7 +61,35 @@ def _new_folder(text: str) -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert; warnings go to stderr. Raises UserError for a source that cannot be converted."""
+    """Convert; warnings go to stderr. A signal ends it with 128 + its number, once what is half-written is
+    removed. Raises UserError for a source that cannot be converted.
+    """
+    from hlat.observe.failures import Terminated
+    from hlat.observe.stopping import handling
+
+    try:
+        with handling(_ending()):
+            return _convert(args)
+    except Terminated as stopped:
+        print(f"hlat: stopped by {signal.Signals(stopped.number).name}", file=sys.stderr)
+        return 128 + stopped.number
+
+
+def _ending() -> Callable[[int, FrameType | None], None]:
+    """A handler whose first signal ends the command; others do not disturb the removal."""
+    from hlat.observe.failures import Terminated
+
+    came: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    return end
+
+
+def _convert(args: argparse.Namespace) -> int:
     from hlat.checkpoint.hf import from_hf, parse_size, to_hf
     from hlat.checkpoint.weights import open_weights
 
