@@ -173,14 +173,20 @@ def _choices(hint: Any) -> list[str]:
         count = "" if origin is list or Ellipsis in inner else f"{len(inner)} "
         if get_origin(inner[0]) is Literal:
             return [f"a list of some of {_describe(inner[0])}"]
-        one = "mapping" if is_section(inner[0]) else _choices(inner[0])[0].removeprefix("a ")
-        return [f"a list of {count}{one}s"]
+        return [f"a list of {count}{_plural(inner[0])}"]
     if is_section(hint):
         return ["a mapping of keys to values"]
     if origin is dict:
         key, value = get_args(hint)
         return [f"a mapping of {_describe(key)} to {_describe(value)}"]
     return [_WORDS.get(hint, "another kind of value")]
+
+
+def _plural(hint: Any) -> str:
+    """What a list holds: of sections whose own name may stand for them, names too."""
+    if not is_section(hint):
+        return f"{_choices(hint)[0].removeprefix('a ')}s"
+    return "names or mappings" if hasattr(hint, "by_name") else "mappings"
 
 
 def _either(choices: list[str]) -> str:

@@ -48,7 +48,7 @@ def read_recipe(
     file = find_recipe(path)
     origins: dict[str, str] = {}
     values = _read_chain(file, origins, (), keep)
-    over = _parse_overrides(overrides, origins)
+    over = parse_overrides(overrides, origins)
     _refuse_list_items(values, over, "")
     values = merge(values, over)
     _refuse_secrets(values, origins, file)
@@ -150,7 +150,8 @@ def _read_chain(
     return merge(merged, values)
 
 
-def _parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str], origins: dict[str, str]) -> dict[str, Any]:
+    """The mapping that `section.key=value` texts describe; `origins` gets the place of each key."""
     result: dict[str, Any] = {}
     for text in overrides:
         key, equals, value_text = text.partition("=")

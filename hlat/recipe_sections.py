@@ -5,7 +5,7 @@ The attribute docstrings are the descriptions in recipes/schema.json.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -337,6 +337,8 @@ class EvalSection(Section):
 
 class SinkSection(PluginSection):
     """A receiver of metrics: its name, or a mapping of its name and its options."""
+
+    by_name: ClassVar[bool] = True  # a text in its place is its name
 
     name: Text
     """As its package registered it."""

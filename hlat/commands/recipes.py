@@ -163,15 +163,11 @@ def _resolved(name: str) -> Path | None:
 
 def _written(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What somebody has written. The recipe of a run folder has every value: of that, the overrides."""
-    from hlat.recipe_io import read_recipe
+    from hlat.recipe_io import parse_overrides, read_recipe
 
     if _resolved(name) is None:
         return read_recipe(name, overrides)[0]
-    written: dict[str, Any] = {}
-    for word in overrides:
-        section, _, key = word.partition("=")[0].strip().partition(".")
-        written.setdefault(section, {})[key] = None
-    return written
+    return parse_overrides(overrides, {})
 
 
 def _without_defaults(recipe: Any) -> dict[str, Any]:

@@ -158,9 +158,11 @@ def _main(args: argparse.Namespace, job: Job) -> int:
     from hlat.commands.recipe_file import load_with_text
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
+    from hlat.recipe_io import read_recipe
     from hlat.train.initial import one_checkpoint
     from hlat.train.run import refuse_unsupported
     from hlat.train.same import check_machines, check_recipe
+    from hlat.train.unused import unused
 
     cluster, limit = job.cluster, job.watchdog.limit
     check_machines(cluster, limit)
@@ -184,6 +186,8 @@ def _main(args: argparse.Namespace, job: Job) -> int:
             return _work(text, recipe, job, folder, None)
         folder.check()
         console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
+        for line in unused(recipe, read_recipe(args.recipe, args.overrides)[0]):
+            console.event(f"note: {line}")
         if job.ending is not None:
             job.ending.before_print = console.close
         try:

@@ -6,7 +6,7 @@ exchange, a few numbers a step; weights of replicas stay bitwise equal by themse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -256,6 +256,11 @@ class MeZOSVRGMethod(_WithAnchor, ForwardOnly):
         self.snapshot, self.compat, self.noise, self.restore = snapshot, compat, noise, restore
         self.anneal, self.anneal_every = anneal, anneal_every
         self._rounds = 0  # of an anchor and its inner steps, since this process started
+
+    @staticmethod
+    def idle(options: Mapping[str, Any]) -> dict[str, str]:
+        """Options that these others leave nothing to do, and why."""
+        return {"anneal_every": "anneal 1 divides no rate"} if options.get("anneal") == 1 else {}
 
     def queries(self, recipe: Recipe, steps: int) -> int:
         """Two passes of the anchor's examples, or four of the global batch."""

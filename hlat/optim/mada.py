@@ -117,6 +117,13 @@ class MADA(Elementwise):
     own_scalars = ("lr",)
     foreign = frozenset({"betas"})
 
+    @staticmethod
+    def idle(options: Mapping[str, Any]) -> dict[str, str]:
+        """Options that these others leave nothing to do, and why."""
+        why = "no coefficient is learned (learn is empty)"
+        names = ("hyper_lr", "hyper_momentum", "hyper_clip", "hyper_start")
+        return {} if options.get("learn", True) else dict.fromkeys(names, why)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError for a coefficient: a group has none of its own."""
         if own := [name for name in COEFFICIENTS if name in param_group]:

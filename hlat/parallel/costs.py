@@ -53,7 +53,9 @@ class Kept:
     """Bytes that a rank keeps from step to step, padding of buckets included; activations come on top.
 
     masters is 0 where the weights are their own masters: fp32 compute, or precision.master none. received are
-    the buffers for states and gradients from other pipeline stages, one for each micro-batch of a step.
+    the buffers for states and gradients from other pipeline stages, one for each micro-batch of a step. frozen
+    are the fp32 values of parameters that are not trained and computed with in bf16, in the host's memory;
+    weights to start from that are bf16 themselves need none.
     """
 
     weights: int
@@ -61,11 +63,12 @@ class Kept:
     masters: int
     states: int
     received: int = 0
+    frozen: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.masters + self.states + self.received
+        return self.weights + self.gradients + self.masters + self.states + self.received + self.frozen
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def kept(recipe: Recipe, layout: Layout, place: Place, slots: int = 2) -> Kept:
         masters=share * 4 if own_masters else 0,
         states=slots * share * BYTES[precision.states],
         received=_across_borders(recipe, layout, place),  # what is sent over a border one way comes back
+        frozen=0 if precision.compute == "fp32" else 4 * frozen,
     )
 
 

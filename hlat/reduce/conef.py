@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
@@ -44,6 +45,17 @@ class _Chosen(Compressed):
             reset_below=reset_below,
             summary=f"{name}: {choice}, dense for {start_step} steps",
         )
+
+    @classmethod
+    def idle(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        """Options that these others leave nothing to do, and why."""
+        kind, error = options.get("compressor", "lowrank"), options.get("error", "exact")
+        found = {}
+        if kind != "lowrank":
+            found["rank"] = f"compressor {kind} makes no products of two matrices"
+        if error != "sketch":
+            found["size"] = f"error {error} is no sketch"
+        return found
 
     @classmethod
     def refuse(cls, recipe: Recipe) -> None:

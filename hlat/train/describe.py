@@ -14,10 +14,9 @@ from hlat.evaluate.generate import Diverged
 from hlat.host.cpu import product_dtype
 from hlat.mesh import Layout
 from hlat.model.init import parameter_shapes
-from hlat.optim.groups import idle_overrides
 from hlat.train.evaluate import compressors, sample
 from hlat.train.rounding import rounding_lines
-from hlat.train.run import overrides_of, trained_groups
+from hlat.train.run import trained_groups
 from hlat.train.update import needs_backward, same_rates_if_longer
 
 if TYPE_CHECKING:
@@ -72,8 +71,6 @@ def banner(
         lines.append(("MFU", f"against {peak}"))
     if layout.world > 1:
         lines.append(("layout", f"{layout}; {_held_text(run)}"))
-    elif recipe.parallel.zero1 or recipe.parallel.sequence:
-        lines.append(("parallel", "one process: zero1 and sequence have nothing to split"))
     lines += [("reduce", line) for line in run.reducer.describe()]
     lines += [("data", line) for line in run.data.report_lines()]
     if began:
@@ -118,13 +115,8 @@ def _model_text(run: Run) -> str:
 def _update_lines(run: Run) -> list[str | tuple[str, str]]:
     """What moves the parameters."""
     if needs_backward(run.recipe):
-        idle = idle_overrides(trained_groups(run.recipe), overrides := overrides_of(run.recipe))
         return [
             ("optimizer", _groups_text(run)),
-            *(
-                ("", f"note: optim.groups[{i}] {overrides[i].match!r} has nothing to do: {why}")
-                for i, why in idle
-            ),
             *(("", f"note: {line}") for line in _optimizer_notes(run)),
         ]
     name = run.recipe.method.name

@@ -92,6 +92,8 @@ def _check_memory(recipe: Recipe, backend: Backend, sizes: list[tuple[tuple[int,
         size += trained * slots * DTYPES[precision.states].itemsize // share
     if precision.master == "fp32" and precision.compute != "fp32":
         size += trained * 4 // share
+    if backend.device.type == "cpu" and recipe.init.from_ is None and precision.compute != "fp32":
+        size += (held - trained) * 4  # see `Frozen`; weights of init.from may be narrow themselves
     check_fits(
         size,
         backend.device,

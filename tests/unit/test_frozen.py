@@ -14,8 +14,10 @@ from hlat.checkpoint.hf import to_hf
 from hlat.checkpoint.store import CheckpointStore, write_weights
 from hlat.checkpoint.weights import open_weights
 from hlat.cli import main
+from hlat.mesh import ONE_PROCESS, Place
 from hlat.model.config import ModelConfig
 from hlat.model.init import init_tensor, parameter_shapes
+from hlat.parallel.costs import kept
 from hlat.train import nxd_checkpoint, state
 from hlat.train.describe import _held_text
 from hlat.train.memory import persistent_bytes
@@ -68,6 +70,20 @@ def test_the_copies_are_counted(tiny_run) -> None:
     for held in low.frozen.values():
         held.exact = None
     assert before - persistent_bytes(low) == copies
+    assert kept(low.recipe, ONE_PROCESS, Place()).frozen == copies > 0
+    assert kept(high.recipe, ONE_PROCESS, Place()).frozen == 0
+
+
+def test_the_copies_must_fit_too(tiny_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("hlat.train.weights.check_fits", lambda size, *_, **__: asked.append(size))
+    runs = tiny_run(ONLY, LOW), tiny_run(ONLY, "precision.compute=fp32")
+    copies = sum(held.exact.nbytes for held in runs[0].frozen.values())
+    trained = sum(spec.numel for bucket in runs[0].buckets for spec in bucket.specs)
+    frozen = sum(held.value.numel() for held in runs[0].frozen.values())
+    assert copies == 4 * frozen > 0
+    # bf16: two bytes for each parameter, four for each master; fp32: four for each parameter.
+    assert asked[0] - asked[1] == copies + 2 * (frozen + trained) + 4 * trained - 4 * (frozen + trained)
 
 
 def test_a_checkpoint_with_rounded_weights_continues_as_it_was(tiny_run, tmp_path: Path) -> None:

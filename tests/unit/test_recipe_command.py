@@ -1,16 +1,20 @@
 """`hlat recipes`: list, show, diff, check, schema."""
 
 import argparse
+import ast
 import json
 import os
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import hlat
 from hlat import cli
 from hlat.backend.neuron.profile import prepare
 from hlat.commands import recipes
 from hlat.errors import UserError
-from hlat.recipe import load
+from hlat.recipe import Recipe, load
 from hlat.train.run import refuse_unsupported
 
 
@@ -193,6 +197,25 @@ def notes(capsys, *words):
          ["parallel.zero1", "parallel.verify_every", "parallel.timeout"]),
         (["parallel.schedule=gpipe"], ["parallel.schedule"]),
         (["parallel.dp=1", "parallel.tp=1", "parallel.zero1=false"], []),
+        (["method.name=mezo", "precision.accumulate=bf16", "precision.states=bf16", "precision.reduce=bf16"],
+         ["optim.lr", "optim.betas", "precision.accumulate", "precision.states", "precision.reduce"]),
+        (["method={name: mezo_svrg, anneal_every: 9}"], ["optim.lr", "optim.betas", "method.anneal_every"]),
+        (["method={name: mezo_svrg, anneal_every: 9, anneal: 2}"], ["optim.lr", "optim.betas"]),
+        (["precision.compute=fp32", "precision.master=none"], ["precision.master"]),
+        (["precision.compute=bf16", "precision.states=bf16", "precision.accumulate=bf16"], []),
+        (["data.sources=[{dataset: python-stdlib, weight: 3}]"], ["data.sources[0].weight"]),
+        (["data.sources=[{dataset: python-stdlib, weight: 3}, {path: x}]"], []),
+        (["schedule={name: constant, horizon_steps: 9999}"], ["schedule.floor", "schedule.horizon_steps"]),
+        (["schedule.horizon_steps=9999"], []),
+        (["optim.weight_decay=0", "optim.decay=all"], ["optim.decay"]),
+        (["train_only=[norm.weight]", "optim.groups=[{match: layers.*, lr: 1}]"], ["optim.groups[0]"]),
+        (["optim={name: mada, learn: [], hyper_lr: 1}"], ["optim.hyper_lr"]),
+        (["reduce={name: conef, rank: 2, size: 0.3, error: exact}"], ["reduce.rank", "reduce.size"]),
+        (["reduce={name: conef, rank: 2, size: 0.3, compressor: lowrank}"], []),
+        (["init.from=nowhere", "model.init_std=0.1"], ["model.init_std"]),
+        (["backend=nxd", "compile=true"], ["compile"]),
+        (["data.examples={path: x, eval_path: y, group_field: id}", "data.holdout=0.1"],
+         ["data.holdout", "data.examples.group_field"]),
     ],
 )  # fmt: skip
 def test_check_notes_each_key_that_does_nothing(capsys, words, noted):
@@ -206,6 +229,24 @@ def test_check_has_no_note_for_what_ships_or_for_defaults(capsys, tmp_path):
     file.write_text(load("tiny", ["method.name=mezo"]).to_yaml())
     assert notes(capsys, str(file.parent)) == []
     assert notes(capsys, str(file.parent), "eval.limit=3") == ["eval.limit"]
+
+
+def fields_of(section, prefix=""):
+    for name, field in section.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")]
+        yield f"{prefix}{name}"
+        for kind in inner:
+            yield from fields_of(kind, f"{prefix}{name}.")
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that no module asks for could do nothing and still be in the reference."""
+    sources = [f for f in Path(hlat.__file__).parent.rglob("*.py") if not f.name.startswith("recipe")]
+    nodes = [node for f in sources for node in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    keys = list(fields_of(Recipe))
+    assert len(keys) > 100 and "data.examples.eval_path" in keys and "optim.groups.match" in keys
+    assert [key for key in keys if key.rpartition(".")[2] not in read] == []
 
 
 def test_check_refuses_a_beta_of_1(capsys):

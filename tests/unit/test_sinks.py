@@ -65,7 +65,7 @@ WRONG = {
     "[my-tracker, my-tracker]": "log.sinks[1]: my-tracker is asked for twice",
     "[jsonl]": "log.sinks[0]: metrics.jsonl is always written",
     "[{file: x}]": "log.sinks[0].name: this key is missing",
-    "my-tracker": 'log.sinks: expected a list of mappings, got "my-tracker"; put it in [ ]',
+    "my-tracker": 'log.sinks: expected a list of names or mappings, got "my-tracker"; put it in [ ]',
     "[{name: tensorboard, a: 1}]": "log.sinks[0].a: unknown key 'a' for 'tensorboard'; it has no options",
 }
 

@@ -8,7 +8,7 @@ from hlat.backend.native import NativeBackend, compile_trouble, refuse_compile
 from hlat.errors import UserError
 from hlat.model.blocked_attention import blocked_attention
 from hlat.parallel.buckets import PAD, squared_norm
-from hlat.train.describe import _update_lines
+from hlat.train.unused import unused
 
 
 def parameters(run) -> dict[str, torch.Tensor]:
@@ -92,7 +92,9 @@ def test_train_only_moves_nothing_else(tiny_run, train_steps) -> None:
 def test_groups_with_nothing_to_do_are_said_and_change_nothing(tiny_run, overrides, match, why) -> None:
     entries = f"[{{match: {match.replace(', {', '}, {')}" + ("]" if "{" in match else "}]")
     run = tiny_run(*overrides, f"optim.groups={entries}")
-    notes = [line for _, line in _update_lines(run) if line.startswith("note: optim.groups")]
+    notes = unused(
+        run.recipe, {"optim": {"groups": [{"match": group.match} for group in run.recipe.optim.groups]}}
+    )
     assert len(notes) == bool(why) and all(note.endswith(f"has nothing to do: {why}") for note in notes)
     if "{" not in match:
         assert [b.group for b in run.buckets] == [b.group for b in tiny_run(*overrides).buckets]

@@ -251,6 +251,17 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place: Path, capsys, kind: s
     assert not Path("runs").exists()
 
 
+def test_keys_that_do_nothing_are_noted_once(place: Path, capsys) -> None:
+    assert (
+        train(
+            "schedule={name: constant, floor: 0.2}", "data.sources=[{path: text, weight: 2}]", "run.steps=2"
+        )
+        == 0
+    )
+    notes = [line.partition("note: ")[2] for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert [note.partition(": ")[0] for note in notes] == ["data.sources[0].weight", "schedule.floor"]
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "name"), [("CXX", "nonexistent", "nonexistent"), ("PATH", "/nowhere", "g++")]
 )
