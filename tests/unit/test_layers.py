@@ -58,7 +58,6 @@ RUNS_TEXT |= {"subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.cre
 SHELLS = ("['bash', '-c'", "['sh', '-c'", "['/bin/bash', '-c'", "['/bin/sh', '-c'")
 STARTS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 
 def part_of(module: str) -> str:
@@ -151,22 +150,11 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or joined
 
 
-def size_problems(module: str, source: str, tree: ast.AST) -> Iterator[str]:
-    if (lines := len(source.splitlines())) > LONGEST_FILE:
-        yield f"{module}: {lines} lines"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if length > LONGEST_FUNCTION:
-                yield f"{module}:{node.lineno}: {node.name} has {length} lines"
-
-
 def problems(module: str, source: str) -> list[str]:
     tree = ast.parse(source)
     found = [
         *import_problems(module, tree),
         *call_problems(module, tree),
-        *size_problems(module, source, tree),
     ]
     return sorted(found)
 
@@ -176,13 +164,6 @@ def test_source_rules(file: Path) -> None:
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     assert part_of(module) in {"", *LEVEL}, "a new part of hlat/: give it a place in LAYERS"
     assert problems(module, file.read_text(encoding="utf-8")) == []
-
-
-def test_test_files_are_short() -> None:
-    lengths = {
-        str(f): len(f.read_text(encoding="utf-8").splitlines()) for f in (ROOT / "tests").rglob("*.py")
-    }
-    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
 @pytest.mark.parametrize(
@@ -205,8 +186,6 @@ def test_test_files_are_short() -> None:
         ("hlat.train.loop", "import subprocess\nsubprocess.Popen(['bash', '-c', x])", "runs text as code"),
         ("hlat.train.loop", "import subprocess\nsubprocess.run(x, shell=y)", "runs text as code"),
         ("hlat.checkpoint.hf", "load(x, trust_remote_code=True)", "trust_remote_code"),
-        ("hlat.train.loop", "def f():\n" + "    pass\n" * 60, "f has 61 lines"),
-        ("hlat.train.loop", "pass\n" * 401, "401 lines"),
     ],
 )
 def test_rules_can_fail(module: str, source: str, part: str) -> None:
