@@ -13,7 +13,7 @@ from hlat.cli import main
 
 
 @pytest.mark.parametrize("way", ["to-hf", "from-hf"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left(
     way: str, number: int, load_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

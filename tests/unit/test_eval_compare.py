@@ -106,6 +106,9 @@ def test_an_estimate_is_scipys() -> None:
     assert found.value == pytest.approx(values.mean()) and found.error == pytest.approx(stats.sem(values))
     low, high = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
     assert interval(pairs) == pytest.approx((low, high))
+    # What the page on evaluation says of these laws.
+    assert [round(float(stats.t.ppf(0.975, count - 1)), 2) for count in (3, 10)] == [4.3, 2.26]
+    assert round(2 * float(stats.t.sf(stats.norm.ppf(0.975), 9)), 2) == 0.08
     assert interval(pairs[:2]) is None and interval([(2.5, 1.0)] * 9) is None
     assert math.isnan(ratio([(0.0, 0.0)] * 4).value)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +62,28 @@ def test_the_command_of_the_harness_runs_its_other_models(tmp_path: Path, monkey
     (written,) = tmp_path.glob("hf*.json")
     figures = [json.loads(path.read_text())["results"]["mine"] for path in (Path("hlat.json"), written)]
     assert figures[0]["acc,none"] == figures[1]["acc,none"]
+
+
+def test_an_evaluation_that_is_interrupted_writes_nothing(
+    load_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hlat.evaluate import job
+
+    monkeypatch.chdir(tmp_path)
+    shared = load_module(Path(__file__).with_name("test_eval_command.py"))
+    shared.write_checkpoint(tmp_path / "model")
+    shared.write_task(tmp_path / "tasks", shared.QUESTIONS)
+    Path("old.json").write_text("before")
+    real = job.run_tasks
+
+    def interrupted(*arguments: Any) -> Any:
+        real(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(job, "run_tasks", interrupted)
+    before = sorted(tmp_path.iterdir())
+    for out in ("new.json", "old.json"):
+        asked = ["--tasks", "mine", "--include-path", "tasks", "--json", out]
+        assert main(["eval", "model", *asked]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "hlat: interrupted"
+    assert sorted(tmp_path.iterdir()) == before and Path("old.json").read_text() == "before"
