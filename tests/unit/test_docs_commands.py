@@ -49,7 +49,8 @@ def shown_commands(page: Path) -> list[str]:
         joined = re.sub(r"'[^'\n]*\n[^']*'", lambda quoted: quoted[0].replace("\n", " "), joined)
         for line in joined.splitlines():
             printed = re.match(r"hlat [\w -]+: ", line)  # what a command prints begins with its name
-            if re.search(r"(?:^|\s)hlat [a-z-]", line) and not printed and "|" not in line:
+            begins = re.match(r"(?:\$ )?(?:hlat|(?:torchrun|srun|python)\b.* hlat) [a-z-]", line)
+            if begins and not printed and "|" not in line:
                 found.append(line.removeprefix("$ "))
     return found
 
