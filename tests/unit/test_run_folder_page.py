@@ -72,6 +72,7 @@ def test_a_run_goes_on_wherever_it_and_its_text_are(
     assert [small.numbers(r) for r in small.rows("whole")] == [small.numbers(r) for r in small.rows("copied")]
 
 
+@pytest.mark.slow
 def test_to_go_back_the_later_step_folders_are_deleted(place: Path) -> None:
     assert train("run.dir=whole") == 0
     assert train("run.dir=back") == 0
@@ -120,6 +121,7 @@ def test_a_start_on_a_full_disk_ends_with_74_and_changes_nothing(place: Path, ca
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_rows_that_wait_beyond_their_limit_end_the_run_with_74(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
