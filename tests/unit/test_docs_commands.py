@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 def shown_commands(page: Path) -> list[str]:
     """Whole command lines of the fenced blocks, as one writes them in a shell."""
     found = []
-    for block in fences(page, "", "bash", "text"):
+    for block in fences(page, "", "bash", "text", "console"):
         joined = re.sub(r" *\\\n *", " ", block)
         joined = re.sub(r"'[^'\n]*\n[^']*'", lambda quoted: quoted[0].replace("\n", " "), joined)
         for line in joined.splitlines():

@@ -25,7 +25,7 @@ def slug(heading: str) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, whether written or generated."""
     body = text(page)
-    for block in fences(page, "", "text", "bash", "yaml", "python", "toml", "json"):
+    for block in fences(page, "", "text", "bash", "console", "yaml", "python", "toml", "json"):
         body = body.replace(block, "")
     return {slug(heading) for heading in re.findall(r"^#{1,6} (.+)$", body, re.MULTILINE)}
 
