@@ -155,6 +155,7 @@ def test_ranks_die_with_their_supervisor(job: Job) -> None:
     while alive(ranks) and time.monotonic() < end:
         time.sleep(0.2)
     assert alive(ranks) == []
+    assert "Traceback" not in job.errors()
 
 
 @pytest.mark.slow

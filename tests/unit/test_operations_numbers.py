@@ -9,7 +9,7 @@ import pytest
 
 from hlat.backend.cluster import JOIN_SECONDS
 from hlat.commands import supervise
-from hlat.observe import heartbeat, spot, stopping, watchdog
+from hlat.observe import failures, heartbeat, spot, stopping, watchdog
 from hlat.recipe_sections import CheckpointSection, ParallelSection
 from hlat.supervise import (
     bounded,
@@ -35,6 +35,7 @@ SAID = {
         f"Every {WORDS[watchdog.INTERVAL]} each rank posts a sign of life",
         f"has given no sign for {watchdog.GONE:.0f} seconds",
         f"the store does not answer for {watchdog.NO_STORE:.0f} seconds",
+        f"still waiting for it {failures.CLEANUP_SECONDS + failures.LINGER_SECONDS:.0f} seconds later",
         f"{loop._MARGIN:.0f} seconds above `parallel.timeout`",
         f"processes wait {JOIN_SECONDS:.0f} seconds for each other",
         f"`parallel.timeout` seconds (default {TIMES.timeout:.0f})",

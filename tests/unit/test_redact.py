@@ -156,25 +156,9 @@ def test_the_value_of_every_such_name_is_hidden(name: str) -> None:
 
 
 def test_names_that_say_no_secret() -> None:
-    for name in (
-        "PATH",
-        "PWD",
-        "OLDPWD",
-        "PYTHONHASHSEED",
-        "MASTER_PORT",
-        "COMPASS",
-        "BYPASS",
-        "SPATIAL",
-        "PATH_PAT_X",
-        "SPIN",
-        "OMP_SPIN",
-        "PINNED",
-        "PIN_MEMORY",
-        "I_MPI_PIN_DOMAIN",
-        "DSNAME",
-        "WEBHOOK_PORT",
-        "CONNECTION_STRINGS_MAX",
-    ):
+    plain = "PATH PWD OLDPWD PYTHONHASHSEED MASTER_PORT COMPASS BYPASS SPATIAL PATH_PAT_X"
+    near = "SPIN OMP_SPIN PINNED PIN_MEMORY I_MPI_PIN_DOMAIN DSNAME WEBHOOK_PORT CONNECTION_STRINGS_MAX"
+    for name in (*plain.split(), *near.split()):
         assert not names_secret(name), name
         assert redact("x 12345678 y", {name: "12345678"}) == "x 12345678 y"
 
