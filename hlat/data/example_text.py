@@ -148,7 +148,7 @@ def _filled(
         except UnicodeEncodeError:
             dropped["not Unicode text (lone surrogate)"] += 1
             continue
-        if not answer.text:
+        if _is_empty(answer, bool(completion.fields) and not section.label_field):
             dropped["empty completion"] += 1
             continue
         examples.append(Example(text, answer, number, mark, own, place=record.place))
@@ -156,6 +156,14 @@ def _filled(
     if not examples:
         raise _nothing(source, first, lacking, dropped, where)
     return examples
+
+
+def _is_empty(completion: Quoted, filled: bool) -> bool:
+    """Whether there is nothing to learn: no text, or where fields fill the template, white space in them
+    alone.
+    """
+    texts = (completion.text[first:end] for first, end in completion.quotes)
+    return not (any(text.strip() for text in texts) if filled else completion.text)
 
 
 def _fields(section: ExamplesSection) -> list[str]:

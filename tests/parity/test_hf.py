@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hlat.checkpoint.hf import HFFolder, from_hf, parse_size, to_hf
+from hlat.checkpoint.provenance import provenance_of
 from hlat.checkpoint.store import open_checkpoint, write_weights
 from hlat.checkpoint.weights import load_model, model_config, open_weights
 from hlat.errors import UserError
@@ -126,6 +128,16 @@ def test_round_trip_from_hlat_is_bit_identical(tmp_path: Path) -> None:
     assert before.names() == after.names()
     assert all(torch.equal(before.read(n), after.read(n)) for n in before.names())
     assert model_config(after) == c
+
+
+def test_what_is_known_of_the_weights_goes_through_transformers(tmp_path: Path) -> None:
+    """It ignores the entry `hlat` of config.json, and keeps it."""
+    checkpoint(tmp_path / "ours", config())
+    to_hf(tmp_path / "ours", tmp_path / "hf", dtype="keep")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    first, again = (provenance_of(HFFolder(tmp_path / name)) for name in ("hf", "again"))
+    assert first.ancestors and replace(again, files={}) == replace(first, files={})
+    assert json.loads((tmp_path / "again/config.json").read_text())["hlat"]
 
 
 def test_default_dtype_is_bf16_rounded_once(tmp_path: Path) -> None:

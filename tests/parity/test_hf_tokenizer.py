@@ -215,6 +215,28 @@ def test_sentencepiece(tmp_path: Path, kind: str, like_llama: bool) -> None:
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "small.model").read_bytes()
 
 
+def test_sentencepiece_that_no_tokenizer_json_can_express(tmp_path: Path) -> None:
+    """The model alone is written, says a line, and gives the same ids when it is read again."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text(Path(torch.nn.functional.__file__).read_text(encoding="utf-8")[:60000])
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=600,
+        model_type="bpe",
+        treat_whitespace_as_suffix=True,
+        minloglevel=2,
+    )
+    checkpoint(tmp_path / "ours", tmp_path / "small.model")
+    [warning] = to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert "only tokenizer.model is written" in warning and not (tmp_path / "hf/tokenizer.json").exists()
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "small.model").read_bytes()
+    assert from_hf(tmp_path / "hf", tmp_path / "back") == []
+    ours, back = (load_tokenizer(tmp_path / name) for name in ("small.model", "back/tokenizer"))
+    assert [back.encode(text) for text in PROBES] == [ours.encode(text) for text in PROBES]
+    assert back.identity == ours.identity
+
+
 def test_without_a_tokenizer_there_is_a_warning(tmp_path: Path) -> None:
     checkpoint(tmp_path / "ours", None)
     [warning] = to_hf(tmp_path / "ours", tmp_path / "hf")

@@ -212,6 +212,8 @@ def test_records_that_cannot_be_used_are_counted(examples, tmp_path) -> None:
         "[1]",
         '{"q": "no a"}',
         '{"q": "\\ud800", "a": "x"}',
+        '{"q": "x", "a": ""}',
+        '{"q": "y", "a": " "}',
         "",
     ]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -221,6 +223,7 @@ def test_records_that_cannot_be_used_are_counted(examples, tmp_path) -> None:
         "1 records: not a JSON object",
         "field 'a'",
         "1 records: not Unicode",
+        "2 records: empty completion",
     ):
         assert reason.replace("field 'a'", "under 'a'") in report
 
