@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import hlat
 from hlat.cli_parser import Parser
-from hlat.errors import UserError, names_explained
+from hlat.errors import REQUIRED, UserError, missing_package, names_explained
 from hlat.host.streams import flushed, open_closed_streams, output_failed
 
 VERBS = {
@@ -71,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with suppress(OSError):  # where stderr is full or closed the exit code says it
                 print(told(line), file=sys.stderr, flush=True)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        print(f"hlat: error: {missing_package(error.name).line()}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("hlat: interrupted", file=sys.stderr)
         return 130

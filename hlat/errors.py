@@ -23,6 +23,10 @@ _OF_A_FILE = (
 )
 
 
+# What HLAT itself needs: without it a command ends with one line.
+REQUIRED = ("torch", "numpy", "pydantic", "yaml", "rich", "safetensors", "tokenizers", "sentencepiece")
+
+
 class UserError(Exception):
     """Wrong input: what is wrong, where it is (file, key) and what to write instead.
 
@@ -142,6 +146,11 @@ def too_long(path: str) -> UserError:
     else:
         what = f"the path '{path[:40]}…' has {len(os.fsencode(path))} bytes, too many for this system"
     return UserError(what, fix="choose a shorter one")
+
+
+def missing_package(name: str) -> UserError:
+    """The error for one of `REQUIRED` that is not installed here."""
+    return UserError(f"the package '{name}' is not installed here", fix="run: hlat doctor --fix-plan")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hlat.errors import UserError
+from hlat.errors import REQUIRED, UserError
 from hlat.observe.redact import redact, redact_all
 from hlat.paths import expand
 
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, option) is not None:
             name = f"--{option.replace('_', '-')}"
             raise UserError("goes with --cluster alone", where=name, fix="add --cluster, or leave it out")
-    recipe = _recipe(args)
+    recipe, unread = _read(args)
     nodes = args.nodes if args.nodes is not None else _nodes()
     if nodes < 1:
         raise UserError(f"{nodes} is out of range", where="--nodes", fix="write 1 or more")
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     platform = args.platform or ("trn1" if recipe is not None and recipe.backend == "nxd" else None)
     run_dir = expand(recipe.run.dir, "run.dir") if recipe is not None else Path("runs")
     case = make_case(machine, platform, nodes, run_dir, args.port)
-    findings = examine(machine, case)
+    findings = [*examine(machine, case), *unread]
     if recipe is not None:
         findings = _must_compile(recipe, findings)
         findings += [*_paths(recipe), *_for_recipe(recipe, case, machine)]
@@ -114,6 +114,20 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(findings, case)
     return 0 if healthy(findings) else 1
+
+
+def _read(args: argparse.Namespace) -> tuple[Recipe | None, list[Finding]]:
+    """The recipe, if there is one; a finding in its place where a package is missing that reading it needs:
+    that is what the doctor is asked about.
+    """
+    from hlat.doctor.finding import Finding
+
+    try:
+        return _recipe(args), []
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED or args.profile:
+            raise
+        return None, [Finding("recipe", "fail", f"{args.recipe} cannot be read without {error.name}")]
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | None:

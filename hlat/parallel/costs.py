@@ -52,10 +52,10 @@ class Sent:
 class Kept:
     """Bytes that a rank keeps from step to step, padding of buckets included; activations come on top.
 
-    masters is 0 where the weights are their own masters: fp32 compute, or precision.master none. received
-    are the buffers for states and gradients from other pipeline stages, one for each micro-batch of a
-    step. frozen are the fp32 values of parameters that are not trained and computed with in bf16, in the
-    host's memory; weights to start from that are bf16 themselves need none.
+    masters is 0 where the weights are their own masters: fp32 compute, or precision.master none. received are
+    the buffers for states and gradients from other pipeline stages, one for each micro-batch of a step.
+    frozen are the fp32 values of parameters that are not trained and computed with in bf16, in the host's
+    memory; weights to start from that are bf16 themselves need none.
     """
 
     weights: int

@@ -1,4 +1,4 @@
-"""Is this machine fit to train now? Asked before each start: quick, needs no torch and changes nothing."""
+"""Is this machine fit to train now? Asked before each start: quick, without torch, and changes nothing."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +188,14 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(outcome, layout: str, pl
         for i in (0, 2, 3, 4):
             assert result["losses"][i] == pytest.approx(theirs["losses"][i], abs=2e-6)
     assert ours.assemble("end")[1] == []
+
+
+def test_the_document_counts_these_layouts() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    assert f"for five steps on {len({*TWO, *FOUR})} layouts" in text
+    for words in ("losses to 2e-6, gradient norms to 1e-5", "pieces, to 1e-5 of its largest element"):
+        assert words in " ".join(text.split())
+    assert EXACT == (2e-6, 1e-5, 1e-5)
 
 
 def test_the_cases_mean_what_they_say(outcome) -> None:
