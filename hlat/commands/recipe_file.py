@@ -20,15 +20,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError, also when these weights cannot be opened.
     """
-    return load_with_text(path, overrides)[0]
+    return load_written(path, overrides)[0]
 
 
-def load_with_text(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, bytes]:
-    """`load`, and the bytes of the file that it was made of: what a run keeps as its recipe.yaml, even if
-    somebody writes the file anew meanwhile.
+def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, bytes, dict[str, Any]]:
+    """`load`, the bytes of the file that it was made of, and the keys that file, bases and `overrides` give.
+    The bytes are what a run keeps as its recipe.yaml, even if somebody writes the file anew meanwhile.
     """
     kept: list[bytes] = []
     values, where = read_recipe(path, overrides, kept.append)
+    written = values
     init, model = values.get("init"), values.get("model") or {}
     start = init.get("from") if isinstance(init, dict) else None
     if isinstance(start, str) and isinstance(model, dict) and _incomplete(model):
@@ -38,7 +39,7 @@ def load_with_text(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Rec
 
             known = model_fields(start)
         values = {**values, "model": {**known, **model}}
-    return build(values, where), kept[0]
+    return build(values, where), kept[0], written
 
 
 def _incomplete(model: dict[str, Any]) -> bool:

@@ -155,10 +155,9 @@ def _prepare_neuron(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _main(args: argparse.Namespace, job: Job) -> int:
-    from hlat.commands.recipe_file import load_with_text
+    from hlat.commands.recipe_file import load_written
     from hlat.observe.console import Console
     from hlat.observe.runfolder import RunFolder
-    from hlat.recipe_io import read_recipe
     from hlat.train.initial import one_checkpoint
     from hlat.train.run import refuse_unsupported
     from hlat.train.same import check_machines, check_recipe
@@ -166,7 +165,7 @@ def _main(args: argparse.Namespace, job: Job) -> int:
 
     cluster, limit = job.cluster, job.watchdog.limit
     check_machines(cluster, limit)
-    recipe, text = load_with_text(args.recipe, args.overrides)
+    recipe, text, written = load_written(args.recipe, args.overrides)
     check_recipe(cluster, recipe, limit)
     refuse_unsupported(recipe)
     if recipe.compile is True and recipe.backend == "native" and cluster.first_here:
@@ -186,7 +185,7 @@ def _main(args: argparse.Namespace, job: Job) -> int:
             return _work(text, recipe, job, folder, None)
         folder.check()
         console = Console(recipe.run.stop_at_step or recipe.run.steps, name=recipe.run.name)
-        for line in unused(recipe, read_recipe(args.recipe, args.overrides)[0]):
+        for line in unused(recipe, written):
             console.event(f"note: {line}")
         if job.ending is not None:
             job.ending.before_print = console.close

@@ -131,6 +131,11 @@ def test_what_does_not_fit_the_nodes_is_found(here: Any, capsys: pytest.CaptureF
     assert found["recipe.layout"] == "ok" and found["recipe.batch"] == "fail"
     assert findings("hlat-70b", "--nodes", "4")["recipe.layout"] == "fail"
     assert findings("hlat-7b", "parallel.tp=16")["recipe.variables"] == "fail"
+    flash = findings("hlat-7b", "model.attention=flash", "data.document_mask=true")
+    assert flash["recipe.backend"] == "fail" and found["recipe.backend"] == "ok"
+    spread = ["parallel.tp=4", "parallel.pp=2", "data.global_batch=1024", "data.micro_batch=1"]
+    assert findings("hlat-7b", *spread, "--nodes", "1")["recipe.layout"] == "fail"
+    assert findings("hlat-7b", *spread, "--nodes", "2")["recipe.layout"] == "ok"
 
 
 def test_paths_that_are_not_here_are_found(
