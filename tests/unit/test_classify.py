@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from hlat.supervise import kernel
 from hlat.supervise.classify import _ECHO, Evidence, classify, kernel_lines
-from hlat.supervise.failure_rows import Row
 from hlat.supervise.failure_table import BENIGN, TABLE
 from hlat.supervise.patterns import GAP, Patterns, compiled
 
