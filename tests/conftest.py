@@ -28,9 +28,12 @@ compile: false
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hangups() -> None:
-    """Under nohup, which a run respects, SIGHUP would be ignored by the tests and all they start."""
+def signals() -> None:
+    """Under nohup, or behind a shell's `&`, signals that a run respects would be ignored by the tests and all
+    they start.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class RaggedData:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -247,11 +246,12 @@ def refuse_unsupported(recipe: Recipe, *, here: bool = True) -> None:
     """Raise UserError for what cannot be done, rather than ignore it.
 
     Args:
-        here: whether it is to run on this machine; else Neuron packages may be missing (a login node).
+        here: whether it is to run in this process; else Neuron packages are not asked for: they may be
+            missing (a login node), or are for the processes that this one starts.
     """
     backend = _ASSEMBLIES[recipe.backend]
     backend.check(recipe)
-    if here or find_spec("torch_xla"):
+    if here:
         backend.check_here()
     trained_vocab(recipe.data.tokenizer)
     trained_groups(recipe)

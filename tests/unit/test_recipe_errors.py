@@ -218,3 +218,10 @@ def test_half_of_a_surrogate_pair_is_shown_spelt_out(file) -> None:
     """YAML spells with "\ud800" what UTF-8 cannot hold; a message that quotes it is a message still."""
     file.write_text(SHORT.replace("tiny", r'"\ud800"'))
     assert r"model.preset: unknown preset '\ud800'; known: " in line(file)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_what_is_no_finite_number_has_no_quotes_to_remove(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("tiny", [f"optim.lr={text}"])
+    assert f'expected a number, got "{text}"' in caught.value.line() and "quotes" not in caught.value.line()

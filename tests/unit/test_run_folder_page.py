@@ -26,12 +26,13 @@ def test_the_files_are_those_of_the_page(place: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     block = re.search(r"```\nruns/tiny/\n(.*?)```", text, re.DOTALL)
     assert block is not None
-    named = {line.split()[0].rstrip("/") for line in block[1].splitlines()}
+    named = set(re.findall(r"^  ([\w.-]+)", block[1], re.MULTILINE))
     assert train("run.stop_at_step=2") == 0
     assert train("log.every=1") == 0
     found = {path.name for path in Path("runs/small").iterdir()}
     assert found <= named
-    elsewhere = {"nxd-checkpoints", ".lock"}  # the one of another format, the other while it trains
+    # of another format, of hlat launch, and while it trains
+    elsewhere = {"nxd-checkpoints", "launch", ".lock"}
     assert named - found == elsewhere
     assert {path.name for path in Path("runs/small/logs").iterdir()} == {"resolved-until-start-1.yaml"}
 
