@@ -127,11 +127,8 @@ class TextEncoder:
         if not text.quotes:
             return ids
         wanted = [index for _, index in self._pieces(text) if index in self._telling]
-        return (
-            ids
-            if [index for index in ids.tolist() if index in self._telling] == wanted
-            else self._apart(text)
-        )
+        found = [index for index in ids.tolist() if index in self._telling]
+        return ids if found == wanted else self._apart(text)
 
     @cached_property
     def _hides(self) -> bool:

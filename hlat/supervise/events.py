@@ -44,10 +44,10 @@ class Events:
         with self._lock:
             self._waiting.append(encode(redact_all(entry)))
         self._file.do(self._append, _FILE_SECONDS)
-        self.say(event, line)
+        self.say(line)
 
-    def say(self, event: str, line: str = "", **values: Any) -> None:
-        """Only what a person should know of an event, as `add` takes it."""
+    def say(self, line: str) -> None:
+        """What a person should know, without an event in the file."""
         if line and not self.quiet:
             self._say(line)
 

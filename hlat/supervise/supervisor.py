@@ -269,8 +269,10 @@ class Supervisor:
             "why": decision.get("why", ""),
             "goodput": share,
         }
-        add = self.events.say if decision.get("bare") else self.events.add
-        add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
+        if decision.get("bare"):
+            self.events.say(line)
+        else:
+            self.events.add("finish", line, attempts=len(spans), wall=wall, seconds=seconds, **values)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,18 +134,19 @@ def test_what_is_put_around_a_prompt_is_what_autotokenizer_puts(tmp_path: Path, 
     assert len(found) == 4
 
 
+def train_small(folder: Path, name: str = "small", **options: Any) -> Path:
+    """Make FOLDER/NAME.model, of the source of torch.nn.functional. Returns the file of that text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = folder / "text.txt"
+    text.write_text(Path(torch.nn.functional.__file__).read_text(encoding="utf-8")[:60000])
+    prefix = str(folder / name)
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=prefix, minloglevel=2, **options)
+    return text
+
+
 def test_what_is_put_around_a_prompt_without_a_tokenizer_json(tmp_path: Path) -> None:
     """There tokenizer_config.json decides; without `add_bos_token` BOS is added, as LlamaTokenizer says."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
+    train_small(tmp_path, "tokenizer", vocab_size=400, model_type="bpe", byte_fallback=True)
     for bos, eos in itertools.product(SAID, SAID):
         say(tmp_path, add_bos_token=bos, add_eos_token=eos, tokenizer_class="LlamaTokenizer")
         ours = prompt_ids(tmp_path, "hello")
@@ -184,19 +186,14 @@ def test_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("like_llama", [True, False])
 def test_sentencepiece(tmp_path: Path, kind: str, like_llama: bool) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    text = tmp_path / "text.txt"
-    text.write_text(Path(torch.nn.functional.__file__).read_text(encoding="utf-8")[:60000])
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "small"),
+    text = train_small(
+        tmp_path,
         vocab_size=600,
         model_type=kind,
         byte_fallback=like_llama,
         normalization_rule_name="identity" if like_llama else "nmt_nfkc",
         remove_extra_whitespaces=not like_llama,
         user_defined_symbols=[] if like_llama else ["<tool>"],
-        minloglevel=2,
     )
     model = read_sentencepiece(tmp_path / "small.model")
     assert len(model.pieces) == 600 and model.byte_fallback == like_llama
@@ -217,16 +214,7 @@ def test_sentencepiece(tmp_path: Path, kind: str, like_llama: bool) -> None:
 
 def test_sentencepiece_that_no_tokenizer_json_can_express(tmp_path: Path) -> None:
     """The model alone is written, says a line, and gives the same ids when it is read again."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(Path(torch.nn.functional.__file__).read_text(encoding="utf-8")[:60000])
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "small"),
-        vocab_size=600,
-        model_type="bpe",
-        treat_whitespace_as_suffix=True,
-        minloglevel=2,
-    )
+    train_small(tmp_path, vocab_size=600, model_type="bpe", treat_whitespace_as_suffix=True)
     checkpoint(tmp_path / "ours", tmp_path / "small.model")
     [warning] = to_hf(tmp_path / "ours", tmp_path / "hf")
     assert "only tokenizer.model is written" in warning and not (tmp_path / "hf/tokenizer.json").exists()

@@ -135,3 +135,18 @@ def small_recipe(launch_stubs: ModuleType, tmp_path: Path, monkeypatch) -> str:
     (tmp_path / "small.yaml").write_text(launch_stubs.RECIPE)
     (tmp_path / "text").write_text("what is trained on\n")
     return "small.yaml"
+
+
+@pytest.fixture
+def byte_level_files(tmp_path: Path) -> list[Path]:
+    """The files of a byte-level tokenizer with one token a byte, and <|endoftext|> as EOS."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return [tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"]

@@ -29,24 +29,14 @@ DATA = "data-00000.safetensors"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, byte_level_files: list[Path]) -> Path:
     """A run with the checkpoints of steps 10, 20 and 30: weights, optimizer state and a tokenizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    files = [tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"]
     config = ModelConfig(**SHAPE)
     store = CheckpointStore(tmp_path / "run/checkpoints", keep=5)
     for step in (10, 20, 30):
         tensors = {f"model/{n}": init_tensor(config, n, s, step) for n, s in parameter_shapes(config).items()}
         tensors |= {f"optim/exp_avg/{n}": torch.ones(s) for n, s in parameter_shapes(config).items()}
-        store.save(step, tensors, {"model": config.model_dump()}, tokens=step, tokenizer=files)
+        store.save(step, tensors, {"model": config.model_dump()}, tokens=step, tokenizer=byte_level_files)
     return tmp_path / "run"
 
 

@@ -22,23 +22,13 @@ SHAPE = {"layers": 1, "hidden": 8, "heads": 2, "ffn": 12, "vocab": 300, "max_seq
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> Path:
-    """A checkpoint with a tokenizer of two files, in a folder of checkpoints."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+def step(tmp_path: Path, byte_level_files: list[Path]) -> Path:
+    """A checkpoint with a tokenizer of two byte_level_files, in a folder of checkpoints."""
     config = ModelConfig(**SHAPE)
     tensors = ((f"model/{n}", torch.ones(s)) for n, s in parameter_shapes(config).items())
-    files = [tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"]
     folder = tmp_path / "run/checkpoints/step-00000003"
     folder.parent.mkdir(parents=True)
-    write_weights(folder, tensors, {"model": config.model_dump()}, files)
+    write_weights(folder, tensors, {"model": config.model_dump()}, byte_level_files)
     return folder
 
 
